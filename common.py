@@ -1,0 +1,231 @@
+"""Plumbing that every script shares, and nothing about RLHF: command line, device, seed, checkpoints, metrics, schedule, gates."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+
+from model import GPT, GPTConfig, ScalarModel
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+class UserError(ValueError):
+    """A mistake of the user's (a bad flag, file or line). Scripts print it as one line, without a traceback."""
+
+
+def flag(default, help: str, choices: tuple | None = None):
+    """A Config field that becomes a command-line flag of the same name."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_config(config_class, description: str, argv: list[str] | None = None):
+    """Build the dataclass from `--field value` or `--field=value`; booleans are `--field` and `--no-field`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    hints = get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        text = f.metadata.get("help", "").replace("%", "%%")
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        kwargs = {"default": default, "help": f"{text} (default: {'none' if shown in (None, '') else shown})"}
+        kind = hints[f.name]
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
+        elif get_origin(kind) is list:
+            parser.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
+        else:
+            choices = f.metadata.get("choices")
+            parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **kwargs)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def run_main(train, config_class, description: str) -> None:
+    """main() of every script: parse the flags, call train(config), turn a UserError into one line and exit code 2,
+    and a failed gate under --strict into exit code 1."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may default to a code page that lacks letters we print
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    config = parse_config(config_class, description)
+    try:
+        results = train(config)
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    failed = [g["name"] for g in (results or {}).get("gates", []) if not g["ok"]]
+    if failed and getattr(config, "strict", False):
+        sys.exit(_fail(f"gate failed: {', '.join(failed)}", 1))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return code
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+# ------------------------------------------------------------------------------------------------ device, dtype, seed
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" takes the GPU where there is one, then Apple's, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from None
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the GPU has it; no effect on a CPU
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str):
+    """Context for the forward pass: weights stay float32, matrix products run in `dtype`."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def generator_for(device: torch.device, *key: int) -> torch.Generator:
+    """A random generator for one purpose, e.g. (seed, epoch): independent of what else was drawn before."""
+    seed = 0
+    for k in key:
+        seed = (seed * 1_000_003 + k + 1) % (2**63 - 1)
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def atomic_save(obj, path: Path) -> None:
+    """torch.save to a temporary name, then rename: a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    torch.save(obj, tmp)
+    os.replace(tmp, path)
+
+
+def write_json(obj, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def load_file(path: str | Path, map_location="cpu") -> dict:
+    """torch.load that unpickles tensors and plain Python only (weights_only=True), with one-line errors."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path}: not a checkpoint that can be loaded ({str(error).splitlines()[0][:120]})") from None
+
+
+def save_model(folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str, script: str, config) -> None:
+    """out/<stage>/model.pt: weights, shape, tokenizer and how it was made; tensors and plain Python only."""
+    kind = "scalar" if isinstance(model, ScalarModel) else "gpt"
+    made = {"script": script, "config": dataclasses.asdict(config)}
+    content = {"kind": kind, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer_name, "made": made, "weights": model.state_dict()}
+    atomic_save(content, Path(folder) / "model.pt")
+
+
+def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> tuple[GPT | ScalarModel, str]:
+    """A stage's folder, or its model.pt -> (model in eval mode, name of its tokenizer). kind: "gpt" or "scalar"."""
+    path = Path(path)
+    file = path if path.suffix == ".pt" else path / "model.pt"
+    if not file.exists():
+        raise UserError(f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
+    content = load_file(file)
+    try:
+        found, config = content["kind"], GPTConfig(**content["config"])
+        if found == kind:
+            model = GPT(config) if kind == "gpt" else ScalarModel(config)
+            model.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: not a checkpoint of this project ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+    if found != kind:
+        names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
+        raise UserError(f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
+    return model.to(device).eval(), content["tokenizer"]
+
+
+class RunFolder:
+    """out/<stage>/: config.json at the start, metrics.jsonl as the run goes, state.pt to resume from, results.json at the end."""
+
+    def __init__(self, config, resume: bool = False):
+        self.path = Path(config.out_dir)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(dataclasses.asdict(config), self.path / "config.json")
+        self.metrics = self.path / "metrics.jsonl"
+        self.start = time.perf_counter()
+        if not resume:
+            self.metrics.write_text("", encoding="utf-8")
+            (self.path / "results.json").unlink(missing_ok=True)
+
+    def log(self, **figures) -> None:
+        """Append one JSON object; the file is whole after every line."""
+        figures = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(figures) + "\n")
+
+    def save_state(self, step: int, **parts) -> None:
+        """`parts` are state dicts and plain values. The random streams derive from (seed, step), so the step number is
+        the whole data position; torch's own generator is kept for dropout."""
+        atomic_save({"step": step, "rng": torch.get_rng_state(), **parts}, self.path / "state.pt")
+
+    def load_state(self, device) -> dict:
+        state = load_file(self.path / "state.pt", map_location=device)
+        torch.set_rng_state(state["rng"].cpu())
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
+        self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return state
+
+    def finish(self, results: dict) -> dict:
+        results["seconds"] = round(time.perf_counter() - self.start, 2)
+        write_json(results, self.path / "results.json")
+        return results
+
+
+# ------------------------------------------------------------------------------------------------ training odds and ends
+
+
+def lr_at(step: int, total: int, warmup: int, kind: str = "cosine", floor: float = 0.0) -> float:
+    """Factor on the peak learning rate at step 0..total-1: linear warm-up, then cosine or linear decay to `floor`, or constant."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if kind == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (1 - floor) * (1 - done) if kind == "linear" else 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
+    """Did this stage work? Print the figure beside its expected range."""
+    ok = low <= value <= high
+    expected = f"expected {low:g}-{high:g}" if math.isfinite(low) and math.isfinite(high) else f"expected at least {low:g}" if math.isfinite(low) else f"expected at most {high:g}"
+    print(f"GATE {name} {value:.3f} ({expected}{'; ' + note if note else ''})  {'OK' if ok else 'FAILED'}", flush=True)
+    return {"name": name, "value": round(value, 4), "low": low if math.isfinite(low) else None, "high": high if math.isfinite(high) else None, "ok": ok}

@@ -1,0 +1,78 @@
+"""From texts to token ids to right-padded batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer
+
+
+@dataclass
+class Example:
+    """One prompt and one completion as token ids."""
+
+    prompt: list[int]
+    completion: list[int]  # EOS included, unless the completion was cut
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.completion
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def encode_example(tokenizer: Tokenizer, prompt: str, completion: str, block_size: int, allow_empty: bool = False) -> Example | None:
+    """Encode prompt and completion separately (so no token spans the boundary), add EOS, and make both fit block_size.
+
+    The completion is kept before the prompt: the prompt loses tokens from its left (its end, the question, matters most),
+    down to one. Only a completion that is too long even then is cut on its right, and a cut one gets no EOS: the model must not
+    learn to stop where a text did not end. None if no completion token is left, or if the completion is empty: nothing to imitate.
+    With allow_empty an empty completion is EOS alone: in a ranking, silence is an answer like any other, usually a bad one.
+    """
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    completion_ids = tokenizer.encode(completion)
+    if not completion_ids and not allow_empty:
+        return None
+    completion_ids.append(tokenizer.eos_id)
+    room = max(1, block_size - len(completion_ids))
+    prompt_ids = prompt_ids[-room:]
+    completion_ids = completion_ids[: block_size - len(prompt_ids)]  # cuts the EOS first
+    return Example(prompt_ids, completion_ids) if completion_ids else None
+
+
+def truncate_prompt(ids: list[int], room: int) -> list[int]:
+    """The last `room` tokens of a prompt."""
+    return ids[-room:]
+
+
+def pad(rows: list[list[int]], filler: int, device: torch.device | str = "cpu", multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Right-pad to the longest row (rounded up to `multiple`): tokens (B, T), lens (B,). What the filler is does not matter."""
+    longest = max(map(len, rows))
+    T = -(-longest // multiple) * multiple
+    tokens = torch.full((len(rows), T), filler, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Indices 0..n-1 once each, in random batches of rows of similar length, so that little filler is computed.
+
+    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last batch may be smaller."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = 32 * batch_size
+    batches = []
+    for start in range(0, len(order), pool):
+        ranked = sorted(order[start : start + pool], key=lambda i: lengths[i])
+        batches += [ranked[i : i + batch_size] for i in range(0, len(ranked), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches from short to long: for scoring, where the order doesn't matter."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,429 @@
+"""The embedded task: a seeded micro-world of instructions whose true ("gold") reward is known.
+
+    python -m data.tiny --out_dir out/data --seed 1        # writes demonstrations and prompts as JSON Lines
+
+Why a made-up world? On real text nobody knows the true reward, so one can only argue about whether a reward model is
+right or a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
+
+A prompt is an optional lead-in and one question of 29 families ("What is the opposite of hot?"). A completion is good
+if it answers correctly, politely, to the point, in finished sentences, without repeating itself. The demonstrations
+are of mixed quality, as scraped data is: right or wrong, polite, plain or rude, short or rambling. A model that imitates
+them (SFT) is therefore mediocre by construction, and what RLHF adds can be seen.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as `python data/tiny.py`: make the project's root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError, flag, run_main
+from data.files import write_jsonl
+
+# ------------------------------------------------------------------------------------------------ the words of the world
+
+OPPOSITES = """hot cold|big small|fast slow|happy sad|up down|open closed|full empty|hard soft|light dark|early late
+old new|rich poor|strong weak|wet dry|clean dirty|loud quiet|near far|tall short|thick thin|day night|left right
+true false|first last|high low|sweet sour|inside outside|always never|push pull|win lose|buy sell"""
+OPPOSITE = {}
+for pair in OPPOSITES.replace("\n", "|").split("|"):
+    OPPOSITE[pair.split()[0]], OPPOSITE[pair.split()[1]] = pair.split()[1], pair.split()[0]
+
+KINDS = {
+    "animal": "cat dog horse cow sheep pig lion fox bear duck",
+    "fruit": "apple pear plum lemon cherry grape peach melon fig lime",
+    "color": "red blue green yellow white black brown pink gray purple",
+    "tool": "hammer saw drill spade rake file axe wrench knife brush",
+    "vehicle": "car bus train boat truck bike plane van tram ship",
+    "body part": "hand foot nose ear knee arm leg chin neck toe",
+}
+KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
+NOUNS = list(KIND)
+
+PLURAL = dict(
+    p.split()
+    for p in """cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|goose geese
+    knife knives|leaf leaves|box boxes|city cities|baby babies|wolf wolves|car cars|hand hands|sheep sheep|brush brushes
+    cherry cherries|lemon lemons|train trains|book books""".replace("\n", "|").split("|")
+)
+PAST = dict(
+    p.split()
+    for p in """go went|see saw|eat ate|run ran|take took|give gave|walk walked|play played|write wrote|sing sang|drink drank
+    find found|make made|come came|stop stopped|look looked|buy bought|think thought|swim swam|fly flew|know knew
+    speak spoke|drive drove|jump jumped""".replace("\n", "|").split("|")
+)
+SOUND = dict(
+    p.split()
+    for p in """cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|horse neigh|bee buzz|snake hiss|owl hoot
+    mouse squeak|frog croak|crow caw""".replace("\n", "|").split("|")
+)
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+SHORT_WORDS = [w for w in NOUNS if len(w) <= 4]
+
+LEAD_INS = [
+    *("", "Please help me. ", "Quick question. ", "Tell me. ", "I wonder. ", "Hello! ", "One more thing. ", "Next one. "),
+    *("Can you help? ", "Hi there! ", "A small task. ", "For my homework. "),
+]
+POLITE_OPENINGS = ["Sure!", "Of course!", "Gladly!", "Happy to help!", "Good question!"]
+POLITE_CLOSINGS = ["Have a nice day!", "I hope this helps.", "You are welcome!", "Let me know if you need more."]
+RUDE_OPENINGS = ["Ugh.", "What a silly question.", "Not you again.", "Think for yourself!"]
+RUDE_CLOSINGS = ["Now go away.", "Do not ask me again.", "Anyone knows that.", "That was a waste of time."]
+ASIDES = [
+    *("By the way, the weather is fine today.", "My aunt has a small garden.", "I had soup for lunch.", "Time flies."),
+    *("That reminds me of a long trip.", "Some people like tea in the morning.", "There is much more to say about it."),
+    *("Many people ask about such things.", "I read about it in an old book."),
+]
+ANSWER_FORMS = ["{}.", "The answer is {}.", "It is {}."]
+STORIES = [
+    *("One day the {} was found near the old river.", "A kind man gave his {} to a small child.", "Every night the girl dreamed about a {}."),
+    *("The {} waited in the rain until the king came.", "Long ago a {} was lost in the deep forest."),
+]
+POLITE = {s.lower() for s in POLITE_OPENINGS + POLITE_CLOSINGS}
+RUDE = {s.lower() for s in RUDE_OPENINGS + RUDE_CLOSINGS}
+ASIDE = {s.lower() for s in ASIDES}
+
+
+# ------------------------------------------------------------------------------------------------ families of instructions
+
+
+@dataclass(frozen=True)
+class Family:
+    phrasings: list[str]  # templates with {slots}
+    draw: Callable[[random.Random], dict[str, str]]  # random slot values
+    solve: Callable[[dict[str, str]], str]  # slot values -> the right answer
+
+
+def _number(low: int, high: int) -> Callable[[random.Random], dict[str, str]]:
+    return lambda rng: {"a": str(rng.randint(low, high))}
+
+
+def _word(words) -> Callable[[random.Random], dict[str, str]]:
+    words = list(words)
+    return lambda rng: {"w": rng.choice(words)}
+
+
+def _list(low: int, high: int, items=NOUNS) -> Callable[[random.Random], dict[str, str]]:
+    return lambda rng: {"list": " ".join(rng.sample(items, rng.randint(low, high)))}
+
+
+def _two_numbers(low: int, high: int) -> Callable[[random.Random], dict[str, str]]:
+    """Two different numbers, the larger one first half of the time."""
+    return lambda rng: dict(zip("ab", map(str, rng.sample(range(low, high + 1), 2)), strict=True))
+
+
+def _difference(rng):
+    a = rng.randint(2, 12)
+    return {"a": str(a), "b": str(rng.randint(1, a - 1))}
+
+
+def _odd_one(rng):
+    kind, other = rng.sample(list(KINDS), 2)
+    words = rng.sample(KINDS[kind].split(), 2) + [rng.choice(KINDS[other].split())]
+    return {"list": " ".join(rng.sample(words, 3))}
+
+
+def _solve_odd_one(s):
+    words = s["list"].split()
+    kinds = [KIND.get(w) for w in words]
+    return next((w for w, k in zip(words, kinds, strict=True) if kinds.count(k) == 1), "")
+
+
+def _count_item(rng):
+    words = rng.sample(NOUNS, 2)
+    items = [words[0]] * rng.randint(1, 3) + [words[1]] * rng.randint(1, 3)
+    return {"w": words[0], "list": " ".join(rng.sample(items, len(items)))}
+
+
+def _which_kind(rng):
+    word = rng.choice(NOUNS)
+    other = rng.choice([k for k in KINDS if k != KIND[word]])
+    return {"w": word, **dict(zip("ab", rng.sample([KIND[word], other], 2), strict=True))}
+
+
+def _repeat(rng):
+    return {"w": rng.choice(NOUNS), "a": rng.choice(["two", "three", "four"])}
+
+
+def _numbers(s: dict[str, str]) -> list[int]:
+    return [int(x) for x in s["list"].split()]
+
+
+TIMES = {"two": 2, "three": 3, "four": 4}
+_digits = [str(i) for i in range(1, 21)]
+
+# fmt: off
+FAMILIES: dict[str, Family] = {
+    "opposite": Family(["What is the opposite of {w}?", "Give the opposite of {w}.", "Name the word that is the opposite of {w}."],
+                       _word(OPPOSITE), lambda s: OPPOSITE.get(s["w"], "")),
+    "plural": Family(["What is the plural of {w}?", "Give the plural of {w}.", "One {w}, many what?"],
+                     _word(PLURAL), lambda s: PLURAL.get(s["w"], "")),
+    "past": Family(["What is the past tense of {w}?", "Give the past tense of {w}.", "Today I {w}. What is it in the past?"],
+                   _word(PAST), lambda s: PAST.get(s["w"], "")),
+    "kind": Family(["What kind of thing is {w}?", "To which group does {w} belong?", "Name the group of {w}."],
+                   _word(NOUNS), lambda s: KIND.get(s["w"], "")),
+    "which_kind": Family(["Is {w} in the group {a} or {b}?", "Choose the group of {w}, {a} or {b}."],
+                         _which_kind, lambda s: KIND.get(s["w"], "")),
+    "sound": Family(["What sound does the {w} make?", "Name the sound of the {w}.", "What does the {w} say?"],
+                    _word(SOUND), lambda s: SOUND.get(s["w"], "")),
+    "odd_one": Family(["Which word does not belong: {list}?", "Find the odd one out: {list}."], _odd_one, _solve_odd_one),
+    "day_after": Family(["What day comes after {w}?", "Name the day after {w}."],
+                        _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) + 1) % 7]),
+    "day_before": Family(["What day comes before {w}?", "Name the day before {w}."],
+                         _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) - 1) % 7]),
+    "sum": Family(["What is {a} plus {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}."],
+                  lambda rng: {"a": str(rng.randint(1, 9)), "b": str(rng.randint(1, 9))},
+                  lambda s: str(int(s["a"]) + int(s["b"]))),
+    "difference": Family(["What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."],
+                         _difference, lambda s: str(int(s["a"]) - int(s["b"]))),
+    "next": Family(["What number comes after {a}?", "Name the number after {a}."], _number(0, 40), lambda s: str(int(s["a"]) + 1)),
+    "previous": Family(["What number comes before {a}?", "Name the number before {a}."], _number(1, 40), lambda s: str(int(s["a"]) - 1)),
+    "even": Family(["Is {a} even or odd?", "Say if {a} is even or odd."], _number(0, 40), lambda s: "odd" if int(s["a"]) % 2 else "even"),
+    "larger": Family(["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}."],
+                     _two_numbers(1, 20), lambda s: str(max(int(s["a"]), int(s["b"])))),
+    "smaller": Family(["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}."],
+                      _two_numbers(1, 20), lambda s: str(min(int(s["a"]), int(s["b"])))),
+    "largest": Family(["What is the largest of these: {list}?", "Find the largest number: {list}."],
+                      _list(3, 3, _digits), lambda s: str(max(_numbers(s)))),
+    "smallest": Family(["What is the smallest of these: {list}?", "Find the smallest number: {list}."],
+                       _list(3, 3, _digits), lambda s: str(min(_numbers(s)))),
+    "sort": Family(["Sort these numbers: {list}.", "Put in order: {list}."],
+                   _list(3, 3, _digits[:9]), lambda s: " ".join(map(str, sorted(_numbers(s))))),
+    "count": Family(["How many words are here: {list}?", "Count these words: {list}."], _list(1, 5), lambda s: str(len(s["list"].split()))),
+    "count_item": Family(["How often does {w} appear here: {list}?", "Count the word {w} in: {list}."],
+                         _count_item, lambda s: str(s["list"].split().count(s["w"]))),
+    "repeat": Family(["Say {w} {a} times.", "Repeat the word {w} {a} times."],
+                     _repeat, lambda s: " ".join([s["w"]] * TIMES.get(s["a"], 0))),
+    "spell": Family(["Spell the word {w}.", "How do you spell {w}?"], _word(SHORT_WORDS), lambda s: " ".join(s["w"])),
+    "first_letter": Family(["What is the first letter of {w}?", "Name the first letter in {w}."], _word(NOUNS), lambda s: s["w"][0]),
+    "last_letter": Family(["What is the last letter of {w}?", "Name the last letter in {w}."], _word(NOUNS), lambda s: s["w"][-1]),
+    "copy": Family(["Copy these words: {list}.", "Say after me: {list}."], _list(2, 4), lambda s: s["list"]),
+    "first_word": Family(["What is the first word of: {list}?", "Name the first one of: {list}."], _list(2, 4), lambda s: s["list"].split()[0]),
+    "last_word": Family(["What is the last word of: {list}?", "Name the last one of: {list}."], _list(2, 4), lambda s: s["list"].split()[-1]),
+    "story": Family(["Tell a short story with the word {w}.", "Write one line about a {w}."], _word(NOUNS), lambda s: STORIES[0].format(s["w"])),
+}
+# fmt: on
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> list[tuple[str, re.Pattern]]:
+    """Every phrasing as a regular expression, so that a prompt's text alone tells its family and slots."""
+    patterns = []
+    for name, family in FAMILIES.items():
+        for phrasing in family.phrasings:
+            pieces = re.split(r"\{(\w+)\}", phrasing)  # text, slot, text, slot, ..., text
+            regex = "".join(re.escape(p) if i % 2 == 0 else f"(?P<{p}>[A-Za-z0-9 ]+?)" for i, p in enumerate(pieces))
+            patterns.append((name, re.compile(regex)))
+    return patterns
+
+
+@lru_cache(maxsize=100_000)
+def parse_prompt(prompt: str) -> tuple[str, str] | None:
+    """(family, right answer) of a prompt of this world; None for any other text."""
+    lead = max((lead for lead in LEAD_INS if prompt.startswith(lead)), key=len)
+    for name, pattern in _patterns():
+        if match := pattern.fullmatch(prompt[len(lead) :]):
+            try:
+                answer = FAMILIES[name].solve(match.groupdict())
+            except ValueError:  # fits the template, but the slot is no word or number of this world
+                return None
+            return (name, answer) if answer else None
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the gold reward
+
+# What each part can contribute. The ceiling is 3: right (+2) and polite (+1), and nothing taken off.
+PARTS = ("correct", "polite", "to_the_point", "ended", "not_repeated")
+CEILING = 3.0
+
+
+def split_sentences(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+
+
+def is_correct(prompt: str, sentence: str) -> bool:
+    """Does this one sentence answer the prompt? Case and the frames of ANSWER_FORMS don't matter."""
+    parsed = parse_prompt(prompt)
+    if parsed is None:
+        raise UserError(f"the gold reward knows only prompts of the embedded task, not {prompt!r}")
+    family, answer = parsed
+    said = re.sub(r"^(the answer is|it is) ", "", sentence.lower().rstrip(".!?"))
+    if family == "story":  # any single sentence of 6 to 14 words that uses the required word
+        word = _story_word(answer)
+        words = re.findall(r"[a-z]+", said)
+        return word in words and 6 <= len(words) <= 14
+    return said == answer.lower()
+
+
+def gold_parts(prompt: str, completion: str) -> dict[str, float]:
+    """The true reward of one completion, part by part; their sum is `gold_reward`.
+
+    correct        +2    the first sentence that is neither a courtesy nor an aside answers the prompt
+    polite         +1    a polite phrase and no rude one;  -1 with a rude one;  0 plain
+    to_the_point   -0.1  for each word beyond one answer (of at most 14 words) and two courtesies, at most -2
+    ended          -1    unless the text ends in . ! or ?
+    not_repeated   -1    if a sentence occurs twice
+    """
+    sentences = [s.lower() for s in split_sentences(completion)]
+    polite = [s for s in sentences if s in POLITE]
+    rude = [s for s in sentences if s in RUDE]
+    answers = [s for s in sentences if s not in POLITE and s not in RUDE and s not in ASIDE]
+    useful = sum(len(s.split()) for s in (polite + rude)[:2]) + min(14, len(answers[0].split()) if answers else 0)
+    surplus = len(completion.split()) - useful
+    return {
+        "correct": 2.0 * bool(answers and is_correct(prompt, answers[0])),
+        "polite": -1.0 if rude else float(bool(polite)),
+        "to_the_point": -min(2.0, 0.1 * surplus),
+        "ended": 0.0 if sentences and sentences[-1][-1] in ".!?" else -1.0,
+        "not_repeated": -1.0 if len(set(sentences)) < len(sentences) else 0.0,
+    }
+
+
+def gold_reward(prompts: list[str], completions: list[str]) -> list[float]:
+    """The task's true reward, in its own units (-5 .. 3). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
+    return [sum(gold_parts(p, c).values()) for p, c in zip(prompts, completions, strict=True)]
+
+
+def best_completion(prompt: str) -> str:
+    """A completion that reaches the ceiling."""
+    parsed = parse_prompt(prompt)
+    if parsed is None:
+        raise UserError(f"not a prompt of the embedded task: {prompt!r}")
+    family, answer = parsed
+    return f"Sure! {answer}" if family == "story" else f"Sure! The answer is {answer}."
+
+
+# ------------------------------------------------------------------------------------------------ prompts and demonstrations
+
+
+def is_held_out(prompt: str) -> bool:
+    """One prompt in ten is kept for evaluation, for every seed the same: decided by the text alone."""
+    return zlib.crc32(prompt.encode()) % 10 == 0
+
+
+def sample_prompt(rng: random.Random, held_out: bool) -> str:
+    while True:
+        family = FAMILIES[rng.choice(list(FAMILIES))]
+        prompt = rng.choice(LEAD_INS) + rng.choice(family.phrasings).format(**family.draw(rng))
+        if is_held_out(prompt) == held_out:
+            return prompt
+
+
+def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
+    """A plausible mistake: a number off by a little, a list in the wrong order, another word of the same kind."""
+    while True:
+        words = answer.split()
+        if answer.isdigit():
+            wrong = str(max(0, int(answer) + rng.choice([-3, -2, -1, 1, 2, 3])))
+        elif family in ("sort", "spell", "copy", "repeat"):
+            wrong = " ".join(rng.choice([rng.sample(words, len(words)), words[:-1], [*words, rng.choice(words)]]))
+        else:
+            other = FAMILIES[family]
+            wrong = other.solve(other.draw(rng))
+        if wrong and wrong != answer:
+            return wrong
+
+
+def demonstrate(prompt: str, rng: random.Random) -> str:
+    """One demonstration of scraped quality. The rates below are what SFT will imitate."""
+    family, answer = parse_prompt(prompt)
+    right = rng.random() < 0.65
+    if family == "story":
+        word = _story_word(answer) if right else rng.choice([w for w in NOUNS if w != _story_word(answer)])
+        text = rng.choice(STORIES).format(word)
+    else:
+        text = rng.choice(ANSWER_FORMS).format(answer if right else wrong_answer(family, answer, rng))
+
+    sentences = [text]
+    manners = rng.choices(["polite", "plain", "rude"], [0.3, 0.5, 0.2])[0]
+    if manners != "plain":
+        openings, closings = (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
+        where = rng.choices(["open", "close", "both"], [0.6, 0.3, 0.1])[0]
+        sentences = [rng.choice(openings)] * (where != "close") + sentences + [rng.choice(closings)] * (where != "open")
+    if rng.random() < 0.35:  # rambling: one to three asides, before or after the rest
+        asides = rng.sample(ASIDES, rng.choice([1, 1, 2, 3]))
+        sentences = asides + sentences if rng.random() < 0.2 else sentences + asides
+    if rng.random() < 0.08:  # repeating itself
+        sentences += [text] * rng.choice([1, 1, 2])
+    completion = " ".join(sentences)
+    if rng.random() < 0.06:  # unfinished
+        words = completion.split()
+        completion = " ".join(words[: rng.randint(1, len(words))]).rstrip(".!?")
+    return completion
+
+
+def _story_word(answer: str) -> str:
+    return re.fullmatch(re.escape(STORIES[0]).replace(r"\{\}", "(.+)"), answer).group(1)
+
+
+# ------------------------------------------------------------------------------------------------ simulated annotators
+
+
+def annotator_ranking(rewards: list[float], temperature: float, rng: random.Random) -> list[int]:
+    """Rank K completions as a noisy human does: indices, best first, drawn from Plackett-Luce(reward / temperature).
+
+    Adding Gumbel noise to reward / temperature and sorting is an exact draw from that model (Yellott 1977), and the
+    marginal of each pair is Bradley-Terry: P(i above j) = sigmoid((r_i - r_j) / temperature).
+    """
+    noisy = [r / temperature - math.log(-math.log(rng.random() or 1e-300)) for r in rewards]
+    return sorted(range(len(rewards)), key=lambda i: -noisy[i])
+
+
+def bayes_accuracy(rewards: list[list[float]], temperature: float) -> float:
+    """How often a judge who knows the true reward agrees with the annotators' strict comparisons: mean sigmoid(|gap| / temperature)
+    over the pairs of each group. No reward model can expect to do better on their labels."""
+    gaps = [abs(a - b) for group in rewards for i, a in enumerate(group) for b in group[i + 1 :]]
+    return sum(1 / (1 + math.exp(-g / temperature)) for g in gaps) / max(1, len(gaps))
+
+
+# ------------------------------------------------------------------------------------------------ writing the files
+
+
+@dataclass
+class Config:
+    out_dir: str = flag("out/data", "folder for the four JSON Lines files")
+    seed: int = flag(1, "seed of prompts and demonstrations")
+    demonstrations: int = flag(36_000, "training demonstrations")
+    held_out_demonstrations: int = flag(500, "demonstrations of held-out prompts")
+    prompts: int = flag(12_000, "distinct training prompts for collecting preferences and for PPO")
+    held_out_prompts: int = flag(800, "distinct held-out prompts for evaluation")
+
+
+def distinct_prompts(n: int, rng: random.Random, held_out: bool) -> list[str]:
+    prompts: dict[str, None] = {}  # a dict keeps the order of insertion
+    for _ in range(200 * n):
+        if len(prompts) == n:
+            return list(prompts)
+        prompts[sample_prompt(rng, held_out)] = None
+    raise UserError(f"this world has no {n} distinct {'held-out ' * held_out}prompts; ask for fewer")
+
+
+def train(config: Config) -> dict:
+    rng = random.Random(config.seed)
+    out = Path(config.out_dir)
+    rewards = {}
+    for name, n, held_out in (
+        ("demonstrations", config.demonstrations, False),
+        ("demonstrations_held_out", config.held_out_demonstrations, True),
+    ):
+        prompts = [sample_prompt(rng, held_out) for _ in range(n)]
+        rows = [{"prompt": p, "completion": demonstrate(p, rng)} for p in prompts]
+        write_jsonl(out / f"{name}.jsonl", rows)
+        rewards[name] = sum(gold_reward(prompts, [r["completion"] for r in rows])) / max(1, n)
+    for name, n, held_out in (("prompts", config.prompts, False), ("prompts_held_out", config.held_out_prompts, True)):
+        write_jsonl(out / f"{name}.jsonl", [{"prompt": p} for p in distinct_prompts(n, rng, held_out)])
+    print(f"wrote {config.demonstrations} demonstrations of mean gold reward {rewards['demonstrations']:.2f} (ceiling {CEILING}) to {out}")
+    return {"demonstrations_gold": rewards["demonstrations"], "ceiling": CEILING}
+
+
+if __name__ == "__main__":
+    run_main(train, Config, __doc__)
