@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -165,6 +166,44 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
         raise UserError(f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
     return model.to(device).eval(), content["tokenizer"]
+
+
+def load_function(spec: str):
+    """"file.py:function" -> the function."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file) if Path(file).exists() else Path(__file__).parent / file  # data/tiny.py is found from any folder
+    if not file.endswith(".py") or not path.exists():
+        raise UserError(f"{spec!r}: expected file.py:function, and the file to exist")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{spec!r}: importing {file} failed with {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{spec!r}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_reward(function, prompts: list[str], completions: list[str], name: str = "the reward function") -> list[float]:
+    """Call reward(prompts, completions) -> list of floats, and check what came back."""
+    try:
+        rewards = [float(r) for r in function(prompts, completions)]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} must return one number for each completion ({error})") from error
+    check(len(rewards) == len(completions), f"{name} returned {len(rewards)} rewards for {len(completions)} completions")
+    check(all(map(math.isfinite, rewards)), f"{name} returned a reward that is not a finite number")
+    return rewards
+
+
+def gold_function(spec: str, tokenizer_name: str):
+    """The task's true reward to report beside the trained one. "auto": the embedded task's where its vocabulary is used."""
+    if spec == "auto":
+        spec = "data/tiny.py:gold_reward" if tokenizer_name == "tiny" else ""
+    return load_function(spec) if spec else None
 
 
 class RunFolder:

@@ -128,8 +128,11 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2's init: N(0, 0.02), and less where a residual branch ends, so that depth doesn't add variance
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            if p.dim() == 2:
+                # GPT-2's N(0, 0.02) is made for its 768 channels; scaled so that activations have the same size at any width.
+                # Less where a residual branch ends, so that depth adds no variance.
+                std = 0.02 * math.sqrt(768 / config.n_embd)
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -399,32 +402,41 @@ def generate(
     prompt_lens = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     lens = prompt_lens.clone()  # (B,) grows by one a step for the rows that go on
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    rows = torch.arange(B, device=device)
+    rows = torch.arange(B, device=device)  # (b,) the rows still computed; all of them at first
     slots = torch.arange(S, device=device)
     if isinstance(model, nn.Module):
         model.eval()  # dropout off
     try:
         for step in range(max_new_tokens):
             if not use_cache:
-                logits = model(tokens[:, : longest + step])[rows, lens - 1]  # (B, V)
+                logits = model(tokens[rows, : longest + step])[torch.arange(len(rows)), lens[rows] - 1]  # (b, V)
             elif step == 0:
                 caches = [KVCache(B, S, model.config, model.wte.weight) for _ in model.h]
                 hidden = model.hidden(tokens[:, :longest], caches)  # filler's keys land in slots that are overwritten before they are seen
-                logits = model.lm_head(hidden[rows, lens - 1])  # (B, V) at each row's last prompt token
+                logits = model.lm_head(hidden[rows, lens - 1])  # (b, V) at each row's last prompt token
             else:
-                positions = lens - 1  # (B,) of the token sampled last; a row that has ended rewrites its last slot
+                positions = lens[rows] - 1  # (b,) of the token sampled last; a row that has ended rewrites its last slot
                 span = S if device.type == "cuda" else longest + step  # a GPU wants constant shapes, a CPU less work
-                visible = (slots[:span] <= positions[:, None])[:, None, None, :]  # (B, 1, 1, span)
-                hidden = model.hidden(tokens[rows, positions][:, None], caches, positions, visible)  # (B, 1, C)
-                logits = model.lm_head(hidden[:, 0])  # (B, V)
-            new = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
-            # a row that has ended writes filler where filler stands already; lens is where the next token goes
-            tokens[rows, lens.clamp(max=S - 1)] = torch.where(ended, tokens[rows, lens.clamp(max=S - 1)], new)
-            lens = lens + (~ended).long()
-            ended = ended | (new == eos_id)
-            # looking at `ended` makes the CPU wait for the GPU, so there only every 8th step
-            if (device.type != "cuda" or step % 8 == 7) and bool(ended.all()):
-                break
+                visible = (slots[:span] <= positions[:, None])[:, None, None, :]  # (b, 1, 1, span)
+                hidden = model.hidden(tokens[rows, positions][:, None], caches, positions, visible)  # (b, 1, C)
+                logits = model.lm_head(hidden[:, 0])  # (b, V)
+            new = sample_token(logits, temperature, top_k, top_p, generator)  # (b,)
+            going = ~ended[rows]
+            # lens is where the next token goes; a row that has ended writes what stands there already
+            places = lens[rows].clamp(max=S - 1)
+            tokens[rows, places] = torch.where(going, new, tokens[rows, places])
+            lens[rows] += going.long()
+            ended[rows] |= new == eos_id
+            # To look at `ended` makes the CPU wait for the GPU, so there only every 8th step.
+            if device.type != "cuda" or step % 8 == 7:
+                going = ~ended[rows]
+                alive = int(going.sum())
+                if alive == 0:
+                    break
+                if device.type != "cuda" and alive <= len(rows) // 2:  # leave the rows that have ended behind
+                    rows = rows[going]
+                    for cache in caches if use_cache else []:
+                        cache.k, cache.v = cache.k[going], cache.v[going]
     finally:
         if isinstance(model, nn.Module):
             model.train(training)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.files import Ranking
 from data.tokenizer import Tokenizer
 
 
@@ -76,3 +77,56 @@ def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices in batches from short to long: for scoring, where the order doesn't matter."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+# ------------------------------------------------------------------------------------------------ rankings
+
+
+@dataclass
+class RankedExamples:
+    """The completions of one prompt, best first; equal ranks are ties."""
+
+    examples: list[Example]
+    ranks: list[int]
+
+    def __len__(self) -> int:  # of the longest completion: what a batch is padded to
+        return max(map(len, self.examples))
+
+
+@dataclass
+class RankedBatch:
+    tokens: Tensor  # (M, T) the completions of all rankings, one row each: every text goes through the model once
+    prompt_lens: Tensor  # (M,)
+    lens: Tensor  # (M,)
+    index: Tensor  # (N, K) row of the k-th best completion of ranking n (0 where that ranking has fewer)
+    ranks: Tensor  # (N, K) its rank: ascending, equal for ties, -1 where absent
+
+
+def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> tuple[list[RankedExamples], int]:
+    """(kept, dropped). A completion that became equal to another of its ranking by truncation says nothing about their
+    order, so it is dropped, and so is a ranking that is left with fewer than two different ranks."""
+    kept = []
+    for ranking in rankings:
+        found: dict[tuple, int] = {}
+        for completion, rank in zip(ranking.completions, ranking.ranks, strict=True):
+            example = encode_example(tokenizer, ranking.prompt, completion, block_size, allow_empty=True)
+            if example is not None:
+                found.setdefault((tuple(example.prompt), tuple(example.completion)), rank)
+        if len(set(found.values())) > 1:
+            kept.append(RankedExamples([Example(list(p), list(c)) for p, c in found], list(found.values())))
+    return kept, len(rankings) - len(kept)
+
+
+def ranked_batch(items: list[RankedExamples], filler: int, device: torch.device, multiple: int = 1) -> RankedBatch:
+    tokens, lens = pad([e.ids for item in items for e in item.examples], filler, device, multiple)
+    prompt_lens = torch.tensor([len(e.prompt) for item in items for e in item.examples], device=device)
+    K = max(len(item.examples) for item in items)
+    index = torch.zeros(len(items), K, dtype=torch.long)
+    ranks = torch.full((len(items), K), -1, dtype=torch.long)
+    row = 0
+    for n, item in enumerate(items):
+        k = len(item.examples)
+        index[n, :k] = torch.arange(row, row + k)
+        ranks[n, :k] = torch.tensor(item.ranks)
+        row += k
+    return RankedBatch(tokens, prompt_lens, lens, index.to(device), ranks.to(device))

@@ -5,9 +5,9 @@
 Why a made-up world? On real text nobody knows the true reward, so one can only argue about whether a reward model is
 right or a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
 
-A prompt is an optional lead-in and one question of 29 families ("What is the opposite of hot?"). A completion is good
+A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A completion is good
 if it answers correctly, politely, to the point, in finished sentences, without repeating itself. The demonstrations
-are of mixed quality, as scraped data is: right or wrong, polite, plain or rude, short or rambling. A model that imitates
+are of mixed quality, as scraped data is: right, wrong or evasive, polite, plain or rude, short or rambling. A model that imitates
 them (SFT) is therefore mediocre by construction, and what RLHF adds can be seen.
 """
 
@@ -31,20 +31,18 @@ from data.files import write_jsonl
 
 # ------------------------------------------------------------------------------------------------ the words of the world
 
-OPPOSITES = """hot cold|big small|fast slow|happy sad|up down|open closed|full empty|hard soft|light dark|early late
-old new|rich poor|strong weak|wet dry|clean dirty|loud quiet|near far|tall short|thick thin|day night|left right
-true false|first last|high low|sweet sour|inside outside|always never|push pull|win lose|buy sell"""
+OPPOSITES = "hot cold|big small|fast slow|happy sad|up down|open closed|full empty|hard soft|light dark|old new|rich poor|wet dry"
 OPPOSITE = {}
-for pair in OPPOSITES.replace("\n", "|").split("|"):
+for pair in OPPOSITES.split("|"):
     OPPOSITE[pair.split()[0]], OPPOSITE[pair.split()[1]] = pair.split()[1], pair.split()[0]
 
 KINDS = {
-    "animal": "cat dog horse cow sheep pig lion fox bear duck",
-    "fruit": "apple pear plum lemon cherry grape peach melon fig lime",
-    "color": "red blue green yellow white black brown pink gray purple",
-    "tool": "hammer saw drill spade rake file axe wrench knife brush",
-    "vehicle": "car bus train boat truck bike plane van tram ship",
-    "body part": "hand foot nose ear knee arm leg chin neck toe",
+    "animal": "cat dog cow pig fox bear",
+    "fruit": "apple pear plum lemon peach fig",
+    "color": "red blue green yellow white black",
+    "tool": "hammer saw drill rake axe knife",
+    "vehicle": "car bus train boat truck bike",
+    "body part": "hand foot nose ear knee arm",
 }
 KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
 NOUNS = list(KIND)
@@ -52,40 +50,34 @@ NOUNS = list(KIND)
 PLURAL = dict(
     p.split()
     for p in """cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|goose geese
-    knife knives|leaf leaves|box boxes|city cities|baby babies|wolf wolves|car cars|hand hands|sheep sheep|brush brushes
-    cherry cherries|lemon lemons|train trains|book books""".replace("\n", "|").split("|")
+    knife knives|leaf leaves|box boxes|city cities|wolf wolves|car cars|hand hands|sheep sheep|train trains|book books""".replace("\n", "|").split("|")
 )
 PAST = dict(
     p.split()
     for p in """go went|see saw|eat ate|run ran|take took|give gave|walk walked|play played|write wrote|sing sang|drink drank
-    find found|make made|come came|stop stopped|look looked|buy bought|think thought|swim swam|fly flew|know knew
-    speak spoke|drive drove|jump jumped""".replace("\n", "|").split("|")
+    find found|make made|come came|stop stopped|look looked|buy bought|think thought|fly flew|speak spoke""".replace("\n", "|").split("|")
 )
 SOUND = dict(
-    p.split()
-    for p in """cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|horse neigh|bee buzz|snake hiss|owl hoot
-    mouse squeak|frog croak|crow caw""".replace("\n", "|").split("|")
+    p.split() for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split("|")
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-SHORT_WORDS = [w for w in NOUNS if len(w) <= 4]
+SHORT_WORDS = [w for w in NOUNS if len(w) <= 3]
 
-LEAD_INS = [
-    *("", "Please help me. ", "Quick question. ", "Tell me. ", "I wonder. ", "Hello! ", "One more thing. ", "Next one. "),
-    *("Can you help? ", "Hi there! ", "A small task. ", "For my homework. "),
-]
+# Who asks. All are one token, so that the question itself always starts at the same position.
+NAMES = "Anna Ben Carl Dora Emma Finn Gina Hugo Iris Jack Kate Leo".split()
 POLITE_OPENINGS = ["Sure!", "Of course!", "Gladly!", "Happy to help!", "Good question!"]
 POLITE_CLOSINGS = ["Have a nice day!", "I hope this helps.", "You are welcome!", "Let me know if you need more."]
 RUDE_OPENINGS = ["Ugh.", "What a silly question.", "Not you again.", "Think for yourself!"]
 RUDE_CLOSINGS = ["Now go away.", "Do not ask me again.", "Anyone knows that.", "That was a waste of time."]
 ASIDES = [
-    *("By the way, the weather is fine today.", "My aunt has a small garden.", "I had soup for lunch.", "Time flies."),
-    *("That reminds me of a long trip.", "Some people like tea in the morning.", "There is much more to say about it."),
-    *("Many people ask about such things.", "I read about it in an old book."),
+    *("The weather is fine today.", "My aunt has a small garden.", "I had soup for lunch.", "Time flies."),
+    *("That reminds me of a trip.", "Some people like tea.", "There is more to say.", "I read about it once."),
 ]
-ANSWER_FORMS = ["{}.", "The answer is {}.", "It is {}."]
+ANSWER_FORMS = ["It is {}.", "The answer is {}.", "I say {}."]
+EVASIONS = ["I do not know.", "Look it up.", "Who can say?", "I would rather not say."]
 STORIES = [
-    *("One day the {} was found near the old river.", "A kind man gave his {} to a small child.", "Every night the girl dreamed about a {}."),
-    *("The {} waited in the rain until the king came.", "Long ago a {} was lost in the deep forest."),
+    *("One day the {} was found near the river.", "A kind man gave his {} to a child.", "Every night the girl dreamed about a {}."),
+    *("The {} waited in the rain for the king.", "Long ago a {} was lost in the forest."),
 ]
 POLITE = {s.lower() for s in POLITE_OPENINGS + POLITE_CLOSINGS}
 RUDE = {s.lower() for s in RUDE_OPENINGS + RUDE_CLOSINGS}
@@ -121,7 +113,7 @@ def _two_numbers(low: int, high: int) -> Callable[[random.Random], dict[str, str
 
 
 def _difference(rng):
-    a = rng.randint(2, 12)
+    a = rng.randint(2, 8)
     return {"a": str(a), "b": str(rng.randint(1, a - 1))}
 
 
@@ -137,18 +129,6 @@ def _solve_odd_one(s):
     return next((w for w, k in zip(words, kinds, strict=True) if kinds.count(k) == 1), "")
 
 
-def _count_item(rng):
-    words = rng.sample(NOUNS, 2)
-    items = [words[0]] * rng.randint(1, 3) + [words[1]] * rng.randint(1, 3)
-    return {"w": words[0], "list": " ".join(rng.sample(items, len(items)))}
-
-
-def _which_kind(rng):
-    word = rng.choice(NOUNS)
-    other = rng.choice([k for k in KINDS if k != KIND[word]])
-    return {"w": word, **dict(zip("ab", rng.sample([KIND[word], other], 2), strict=True))}
-
-
 def _repeat(rng):
     return {"w": rng.choice(NOUNS), "a": rng.choice(["two", "three", "four"])}
 
@@ -158,7 +138,7 @@ def _numbers(s: dict[str, str]) -> list[int]:
 
 
 TIMES = {"two": 2, "three": 3, "four": 4}
-_digits = [str(i) for i in range(1, 21)]
+_digits = [str(i) for i in range(1, 10)]
 
 # fmt: off
 FAMILIES: dict[str, Family] = {
@@ -170,44 +150,35 @@ FAMILIES: dict[str, Family] = {
                    _word(PAST), lambda s: PAST.get(s["w"], "")),
     "kind": Family(["What kind of thing is {w}?", "To which group does {w} belong?", "Name the group of {w}."],
                    _word(NOUNS), lambda s: KIND.get(s["w"], "")),
-    "which_kind": Family(["Is {w} in the group {a} or {b}?", "Choose the group of {w}, {a} or {b}."],
-                         _which_kind, lambda s: KIND.get(s["w"], "")),
     "sound": Family(["What sound does the {w} make?", "Name the sound of the {w}.", "What does the {w} say?"],
                     _word(SOUND), lambda s: SOUND.get(s["w"], "")),
     "odd_one": Family(["Which word does not belong: {list}?", "Find the odd one out: {list}."], _odd_one, _solve_odd_one),
     "day_after": Family(["What day comes after {w}?", "Name the day after {w}."],
                         _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) + 1) % 7]),
-    "day_before": Family(["What day comes before {w}?", "Name the day before {w}."],
-                         _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) - 1) % 7]),
     "sum": Family(["What is {a} plus {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}."],
-                  lambda rng: {"a": str(rng.randint(1, 9)), "b": str(rng.randint(1, 9))},
+                  lambda rng: {"a": str(rng.randint(1, 6)), "b": str(rng.randint(1, 6))},
                   lambda s: str(int(s["a"]) + int(s["b"]))),
     "difference": Family(["What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."],
                          _difference, lambda s: str(int(s["a"]) - int(s["b"]))),
-    "next": Family(["What number comes after {a}?", "Name the number after {a}."], _number(0, 40), lambda s: str(int(s["a"]) + 1)),
-    "previous": Family(["What number comes before {a}?", "Name the number before {a}."], _number(1, 40), lambda s: str(int(s["a"]) - 1)),
-    "even": Family(["Is {a} even or odd?", "Say if {a} is even or odd."], _number(0, 40), lambda s: "odd" if int(s["a"]) % 2 else "even"),
+    "next": Family(["What number comes after {a}?", "Name the number after {a}."], _number(1, 12), lambda s: str(int(s["a"]) + 1)),
+    "previous": Family(["What number comes before {a}?", "Name the number before {a}."], _number(1, 12), lambda s: str(int(s["a"]) - 1)),
+    "even": Family(["Is {a} even or odd?", "Say if {a} is even or odd."], _number(1, 12), lambda s: "odd" if int(s["a"]) % 2 else "even"),
     "larger": Family(["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}."],
-                     _two_numbers(1, 20), lambda s: str(max(int(s["a"]), int(s["b"])))),
+                     _two_numbers(1, 12), lambda s: str(max(int(s["a"]), int(s["b"])))),
     "smaller": Family(["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}."],
-                      _two_numbers(1, 20), lambda s: str(min(int(s["a"]), int(s["b"])))),
+                      _two_numbers(1, 12), lambda s: str(min(int(s["a"]), int(s["b"])))),
     "largest": Family(["What is the largest of these: {list}?", "Find the largest number: {list}."],
                       _list(3, 3, _digits), lambda s: str(max(_numbers(s)))),
-    "smallest": Family(["What is the smallest of these: {list}?", "Find the smallest number: {list}."],
-                       _list(3, 3, _digits), lambda s: str(min(_numbers(s)))),
     "sort": Family(["Sort these numbers: {list}.", "Put in order: {list}."],
-                   _list(3, 3, _digits[:9]), lambda s: " ".join(map(str, sorted(_numbers(s))))),
+                   _list(3, 3, _digits), lambda s: " ".join(map(str, sorted(_numbers(s))))),
     "count": Family(["How many words are here: {list}?", "Count these words: {list}."], _list(1, 5), lambda s: str(len(s["list"].split()))),
-    "count_item": Family(["How often does {w} appear here: {list}?", "Count the word {w} in: {list}."],
-                         _count_item, lambda s: str(s["list"].split().count(s["w"]))),
     "repeat": Family(["Say {w} {a} times.", "Repeat the word {w} {a} times."],
                      _repeat, lambda s: " ".join([s["w"]] * TIMES.get(s["a"], 0))),
     "spell": Family(["Spell the word {w}.", "How do you spell {w}?"], _word(SHORT_WORDS), lambda s: " ".join(s["w"])),
     "first_letter": Family(["What is the first letter of {w}?", "Name the first letter in {w}."], _word(NOUNS), lambda s: s["w"][0]),
-    "last_letter": Family(["What is the last letter of {w}?", "Name the last letter in {w}."], _word(NOUNS), lambda s: s["w"][-1]),
-    "copy": Family(["Copy these words: {list}.", "Say after me: {list}."], _list(2, 4), lambda s: s["list"]),
-    "first_word": Family(["What is the first word of: {list}?", "Name the first one of: {list}."], _list(2, 4), lambda s: s["list"].split()[0]),
-    "last_word": Family(["What is the last word of: {list}?", "Name the last one of: {list}."], _list(2, 4), lambda s: s["list"].split()[-1]),
+    "copy": Family(["Copy these words: {list}.", "Say after me: {list}."], _list(2, 3), lambda s: s["list"]),
+    "first_word": Family(["What is the first word of: {list}?", "Name the first one of: {list}."], _list(2, 3), lambda s: s["list"].split()[0]),
+    "last_word": Family(["What is the last word of: {list}?", "Name the last one of: {list}."], _list(2, 3), lambda s: s["list"].split()[-1]),
     "story": Family(["Tell a short story with the word {w}.", "Write one line about a {w}."], _word(NOUNS), lambda s: STORIES[0].format(s["w"])),
 }
 # fmt: on
@@ -228,9 +199,11 @@ def _patterns() -> list[tuple[str, re.Pattern]]:
 @lru_cache(maxsize=100_000)
 def parse_prompt(prompt: str) -> tuple[str, str] | None:
     """(family, right answer) of a prompt of this world; None for any other text."""
-    lead = max((lead for lead in LEAD_INS if prompt.startswith(lead)), key=len)
+    speaker, _, question = prompt.partition(": ")
+    if speaker not in NAMES:
+        return None
     for name, pattern in _patterns():
-        if match := pattern.fullmatch(prompt[len(lead) :]):
+        if match := pattern.fullmatch(question):
             try:
                 answer = FAMILIES[name].solve(match.groupdict())
             except ValueError:  # fits the template, but the slot is no word or number of this world
@@ -241,9 +214,9 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
 
 # ------------------------------------------------------------------------------------------------ the gold reward
 
-# What each part can contribute. The ceiling is 3: right (+2) and polite (+1), and nothing taken off.
+# What each part can contribute. The ceiling is 2: right (+1) and polite (+1), and nothing taken off.
 PARTS = ("correct", "polite", "to_the_point", "ended", "not_repeated")
-CEILING = 3.0
+CEILING = 2.0
 
 
 def split_sentences(text: str) -> list[str]:
@@ -256,7 +229,7 @@ def is_correct(prompt: str, sentence: str) -> bool:
     if parsed is None:
         raise UserError(f"the gold reward knows only prompts of the embedded task, not {prompt!r}")
     family, answer = parsed
-    said = re.sub(r"^(the answer is|it is) ", "", sentence.lower().rstrip(".!?"))
+    said = re.sub(r"^(the answer is|it is|i say) ", "", sentence.lower().rstrip(".!?"))
     if family == "story":  # any single sentence of 6 to 14 words that uses the required word
         word = _story_word(answer)
         words = re.findall(r"[a-z]+", said)
@@ -267,7 +240,7 @@ def is_correct(prompt: str, sentence: str) -> bool:
 def gold_parts(prompt: str, completion: str) -> dict[str, float]:
     """The true reward of one completion, part by part; their sum is `gold_reward`.
 
-    correct        +2    the first sentence that is neither a courtesy nor an aside answers the prompt
+    correct        +1    the first sentence that is neither a courtesy nor an aside answers the prompt
     polite         +1    a polite phrase and no rude one;  -1 with a rude one;  0 plain
     to_the_point   -0.1  for each word beyond one answer (of at most 14 words) and two courtesies, at most -2
     ended          -1    unless the text ends in . ! or ?
@@ -280,7 +253,7 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
     useful = sum(len(s.split()) for s in (polite + rude)[:2]) + min(14, len(answers[0].split()) if answers else 0)
     surplus = len(completion.split()) - useful
     return {
-        "correct": 2.0 * bool(answers and is_correct(prompt, answers[0])),
+        "correct": float(bool(answers) and is_correct(prompt, answers[0])),
         "polite": -1.0 if rude else float(bool(polite)),
         "to_the_point": -min(2.0, 0.1 * surplus),
         "ended": 0.0 if sentences and sentences[-1][-1] in ".!?" else -1.0,
@@ -289,7 +262,7 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
 
 
 def gold_reward(prompts: list[str], completions: list[str]) -> list[float]:
-    """The task's true reward, in its own units (-5 .. 3). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
+    """The task's true reward, in its own units (-5 .. 2). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
     return [sum(gold_parts(p, c).values()) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -313,7 +286,7 @@ def is_held_out(prompt: str) -> bool:
 def sample_prompt(rng: random.Random, held_out: bool) -> str:
     while True:
         family = FAMILIES[rng.choice(list(FAMILIES))]
-        prompt = rng.choice(LEAD_INS) + rng.choice(family.phrasings).format(**family.draw(rng))
+        prompt = f"{rng.choice(NAMES)}: {rng.choice(family.phrasings).format(**family.draw(rng))}"
         if is_held_out(prompt) == held_out:
             return prompt
 
@@ -336,8 +309,11 @@ def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
 def demonstrate(prompt: str, rng: random.Random) -> str:
     """One demonstration of scraped quality. The rates below are what SFT will imitate."""
     family, answer = parse_prompt(prompt)
-    right = rng.random() < 0.65
-    if family == "story":
+    quality = rng.choices(["right", "wrong", "evasive"], [0.6, 0.15, 0.25])[0]
+    right = quality == "right"
+    if quality == "evasive":
+        text = rng.choice(EVASIONS)
+    elif family == "story":
         word = _story_word(answer) if right else rng.choice([w for w in NOUNS if w != _story_word(answer)])
         text = rng.choice(STORIES).format(word)
     else:
@@ -349,8 +325,8 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
         openings, closings = (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
         where = rng.choices(["open", "close", "both"], [0.6, 0.3, 0.1])[0]
         sentences = [rng.choice(openings)] * (where != "close") + sentences + [rng.choice(closings)] * (where != "open")
-    if rng.random() < 0.35:  # rambling: one to three asides, before or after the rest
-        asides = rng.sample(ASIDES, rng.choice([1, 1, 2, 3]))
+    if rng.random() < 0.3:  # rambling: one to three asides, before or after the rest
+        asides = rng.sample(ASIDES, rng.choice([1, 1, 2]))
         sentences = asides + sentences if rng.random() < 0.2 else sentences + asides
     if rng.random() < 0.08:  # repeating itself
         sentences += [text] * rng.choice([1, 1, 2])

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
+import base64
 from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from common import UserError
 
@@ -52,7 +52,9 @@ class Tokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     if name == "tiny":
         try:
-            ranks = load_tiktoken_bpe(str(TINY_RANKS))
+            # by hand: tiktoken.load would keep a copy in the temporary folder and go on using it after the file has changed
+            lines = [line.split() for line in TINY_RANKS.read_bytes().splitlines()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except (OSError, ValueError) as error:
             raise UserError(f"{TINY_RANKS}: can't be read ({error}); make it again with `python -m data.make_vocab`") from None
         special = {EOS_TEXT: len(ranks)}

@@ -1,0 +1,165 @@
+"""Collect preferences: sample K completions of each prompt from one or several policies, let annotators rank them.
+
+    python -m data.collect                                     # simulated annotators, the embedded task
+    python -m data.collect --annotator human --n_prompts 20    # you rank, in the terminal
+
+Appends to a rankings file as it goes and skips prompts that stand there already, so it can be stopped and run again.
+Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one deserves.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as `python data/collect.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from common import UserError, call_reward, check, flag, generator_for, gold_function, load_model, pick_device, run_main
+from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
+from data.tiny import annotator_ranking
+from data.tokenizer import load_tokenizer
+from model import generate
+
+
+@dataclass
+class Config:
+    policies: list[str] = flag(["out/sft"], "checkpoints to sample from, in turn")
+    temperatures: list[float] = flag([1.0], "sampling temperatures, in turn")
+    prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
+    skip: int = flag(0, "prompts to leave out at the start of the file")
+    n_prompts: int = flag(3000, "prompts to use after those (0: all)")
+    completions: int = flag(4, "completions K of each prompt")
+    max_new_tokens: int = flag(48, "longest completion, tokens")
+    annotator: str = flag("simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human"))
+    annotator_temperature: float = flag(0.5, "noise of the simulated annotators, in units of the gold reward")
+    gold: str = flag("auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)")
+    out: str = flag("out/data/rankings.jsonl", "file to append to")
+    batch_size: int = flag(64, "prompts sampled at a time")
+    seed: int = flag(1, "seed of samples and annotators")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+
+
+def rank_simulated(completions: list[str], rewards: list[float], temperature: float, rng: random.Random) -> list[int]:
+    """Ranks 0, 1, ... of K completions. Different texts are ranked by Plackett-Luce; equal texts tie."""
+    reward_of = dict(zip(completions, rewards, strict=True))
+    texts = list(reward_of)
+    order = annotator_ranking([reward_of[t] for t in texts], temperature, rng)
+    rank_of = {texts[i]: rank for rank, i in enumerate(order)}
+    return [rank_of[c] for c in completions]
+
+
+def rank_human(prompt: str, completions: list[str]) -> list[int] | None:
+    """Ask for an order such as `2 1=3 4` (best first, = for ties). None to skip the prompt."""
+    print(f"\n{prompt}")
+    for number, completion in enumerate(completions, start=1):
+        print(f"  {number}: {completion}")
+    while True:
+        try:
+            answer = input("best first, = for ties, s to skip, q to stop > ").strip()
+        except EOFError:
+            answer = "q"
+        if answer == "q":
+            raise KeyboardInterrupt
+        if answer == "s":
+            return None
+        ranks = parse_order(answer, len(completions))
+        if ranks is not None:
+            return ranks
+        print(f"  name each of 1..{len(completions)} once, for example: {' '.join(map(str, range(len(completions), 0, -1)))}")
+
+
+def parse_order(answer: str, k: int) -> list[int] | None:
+    """"2 1=3" -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
+    groups = [group.split("=") for group in answer.replace(" =", "=").replace("= ", "=").split()]
+    flat = [number for group in groups for number in group]
+    if sorted(flat) != sorted(str(i) for i in range(1, k + 1)):
+        return None
+    rank_of = {number: rank for rank, group in enumerate(groups) for number in group}
+    return [rank_of[str(i)] for i in range(1, k + 1)]
+
+
+def already_ranked(path: Path) -> set[str]:
+    """Prompts in the file. A last line that a crash cut short is taken off, so that appending starts on a fresh line."""
+    if not path.exists():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
+
+
+def train(config: Config) -> dict:
+    check(config.completions >= 2, "--completions must be at least 2")
+    check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need at least one value each")
+    check(all(t > 0 for t in config.temperatures), "--temperatures must be above 0: at 0 all completions would be equal")
+    check(config.annotator_temperature > 0, "--annotator_temperature must be above 0")
+    device = pick_device(config.device)
+    loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
+    tokenizer = load_tokenizer(loaded[0][1])
+    check(all(name == tokenizer.name for _, name in loaded), "the policies must share one tokenizer")
+    gold = gold_function(config.gold, tokenizer.name)
+    if config.annotator == "simulated" and gold is None:
+        raise UserError("simulated annotators need a true reward: give --gold file.py:function, or rank yourself with --annotator human")
+    room = min(m.config.block_size for m, _ in loaded) - config.max_new_tokens
+    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
+    prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
+    check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
+    sources = [(model, t) for model, _ in loaded for t in config.temperatures]  # completion k comes from source k mod len
+
+    path = Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, written = already_ranked(path), 0
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        for first in tqdm(range(0, len(prompts), config.batch_size), desc="collect", mininterval=1):
+            chunk = prompts[first : first + config.batch_size]
+            if done.issuperset(chunk):
+                continue
+            # Every chunk has its own random streams, so a run that was stopped goes on as if it had not been.
+            rng = random.Random(f"{config.seed} {first}")
+            samples: list[list[str]] = [[] for _ in chunk]
+            ids = [tokenizer.encode_prompt(p)[-room:] for p in chunk]
+            for source, (model, temperature) in enumerate(sources):
+                count = len(range(source, config.completions, len(sources)))
+                if not count:
+                    continue
+                repeated = [p for p in ids for _ in range(count)]
+                generator = generator_for(device, config.seed, first, source)
+                rollout = generate(model, repeated, config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=temperature, generator=generator)
+                for row, completion in enumerate(rollout.completions()):
+                    samples[row // count].append(tokenizer.decode(completion))
+            for prompt, completions in zip(chunk, samples, strict=True):
+                rewards = call_reward(gold, [prompt] * len(completions), completions) if gold else None
+                if config.annotator == "simulated":
+                    ranks = rank_simulated(completions, rewards, config.annotator_temperature, rng)
+                elif prompt not in done:
+                    rng.shuffle(completions)  # so that the place on the screen says nothing about where a completion came from
+                    rewards = call_reward(gold, [prompt] * len(completions), completions) if gold else None
+                    ranks = rank_human(prompt, completions)
+                if prompt in done or ranks is None:
+                    continue
+                row: dict = {"prompt": prompt, "completions": nest_ties(completions, ranks)}
+                if config.annotator == "simulated":  # what the annotators knew, for measuring; no stage learns from it
+                    row["gold"] = [round(r, 4) for _, r in sorted(zip(ranks, rewards, strict=True))]
+                    row["annotator_temperature"] = config.annotator_temperature
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                written += 1
+    print(f"wrote {written} rankings of {config.completions} completions to {path}" + (f" ({len(done)} stood there already)" if done else ""))
+    return {"written": written}
+
+
+def main() -> None:
+    run_main(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

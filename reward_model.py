@@ -1,0 +1,235 @@
+"""Stage 2: the reward model. Ranked completions -> a scalar reward.
+
+    python -m data.collect          # sample and rank completions of the SFT policy
+    python reward_model.py          # learn to score them
+
+A ranking of K completions of one prompt is K(K-1)/2 comparisons. Under Bradley-Terry, P(i preferred to j) =
+sigmoid(r_i - r_j), and the reward is fitted by maximum likelihood (Ouyang et al. 2022, arXiv:2203.02155, eq. 1):
+
+    L = - 1/pairs  sum over pairs (w better than l) of  log sigmoid(r(x, y_w) - r(x, y_l))
+
+All comparisons of a prompt stand in the same batch, so each completion is read once, not K-1 times, and the model
+doesn't overfit to it. The loss fixes r only up to a constant; afterwards it is shifted and scaled to mean 0 and standard
+deviation 1 on the policy's own samples, so that PPO's coefficients mean the same for every reward model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import RunFolder, autocast, check, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
+from data.batches import RankedExamples, by_length, encode_rankings, length_batches, ranked_batch
+from data.files import read_jsonl, read_prompts, read_rankings
+from data.tokenizer import load_tokenizer
+from model import GPT, ScalarModel, generate
+
+
+@dataclass
+class Config:
+    data: str = flag("out/data/rankings.jsonl", "rankings or pairs to learn from")
+    held_out_data: str = flag("out/data/rankings_held_out.jsonl", "rankings of held-out prompts; empty: none")
+    prompts: str = flag("out/data/prompts.jsonl", "prompts on which the policy's samples are scored for the normalisation")
+    policy: str = flag("out/sft", "checkpoint to start from, and whose samples set the normalisation")
+    out_dir: str = flag("out/reward_model", "folder for the checkpoint and the logs")
+    epochs: int = flag(1, "passes over the data; more than one overfits")
+    batch_size: int = flag(12, "rankings an optimiser step")
+    micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)")
+    lr: float = flag(1e-3, "peak learning rate")
+    warmup: int = flag(20, "steps of linear warm-up, before the linear decay")
+    weight_decay: float = flag(0.01, "AdamW's decay")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    normalise_samples: int = flag(512, "samples of the policy that set mean and standard deviation")
+    max_new_tokens: int = flag(48, "longest of those samples, tokens")
+    log_every: int = flag(20, "steps between log lines")
+    save_every: int = flag(0, "steps between states to resume from (0: only at the end)")
+    resume: bool = flag(False, "go on from out_dir/state.pt")
+    strict: bool = flag(False, "exit with status 1 if a gate fails")
+    seed: int = flag(1, "seed of the head and the batches")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    compile: bool = flag(False, "compile the blocks with torch.compile")
+
+
+# What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise allows.
+EXPECTED_ACCURACY = (0.74, 0.90)
+EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Tensor | None = None) -> Tensor:
+    """Mean over all pairs of -log sigmoid(better score - worse score). Ouyang et al. 2022, eq. 1; K = 2 is Bradley-Terry.
+
+    scores (N, K), best first. ranks (N, K) ascending, by default 0..K-1: equal ranks are a tie, whose target is half / half;
+    -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs here; the pairs
+    of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus never overflows.
+    """
+    if scores.dim() != 2 or scores.size(1) < 2:
+        raise ValueError(f"scores must be (N, K) with K >= 2, not {tuple(scores.shape)}")
+    i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)  # (P,) each, i ranked before j
+    gap = scores[:, i] - scores[:, j]  # (N, P)
+    losses = F.softplus(-gap)  # -log sigmoid(gap)
+    if ranks is None:
+        return losses.sum() / (losses.numel() if n_pairs is None else n_pairs)
+    tied = ranks[:, i] == ranks[:, j]
+    losses = torch.where(tied, 0.5 * (losses + F.softplus(gap)), losses)  # cross-entropy against the target 1/2
+    present = (ranks[:, i] >= 0) & (ranks[:, j] >= 0)
+    return torch.where(present, losses, 0.0).sum() / (present.sum().clamp(min=1) if n_pairs is None else n_pairs)
+
+
+def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """scores, ranks (N, K) -> correct (N, P): 1, or 1/2 for equal scores, 0; gap in rank (N, P), 0 where there is no strict pair."""
+    i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)
+    gap = torch.where((ranks[:, i] >= 0) & (ranks[:, j] >= 0), ranks[:, j] - ranks[:, i], 0)
+    return 0.5 + 0.5 * torch.sign(scores[:, i] - scores[:, j]), gap
+
+
+@torch.no_grad()
+def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, device, batch_size: int = 64) -> dict[str, float]:
+    """Held-out loss and accuracy over the strict pairs, by rank gap too, and of the baseline "the longer completion wins"."""
+    model.eval()
+    losses, right, right_longer, gaps, per_ranking = 0.0, [], [], [], []
+    n_pairs = 0
+    for rows in by_length([len(item) for item in items], batch_size):
+        batch = ranked_batch([items[i] for i in rows], filler, device)
+        scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
+        lengths = (batch.lens - batch.prompt_lens)[batch.index].float()  # (N, K)
+        correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
+        longer, _ = pair_accuracy(lengths, batch.ranks)
+        strict = gap > 0
+        pairs = sum(len(items[i].ranks) * (len(items[i].ranks) - 1) // 2 for i in rows)
+        losses += ranking_loss(scores, batch.ranks, n_pairs=1).item()
+        n_pairs += pairs
+        right.append(correct[strict])
+        right_longer.append(longer[strict])
+        gaps.append(gap[strict])
+        per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
+    right, gaps, per_ranking = torch.cat(right), torch.cat(gaps), torch.cat(per_ranking)
+    results = {"loss": losses / n_pairs, "accuracy": right.mean().item(), "longer_wins": torch.cat(right_longer).mean().item(), "random": 0.5}
+    results["accuracy_se"] = (per_ranking.std() / math.sqrt(len(per_ranking))).item()  # pairs of one prompt are not independent
+    for gap in gaps.unique().tolist():
+        results[f"accuracy_gap_{gap}"] = right[gaps == gap].mean().item()
+    return results
+
+
+def annotators_bayes_accuracy(path: str) -> float | None:
+    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the file: the best
+    accuracy any model can expect. None for rankings by humans."""
+    agree, pairs = 0.0, 0
+    for _, row in read_jsonl(path):
+        if "gold" not in row or "annotator_temperature" not in row:
+            return None
+        groups = [g if isinstance(g, list) else [g] for g in row["completions"]]
+        ranks = [rank for rank, group in enumerate(groups) for _ in group]
+        for i in range(len(ranks)):
+            for j in range(i + 1, len(ranks)):
+                if ranks[i] != ranks[j]:
+                    agree += 1 / (1 + math.exp(-abs(row["gold"][i] - row["gold"][j]) / row["annotator_temperature"]))
+                    pairs += 1
+    return agree / pairs if pairs else None
+
+
+@torch.no_grad()
+def normalise(model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int, seed: int) -> None:
+    """Set the model's mean and std so that the policy's own samples score mean 0 and standard deviation 1."""
+    model.eval()
+    generator = generator_for(policy.device, seed)
+    scores = []
+    for rows in by_length([len(p) for p in prompts], 128):
+        rollout = generate(policy, [prompts[i] for i in rows], max_new_tokens, eos_id=eos_id, generator=generator)
+        scores.append(model.score(rollout.tokens, rollout.lens))
+    scores = torch.cat(scores) * model.std + model.mean  # as they would be with mean 0 and std 1
+    check(bool(scores.std() > 0), "the reward model gives all samples of the policy the same score; it learned nothing")
+    model.mean.copy_(scores.mean())
+    model.std.copy_(scores.std())
+
+
+def train(config: Config) -> dict:
+    check(config.batch_size > 0 and config.epochs > 0, "--batch_size and --epochs must be at least 1")
+    check(config.normalise_samples >= 2, "--normalise_samples must be at least 2")
+    device = pick_device(config.device)
+    policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
+    tokenizer = load_tokenizer(tokenizer_name)
+    torch.manual_seed(config.seed)
+    model = ScalarModel.from_gpt(policy)
+    block_size = policy.config.block_size
+
+    rankings = read_rankings(config.data, "python -m data.collect")
+    items, dropped = encode_rankings(rankings, tokenizer, block_size)
+    check(bool(items), f"{config.data}: no ranking compares two different completions")
+    print(f"{config.data}: {len(items):,} rankings" + (f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""))
+    held_out = encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
+    max_new_tokens = min(config.max_new_tokens, block_size - 1)
+    prompts = [tokenizer.encode_prompt(p)[-(block_size - max_new_tokens) :] for p in read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]]
+
+    lengths = [len(item) for item in items]
+    batches = [b for epoch in range(config.epochs) for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    if config.compile:
+        for block in model.gpt.h:
+            block.compile()
+    run = RunFolder(config, config.resume)
+    start = 0
+    if config.resume:
+        state = run.load_state(device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    bar = tqdm(range(start, len(batches)), initial=start, total=len(batches), desc="reward model", mininterval=1)
+    for step in bar:
+        model.train()
+        rows = batches[step]
+        n_pairs = sum(len(items[i].ranks) * (len(items[i].ranks) - 1) // 2 for i in rows)  # of the whole step
+        set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
+        optimizer.zero_grad(set_to_none=True)
+        loss, accuracy, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        size = config.micro_batch or len(rows)
+        for first in range(0, len(rows), size):
+            batch = ranked_batch([items[i] for i in rows[first : first + size]], tokenizer.eos_id, device, multiple=32 if device.type == "cuda" else 1)
+            with autocast(device, config.dtype):
+                scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
+            part = ranking_loss(scores, batch.ranks, n_pairs)
+            part.backward()
+            loss += part.detach()
+            correct, gap = pair_accuracy(scores.detach(), batch.ranks)
+            accuracy += correct[gap > 0].sum()
+            strict_pairs += (gap > 0).sum()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+
+        last = step + 1 == len(batches)
+        if (step + 1) % config.log_every == 0 or last or step == 0:
+            shown = (accuracy / strict_pairs).item()
+            run.log(step=step + 1, loss=loss.item(), accuracy=shown, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item())
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{shown:.2f}")
+        if (config.save_every and (step + 1) % config.save_every == 0) or last:
+            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+
+    normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
+    save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config)
+    results: dict = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
+    if held_out:
+        results |= evaluate(model, held_out, tokenizer.eos_id, device)
+        bayes = results["bayes_accuracy"] = annotators_bayes_accuracy(config.held_out_data)
+        by_gap = ", ".join(f"{k.rsplit('_', 1)[1]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap"))
+        print(f"accuracy by rank gap  {by_gap};  +- {results['accuracy_se']:.3f} (standard error);  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}")
+        note = f"longer-wins {results['longer_wins']:.2f}; random 0.50" + (f"; annotators' Bayes {bayes:.2f}" if bayes else "")
+        if bayes:
+            results["gates"].append(gate("RM held-out accuracy", results["accuracy"], *EXPECTED_ACCURACY, note))
+            results["gates"].append(gate("RM share of Bayes accuracy", results["accuracy"] / bayes, *EXPECTED_SHARE_OF_BAYES))
+        else:
+            print(f"RM held-out accuracy {results['accuracy']:.3f} ({note})")
+    return run.finish(results)
+
+
+def main() -> None:
+    run_main(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
