@@ -86,7 +86,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" takes the GPU where there is one, then Apple's, then the CPU."""
+    """auto" takes the GPU where there is one, then Apple's, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -169,7 +169,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
 
 
 def load_function(spec: str):
-    """"file.py:function" -> the function."""
+    """file.py:function" -> the function."""
     file, _, name = spec.rpartition(":")
     path = Path(file) if Path(file).exists() else Path(__file__).parent / file  # data/tiny.py is found from any folder
     if not file.endswith(".py") or not path.exists():
@@ -265,6 +265,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
     """Did this stage work? Print the figure beside its expected range."""
     ok = low <= value <= high
-    expected = f"expected {low:g}-{high:g}" if math.isfinite(low) and math.isfinite(high) else f"expected at least {low:g}" if math.isfinite(low) else f"expected at most {high:g}"
+    expected = (
+        f"expected {low:g}-{high:g}"
+        if math.isfinite(low) and math.isfinite(high)
+        else f"expected at least {low:g}"
+        if math.isfinite(low)
+        else f"expected at most {high:g}"
+    )
     print(f"GATE {name} {value:.3f} ({expected}{'; ' + note if note else ''})  {'OK' if ok else 'FAILED'}", flush=True)
-    return {"name": name, "value": round(value, 4), "low": low if math.isfinite(low) else None, "high": high if math.isfinite(high) else None, "ok": ok}
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "low": low if math.isfinite(low) else None,
+        "high": high if math.isfinite(high) else None,
+        "ok": ok,
+    }

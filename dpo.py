@@ -171,13 +171,22 @@ def train(config: Config) -> dict:
 
     items, dropped = encode_rankings(read_rankings(config.data, "python -m data.collect"), tokenizer, block_size)
     check(bool(items), f"{config.data}: no ranking compares two different completions")
-    held_out = encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
-    print(f"{config.data}: {len(items):,} rankings, {sum(map(count_pairs, items)):,} pairs" + (f", dropped {dropped} that compare nothing" if dropped else ""))
+    held_out = (
+        encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
+    )
+    print(
+        f"{config.data}: {len(items):,} rankings, {sum(map(count_pairs, items)):,} pairs"
+        + (f", dropped {dropped} that compare nothing" if dropped else "")
+    )
     ref = reference_logprobs(reference, items, filler, device)
     held_out_ref = reference_logprobs(reference, held_out, filler, device)
 
     lengths = [len(item) for item in items]
-    batches = [b for epoch in range(config.epochs) for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))]
+    batches = [
+        b
+        for epoch in range(config.epochs)
+        for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))
+    ]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if config.compile:
         for block in policy.h:
@@ -206,7 +215,9 @@ def train(config: Config) -> dict:
                 logprobs = batch_logprobs(policy, batch)  # (M,)
             chosen, rejected = ranking_pairs(logprobs[batch.index], batch.ranks)  # (P,)
             ref_chosen, ref_rejected = ranking_pairs(torch.cat([ref[i] for i in part])[batch.index], batch.ranks)
-            losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind)
+            losses, chosen_rewards, rejected_rewards = dpo_loss(
+                chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind
+            )
             (losses.sum() / n_pairs).backward()
             parts.append(torch.stack([losses.detach(), chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach()]))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)

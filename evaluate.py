@@ -10,15 +10,26 @@ baseline's n samples, the one that the reward model likes best. It needs no trai
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from common import UserError, call_reward, check, flag, gate, generator_for, gold_function, load_function, load_model, pick_device, run_main, write_json
+from common import (
+    UserError,
+    call_reward,
+    check,
+    flag,
+    gate,
+    generator_for,
+    gold_function,
+    load_function,
+    load_model,
+    pick_device,
+    run_main,
+    write_json,
+)
 from data.batches import by_length, encode_rankings
 from data.files import read_demonstrations, read_prompts, read_rankings
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -62,16 +73,24 @@ def win_rate(rewards: list[float], baseline: list[float]) -> tuple[float, float,
 
 
 @torch.no_grad()
-def sample_policy(policy: GPT, reference: GPT, reward_model: ScalarModel | None, ids: list[list[int]], tokenizer: Tokenizer, config: Config, seed: int) -> dict[str, list]:
+def sample_policy(
+    policy: GPT, reference: GPT, reward_model: ScalarModel | None, ids: list[list[int]], tokenizer: Tokenizer, config: Config, seed: int
+) -> dict[str, list]:
     """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm, ended, length."""
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
     for number, rows in enumerate(by_length([len(p) for p in ids], 128)):
         generator = generator_for(policy.device, seed, number)
-        rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=config.temperature, generator=generator)
+        rollout = generate(
+            policy, [ids[i] for i in rows], config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=config.temperature, generator=generator
+        )
         kl = []
         for tokens in rollout.tokens.split(32):
             same = policy is reference
-            kl.append(torch.zeros(len(tokens), tokens.size(1) - 1) if same else exact_kl(policy(tokens) / config.temperature, reference(tokens) / config.temperature).cpu())
+            kl.append(
+                torch.zeros(len(tokens), tokens.size(1) - 1)
+                if same
+                else exact_kl(policy(tokens) / config.temperature, reference(tokens) / config.temperature).cpu()
+            )
         kl_sum = torch.where(rollout.action_mask.cpu(), torch.cat(kl), 0.0).sum(1)  # (b,)
         scores = reward_model.score(rollout.tokens, rollout.lens) if reward_model else torch.zeros(len(rows))
         columns = (
@@ -85,7 +104,9 @@ def sample_policy(policy: GPT, reference: GPT, reward_model: ScalarModel | None,
 
 
 @torch.no_grad()
-def best_of_n(policy: GPT, reward_model: ScalarModel, prompts: list[str], ids: list[list[int]], gold, tokenizer: Tokenizer, config: Config) -> dict[str, dict]:
+def best_of_n(
+    policy: GPT, reward_model: ScalarModel, prompts: list[str], ids: list[list[int]], gold, tokenizer: Tokenizer, config: Config
+) -> dict[str, dict]:
     """For each n: the gold reward and the reward model's score of the completion it likes best among the first n samples."""
     most = max(config.best_of)
     completions: list[list[str]] = [[] for _ in ids]
@@ -126,9 +147,26 @@ def task_ceiling(config: Config, tokenizer_name: str, gold, prompts: list[str]) 
 
 
 def print_table(results: dict) -> None:
-    columns = {"gold": "{:.3f}", "gold_se": "{:.3f}", "rm": "{:.2f}", "kl": "{:.2f}", "win_rate": "{:.3f}", "eos_rate": "{:.3f}", "length": "{:.1f}", "distinct": "{:.2f}", "headroom_closed": "{:.0%}"}
+    columns = {
+        "gold": "{:.3f}",
+        "gold_se": "{:.3f}",
+        "rm": "{:.2f}",
+        "kl": "{:.2f}",
+        "win_rate": "{:.3f}",
+        "eos_rate": "{:.3f}",
+        "length": "{:.1f}",
+        "distinct": "{:.2f}",
+        "headroom_closed": "{:.0%}",
+    }
     shown = {k: f for k, f in columns.items() if any(p.get(k) is not None for p in results["policies"].values())}
-    titles = {"gold_se": "+-", "win_rate": "win rate [95% interval]", "headroom_closed": "headroom closed", "rm": "RM score", "kl": "KL", "eos_rate": "EOS"}
+    titles = {
+        "gold_se": "+-",
+        "win_rate": "win rate [95% interval]",
+        "headroom_closed": "headroom closed",
+        "rm": "RM score",
+        "kl": "KL",
+        "eos_rate": "EOS",
+    }
     rows = [["policy", *(titles.get(k, k) for k in shown)]]
     for name, figures in results["policies"].items():
         row = [name]

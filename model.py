@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -165,7 +165,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> GPT:
-        """"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub) or a directory in Hugging Face's layout:
+        """gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub) or a directory in Hugging Face's layout:
         config.json with model.safetensors or pytorch_model.bin."""
         folder = Path(name)
         if folder.is_dir():

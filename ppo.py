@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,8 +28,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import RunFolder, UserError, autocast, call_reward, check, flag, gate, generator_for, gold_function, load_function, load_model
-from common import lr_at, pick_device, run_main, save_model, set_lr
+from common import (
+    RunFolder,
+    UserError,
+    autocast,
+    call_reward,
+    check,
+    flag,
+    gate,
+    generator_for,
+    gold_function,
+    load_function,
+    load_model,
+    lr_at,
+    pick_device,
+    run_main,
+    save_model,
+)
+from data.batches import Example
 from data.files import read_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, Rollout, ScalarModel, generate, masked_mean, select_logprobs, token_logprobs, whiten
@@ -57,7 +74,11 @@ class Config:
     clip: float = flag(0.2, "PPO's clip range of the probability ratio")
     value_clip: float = flag(0.5, "clip range of the value update, in units of the normalised reward (0: off)")
     whiten_advantages: bool = flag(True, "scale each iteration's advantages to mean 0, variance 1")
-    kl: str = flag("k1", "per-token penalty: k1, k2, k3 (estimates from the sampled token) or exact (sum over the vocabulary)", choices=("k1", "k2", "k3", "exact"))
+    kl: str = flag(
+        "k1",
+        "per-token penalty: k1, k2, k3 (estimates from the sampled token) or exact (sum over the vocabulary)",
+        choices=("k1", "k2", "k3", "exact"),
+    )
     kl_coef: float = flag(0.05, "KL penalty, in reward per nat")
     kl_target: float = flag(0.0, "adapt kl_coef to hold this KL, nats a sequence (0: kl_coef is fixed)")
     kl_horizon: float = flag(2000.0, "rollouts over which the adaptive coefficient moves by its error")
@@ -151,7 +172,9 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
     return advantages, advantages + values
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip, 1+clip) * A).
 
     All (B, T-1) -> loss, share of actions where the clipped term is the one that counts. n_tokens: what the sums are divided by
@@ -165,7 +188,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, acti
     return loss, ((clipped > unclipped) & mask).sum() / n
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped - R)^2),
     with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that has already
     moved too far may still come back. clip 0: no clipping. All (B, T-1) -> loss, share of actions clipped."""
@@ -215,7 +240,9 @@ class Experience:
 
 
 @torch.no_grad()
-def make_experience(policy: GPT, reference: GPT, value_model: ScalarModel, rollout: Rollout, scores: Tensor, kl_coef: float, config: Config) -> Experience:
+def make_experience(
+    policy: GPT, reference: GPT, value_model: ScalarModel, rollout: Rollout, scores: Tensor, kl_coef: float, config: Config
+) -> Experience:
     """KL penalty, shaped rewards, advantages of a rollout with its scores (B,)."""
     mask = rollout.action_mask  # (B, T-1)
     columns: dict[str, list[Tensor]] = {k: [] for k in ("logprobs", "ref_logprobs", "kl", "entropy", "values")}
@@ -282,7 +309,8 @@ def update(
                 T = lens[part[-1]] if device.type != "cuda" else experience.tokens.size(1)  # a GPU wants constant shapes
                 tokens = experience.tokens[part, :T]  # (b, T)
                 mask, old_logprobs, advantages, old_values, returns = (
-                    x[part, : T - 1] for x in (experience.action_mask, experience.logprobs, experience.advantages, experience.values, experience.returns)
+                    x[part, : T - 1]
+                    for x in (experience.action_mask, experience.logprobs, experience.advantages, experience.values, experience.returns)
                 )
                 with autocast(device, config.dtype):
                     logprobs = token_logprobs(policy, tokens, config.temperature)  # (b, T-1)
@@ -296,10 +324,18 @@ def update(
                         first_ratio = max(first_ratio, 1 + (log_ratio.exp() - 1).abs().max().item())
                     # KL(policy of the rollout || policy now) on the rollout's samples: k3 with the roles exchanged
                     approx_kl = torch.where(mask, kl_penalty(old_logprobs, logprobs, "k3"), 0.0).sum() / n_tokens
-                    for key, value in (("policy_loss", p_loss), ("value_loss", v_loss), ("clip_fraction", p_clipped), ("value_clip_fraction", v_clipped), ("approx_kl", approx_kl)):
+                    for key, value in (
+                        ("policy_loss", p_loss),
+                        ("value_loss", v_loss),
+                        ("clip_fraction", p_clipped),
+                        ("value_clip_fraction", v_clipped),
+                        ("approx_kl", approx_kl),
+                    ):
                         step[key] += value.detach()
             if not totals["approx_kl"] and first_ratio > (1.001 if config.dtype == "float32" else 1.2):
-                raise RuntimeError(f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1: rollout and update compute different log-probs")
+                raise RuntimeError(
+                    f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1: rollout and update compute different log-probs"
+                )
             if config.target_kl and step["approx_kl"].item() > config.target_kl:
                 stopped = True  # before this step is taken: it has gone too far already
                 break
@@ -353,11 +389,35 @@ def load_reward(spec: str, tokenizer: Tokenizer, device) -> tuple[Callable[[Roll
     return score, model
 
 
+def ptx_loss(policy: GPT, demonstrations: list[Example], tokenizer: Tokenizer, config: Config, iteration: int) -> Callable[[], Tensor]:
+    """InstructGPT's PTX term (Ouyang et al. 2022, eq. 2): every call is ptx_coef times the SFT loss of a fresh batch of
+    demonstrations, so that the policy keeps doing what they do."""
+    generator = generator_for(torch.device("cpu"), config.seed, iteration, 3)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(demonstrations), (config.minibatch,), generator=generator).tolist()
+        tokens, mask = make_batch([demonstrations[i] for i in rows], tokenizer.eos_id, policy.device)
+        return config.ptx_coef * sft_loss(policy(tokens), tokens, mask)
+
+    return loss
+
+
 def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> None:
     """One rollout, token by token."""
     tqdm.write(f"{'token':>14} {'logprob':>8} {'ref':>8} {'kl':>7} {'reward':>7} {'value':>7} {'advant.':>8} {'return':>7}")
     for t in experience.action_mask[row].nonzero().squeeze(1).tolist():
-        figures = [x[row, t].item() for x in (experience.logprobs, experience.ref_logprobs, experience.kl, experience.rewards, experience.values, experience.advantages, experience.returns)]
+        figures = [
+            x[row, t].item()
+            for x in (
+                experience.logprobs,
+                experience.ref_logprobs,
+                experience.kl,
+                experience.rewards,
+                experience.values,
+                experience.advantages,
+                experience.returns,
+            )
+        ]
         token = tokenizer.decode([int(experience.tokens[row, t + 1])])
         tqdm.write(f"{token!r:>14} " + " ".join(f"{x:{w}.3f}" for x, w in zip(figures, (8, 8, 7, 7, 7, 8, 7), strict=True)))
 
@@ -415,7 +475,14 @@ def train(config: Config) -> dict:
         texts = [prompts[i] for i in order.tolist()]
         ids = [tokenizer.encode_prompt(p)[-room:] for p in texts]
         # 2. roll out: by temperature alone. top-k or top-p would sample from another distribution than the one trained.
-        rollout = generate(policy, ids, config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=config.temperature, generator=generator_for(device, config.seed, iteration, 1))
+        rollout = generate(
+            policy,
+            ids,
+            config.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            temperature=config.temperature,
+            generator=generator_for(device, config.seed, iteration, 1),
+        )
         completions = [tokenizer.decode(c) for c in rollout.completions()]
         clock.append(time.perf_counter())
         # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
@@ -429,15 +496,7 @@ def train(config: Config) -> dict:
         factor = lr_at(iteration, config.iterations, config.warmup, "linear")
         for group, peak in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=True):
             group["lr"] = peak * factor
-        extra_loss = None
-        if demonstrations:
-            picks = generator_for(cpu, config.seed, iteration, 3)
-
-            def extra_loss() -> Tensor:  # InstructGPT's PTX term: keep doing what the demonstrations do
-                rows = torch.randint(len(demonstrations), (config.minibatch,), generator=picks).tolist()
-                tokens, mask = make_batch([demonstrations[i] for i in rows], tokenizer.eos_id, device)
-                return config.ptx_coef * sft_loss(policy(tokens), tokens, mask)
-
+        extra_loss = ptx_loss(policy, demonstrations, tokenizer, config, iteration) if demonstrations else None
         stats = update(policy, value_model, optimizer, experience, config, generator_for(cpu, config.seed, iteration, 2), extra_loss)
         clock.append(time.perf_counter())
 
@@ -463,11 +522,15 @@ def train(config: Config) -> dict:
         }
         if gold is not None:
             figures["gold"] = sum(call_reward(gold, texts, completions, "the gold reward")) / len(texts)
-        shares = [(b - a) / (clock[-1] - clock[0]) for a, b in zip(clock, clock[1:], strict=False)]
-        run.log(**figures, lr=config.lr * factor, seconds=clock[-1] - clock[0], share_rollout=shares[0], share_score=shares[1], share_update=shares[2])
+        shares = [(b - a) / (clock[-1] - clock[0]) for a, b in pairwise(clock)]
+        run.log(
+            **figures, lr=config.lr * factor, seconds=clock[-1] - clock[0], share_rollout=shares[0], share_score=shares[1], share_update=shares[2]
+        )
         history.append(figures)
         if not math.isfinite(figures["policy_loss"]) or not math.isfinite(figures["value_loss"]):
-            raise UserError(f"the loss is not finite at iteration {iteration + 1}; lower --lr, or look at the rewards in {Path(config.out_dir) / 'metrics.jsonl'}")
+            raise UserError(
+                f"the loss is not finite at iteration {iteration + 1}; lower --lr, or look at the rewards in {Path(config.out_dir) / 'metrics.jsonl'}"
+            )
         if controller:
             controller.update(kl, config.rollouts)
             kl_coef = controller.coef
@@ -479,15 +542,28 @@ def train(config: Config) -> dict:
             if config.trace:
                 print_trace(experience, tokenizer)
         if (config.save_every and (iteration + 1) % config.save_every == 0) or last:
-            run.save_state(iteration + 1, policy=policy.state_dict(), value_model=value_model.state_dict(), optimizer=optimizer.state_dict(), kl_coef=kl_coef)
+            run.save_state(
+                iteration + 1, policy=policy.state_dict(), value_model=value_model.state_dict(), optimizer=optimizer.state_dict(), kl_coef=kl_coef
+            )
 
     save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config)
     tail = history[-max(1, config.iterations // 4) :]
-    results: dict = {k: sum(h[k] for h in tail) / len(tail) for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", *(["gold"] if gold else []))} if tail else {}
+    results: dict = (
+        {k: sum(h[k] for h in tail) / len(tail) for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", *(["gold"] if gold else []))}
+        if tail
+        else {}
+    )
     results["gates"] = []
     if tail and tokenizer.name == "tiny" and reward_model is not None:
         gold_note = f"gold {history[0]['gold']:.2f} -> {results['gold']:.2f}" if gold else ""
-        results["gates"].append(gate("PPO reward-model score", results["score"], *EXPECTED_SCORE, f"{history[0]['score']:.2f} at the start" + (f"; {gold_note}" if gold_note else "")))
+        results["gates"].append(
+            gate(
+                "PPO reward-model score",
+                results["score"],
+                *EXPECTED_SCORE,
+                f"{history[0]['score']:.2f} at the start" + (f"; {gold_note}" if gold_note else ""),
+            )
+        )
         results["gates"].append(gate("PPO KL, nats a sequence", results["kl"], *EXPECTED_KL))
         results["gates"].append(gate("PPO EOS rate", results["eos_rate"], *EXPECTED_EOS))
     elif tail:

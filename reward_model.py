@@ -162,12 +162,21 @@ def train(config: Config) -> dict:
     items, dropped = encode_rankings(rankings, tokenizer, block_size)
     check(bool(items), f"{config.data}: no ranking compares two different completions")
     print(f"{config.data}: {len(items):,} rankings" + (f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""))
-    held_out = encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
+    held_out = (
+        encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
+    )
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    prompts = [tokenizer.encode_prompt(p)[-(block_size - max_new_tokens) :] for p in read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]]
+    prompts = [
+        tokenizer.encode_prompt(p)[-(block_size - max_new_tokens) :]
+        for p in read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]
+    ]
 
     lengths = [len(item) for item in items]
-    batches = [b for epoch in range(config.epochs) for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))]
+    batches = [
+        b
+        for epoch in range(config.epochs)
+        for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     if config.compile:
         for block in model.gpt.h:
@@ -190,7 +199,9 @@ def train(config: Config) -> dict:
         loss, accuracy, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
         size = config.micro_batch or len(rows)
         for first in range(0, len(rows), size):
-            batch = ranked_batch([items[i] for i in rows[first : first + size]], tokenizer.eos_id, device, multiple=32 if device.type == "cuda" else 1)
+            batch = ranked_batch(
+                [items[i] for i in rows[first : first + size]], tokenizer.eos_id, device, multiple=32 if device.type == "cuda" else 1
+            )
             with autocast(device, config.dtype):
                 scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
             part = ranking_loss(scores, batch.ranks, n_pairs)
@@ -217,7 +228,9 @@ def train(config: Config) -> dict:
         results |= evaluate(model, held_out, tokenizer.eos_id, device)
         bayes = results["bayes_accuracy"] = annotators_bayes_accuracy(config.held_out_data)
         by_gap = ", ".join(f"{k.rsplit('_', 1)[1]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap"))
-        print(f"accuracy by rank gap  {by_gap};  +- {results['accuracy_se']:.3f} (standard error);  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}")
+        print(
+            f"accuracy by rank gap  {by_gap};  +- {results['accuracy_se']:.3f} (standard error);  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}"
+        )
         note = f"longer-wins {results['longer_wins']:.2f}; random 0.50" + (f"; annotators' Bayes {bayes:.2f}" if bayes else "")
         if bayes:
             results["gates"].append(gate("RM held-out accuracy", results["accuracy"], *EXPECTED_ACCURACY, note))

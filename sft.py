@@ -153,7 +153,11 @@ def train(config: Config) -> dict:
     held_out = load_examples(config.held_out_data, tokenizer, model.config.block_size, "python -m data.tiny") if config.held_out_data else []
 
     lengths = [len(e) for e in examples]
-    batches = [b for epoch in range(config.epochs) for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))]
+    batches = [
+        b
+        for epoch in range(config.epochs)
+        for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))
+    ]
     optimizer = make_optimizer(model, config)
     if config.compile:
         for block in model.h:
@@ -192,7 +196,13 @@ def train(config: Config) -> dict:
         tokens_seen += sum(lengths[i] for i in rows)
         last = step + 1 == len(batches)
         if (step + 1) % config.log_every == 0 or last:
-            run.log(step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(), tokens_per_s=round(tokens_seen / (time.perf_counter() - clock)))
+            run.log(
+                step=step + 1,
+                loss=loss.item(),
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=norm.item(),
+                tokens_per_s=round(tokens_seen / (time.perf_counter() - clock)),
+            )
             bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{loss_now:.3f}")
         if held_out and ((step + 1) % config.eval_every == 0 or last):
             loss_now = held_out_loss(model, held_out, config.batch_size, tokenizer.eos_id, device)
@@ -207,7 +217,9 @@ def train(config: Config) -> dict:
     if held_out:
         results["eos_rate"] = sample(model, held_out, tokenizer, config.seed)
         if tokenizer.name == "tiny":
-            results["gates"].append(gate("SFT held-out loss", loss_now, *EXPECTED_LOSS, f"before training {first_loss:.2f}; ln V {math.log(tokenizer.n_vocab):.2f}"))
+            results["gates"].append(
+                gate("SFT held-out loss", loss_now, *EXPECTED_LOSS, f"before training {first_loss:.2f}; ln V {math.log(tokenizer.n_vocab):.2f}")
+            )
             results["gates"].append(gate("SFT EOS rate", results["eos_rate"], *EXPECTED_EOS))
         else:
             print(f"SFT held-out loss {loss_now:.3f} (before training {first_loss:.3f}), EOS rate {results['eos_rate']:.2f}")

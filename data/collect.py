@@ -37,7 +37,9 @@ class Config:
     n_prompts: int = flag(3000, "prompts to use after those (0: all)")
     completions: int = flag(4, "completions K of each prompt")
     max_new_tokens: int = flag(48, "longest completion, tokens")
-    annotator: str = flag("simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human"))
+    annotator: str = flag(
+        "simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human")
+    )
     annotator_temperature: float = flag(0.5, "noise of the simulated annotators, in units of the gold reward")
     gold: str = flag("auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)")
     out: str = flag("out/data/rankings.jsonl", "file to append to")
@@ -76,7 +78,7 @@ def rank_human(prompt: str, completions: list[str]) -> list[int] | None:
 
 
 def parse_order(answer: str, k: int) -> list[int] | None:
-    """"2 1=3" -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
+    """2 1=3" -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
     groups = [group.split("=") for group in answer.replace(" =", "=").replace("= ", "=").split()]
     flat = [number for group in groups for number in group]
     if sorted(flat) != sorted(str(i) for i in range(1, k + 1)):

@@ -12,6 +12,7 @@ import base64
 import random
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken, which cuts text by the same pattern
@@ -40,7 +41,7 @@ def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
     while len(ranks) < max_tokens:
         pairs: Counter = Counter()
         for tokens, count in words:
-            for pair in zip(tokens, tokens[1:], strict=False):
+            for pair in pairwise(tokens):
                 pairs[pair] += count
         if not pairs:
             break

@@ -50,7 +50,9 @@ NOUNS = list(KIND)
 PLURAL = dict(
     p.split()
     for p in """cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|goose geese
-    knife knives|leaf leaves|box boxes|city cities|wolf wolves|car cars|hand hands|sheep sheep|train trains|book books""".replace("\n", "|").split("|")
+    knife knives|leaf leaves|box boxes|city cities|wolf wolves|car cars|hand hands|sheep sheep|train trains|book books""".replace("\n", "|").split(
+        "|"
+    )
 )
 PAST = dict(
     p.split()
@@ -58,7 +60,8 @@ PAST = dict(
     find found|make made|come came|stop stopped|look looked|buy bought|think thought|fly flew|speak spoke""".replace("\n", "|").split("|")
 )
 SOUND = dict(
-    p.split() for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split("|")
+    p.split()
+    for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split("|")
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SHORT_WORDS = [w for w in NOUNS if len(w) <= 3]
@@ -119,7 +122,7 @@ def _difference(rng):
 
 def _odd_one(rng):
     kind, other = rng.sample(list(KINDS), 2)
-    words = rng.sample(KINDS[kind].split(), 2) + [rng.choice(KINDS[other].split())]
+    words = [*rng.sample(KINDS[kind].split(), 2), rng.choice(KINDS[other].split())]
     return {"list": " ".join(rng.sample(words, 3))}
 
 

@@ -1,0 +1,38 @@
+# make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores)
+# make test   the tests
+# make lint   ruff
+# make env    the environment alone (.venv), made once and again only when the requirements change
+
+PYTHON ?= python3
+SEED ?= 1
+OUT ?= out
+
+ifeq ($(OS),Windows_NT)
+VENV := .venv/Scripts
+else
+VENV := .venv/bin
+endif
+
+.PHONY: demo test lint env clean
+
+demo: env
+	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) bash runs/tiny.sh
+
+test: env
+	$(VENV)/python -m pytest -q tests
+
+lint: env
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+env: .venv/installed
+
+# constraints.txt keeps pip from taking another torch than the tested one, which on Linux would bring gigabytes along
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; this is ' + sys.version)"
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install -r requirements-dev.txt -c constraints.txt
+	touch .venv/installed
+
+clean:
+	rm -rf out .pytest_cache .ruff_cache

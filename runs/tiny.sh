@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded task, offline, on a laptop CPU. Every line can be run by itself.
+#   SEED=2 OUT=out2 bash runs/tiny.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SEED=${SEED:-1}
+OUT=${OUT:-out}
+start=$SECONDS
+step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
+rm -rf "$OUT/data" # rankings are appended to: start a fresh file
+
+# 0. the world: demonstrations of mixed quality, prompts
+step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED"
+# 1. SFT: imitate the demonstrations
+step python sft.py --data "$OUT/data/demonstrations.jsonl" --held_out_data "$OUT/data/demonstrations_held_out.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict
+# 2. sample and rank completions, learn to score them
+step python -m data.collect --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --out "$OUT/data/rankings.jsonl" --seed "$SEED"
+step python -m data.collect --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
+step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --held_out_data "$OUT/data/rankings_held_out.jsonl" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
+# 3a. PPO against the reward model
+step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict
+# 3b. DPO on the same rankings
+step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --held_out_data "$OUT/data/rankings_held_out.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict
+# 4. compare
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_held_out.jsonl" --rankings "$OUT/data/rankings_held_out.jsonl" --demonstrations "$OUT/data/demonstrations_held_out.jsonl" --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?"
+echo
+echo "done in $((SECONDS - start)) s; see $OUT/evaluate/results.json, or: python sample.py --policy $OUT/ppo"
