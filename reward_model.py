@@ -38,7 +38,7 @@ class Config:
     policy: str = flag("out/sft", "checkpoint to start from, and whose samples set the normalisation")
     out_dir: str = flag("out/reward_model", "folder for the checkpoint and the logs")
     epochs: int = flag(1, "passes over the data; more than one overfits")
-    batch_size: int = flag(12, "rankings an optimiser step")
+    batch_size: int = flag(8, "rankings an optimiser step")
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay")
@@ -57,7 +57,7 @@ class Config:
 
 
 # What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise allows.
-EXPECTED_ACCURACY = (0.74, 0.90)
+EXPECTED_ACCURACY = (0.67, 0.76)
 EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
 
 

@@ -34,13 +34,15 @@ class Config:
     temperatures: list[float] = flag([1.0], "sampling temperatures, in turn")
     prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
     skip: int = flag(0, "prompts to leave out at the start of the file")
-    n_prompts: int = flag(3000, "prompts to use after those (0: all)")
+    n_prompts: int = flag(4500, "prompts to use after those (0: all)")
     completions: int = flag(4, "completions K of each prompt")
     max_new_tokens: int = flag(48, "longest completion, tokens")
     annotator: str = flag(
         "simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human")
     )
-    annotator_temperature: float = flag(0.5, "noise of the simulated annotators, in units of the gold reward")
+    annotator_temperature: float = flag(
+        1.0, "noise of the simulated annotators, in units of the gold reward; 1 makes them agree with the truth as often as people do"
+    )
     gold: str = flag("auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)")
     out: str = flag("out/data/rankings.jsonl", "file to append to")
     batch_size: int = flag(64, "prompts sampled at a time")

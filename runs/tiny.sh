@@ -15,7 +15,7 @@ step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED"
 step python sft.py --data "$OUT/data/demonstrations.jsonl" --held_out_data "$OUT/data/demonstrations_held_out.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict
 # 2. sample and rank completions, learn to score them
 step python -m data.collect --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --out "$OUT/data/rankings.jsonl" --seed "$SEED"
-step python -m data.collect --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
+step python -m data.collect --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 600 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
 step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --held_out_data "$OUT/data/rankings_held_out.jsonl" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
 # 3a. PPO against the reward model
 step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict

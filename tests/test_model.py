@@ -1,0 +1,787 @@
+"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics, GPT-2 import and export."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from itertools import pairwise, product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import frame_batch, gradient_of, make_gpt, make_scalar, random_mask, random_prompts
+from torch import nn
+
+import model as model_module
+from model import (
+    GPT,
+    GPTConfig,
+    Rollout,
+    ScalarModel,
+    completion_mask,
+    generate,
+    masked_mean,
+    sample_token,
+    select_logprobs,
+    token_logprobs,
+    whiten,
+)
+
+V = 23  # make_gpt's vocabulary
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def endless(seed: int = 0, **sizes) -> GPT:
+    """A GPT that never samples id V: a row of its embedding table, so that it can be filler, but no token of the vocabulary."""
+    return make_gpt(seed, vocab=V + 1, real_vocab=V, **sizes)
+
+
+def greedy_alone(model, prompt: list[int], max_new_tokens: int, eos_id: int) -> tuple[list[int], bool]:
+    """The slow, obvious sampler: one prompt, no cache, no padding. -> (completion with its EOS, ended)"""
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt) :], ids[-1] == eos_id and len(ids) > len(prompt)
+
+
+def rows_of(rollout: Rollout) -> list[tuple[list[int], bool]]:
+    """(completion with its EOS, ended) of each row, read from the raw fields."""
+    return [
+        (rollout.tokens[i, int(rollout.prompt_lens[i]) : int(rollout.lens[i])].tolist(), bool(rollout.ended[i])) for i in range(len(rollout.lens))
+    ]
+
+
+def successor(V: int = 12) -> GPT:
+    """A GPT, with cache and all, built by hand so that the next token is always (last + 1) mod V."""
+    model = make_gpt(vocab=V, n_embd=V, n_head=1, n_layer=1, block_size=64)
+    block = model.h[0]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.wte.weight.copy_(torch.eye(V))
+        for norm in (block.ln_1, block.ln_2, model.ln_f):
+            norm.weight.fill_(1.0)
+        block.mlp.c_fc.weight[:V] = 10 * torch.eye(V)
+        block.mlp.c_proj.weight[:, :V] = torch.eye(V).roll(1, 0)  # channel i writes channel i + 1
+    return model
+
+
+class CountingModel(nn.Module):
+    """No GPT at all: logits that say (last + 1) mod V."""
+
+    def __init__(self, V: int = 12):
+        super().__init__()
+        self.V = V
+
+    def forward(self, tokens):
+        return 50.0 * nn.functional.one_hot((tokens + 1) % self.V, self.V).float()
+
+
+class Bigram(nn.Module):
+    """The next token depends on the last one alone, through a fixed table of logits: every probability is known."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, tokens):
+        return self.table[tokens]
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> tuple[float, float]:
+    """(statistic, bound): the bound is five standard deviations above what chance gives."""
+    n, cells = counts.sum(), int((probs > 0).sum())
+    assert counts[probs == 0].sum() == 0, "something of probability 0 was drawn"
+    expected = n * probs[probs > 0]
+    assert expected.min() > 5
+    return float(((counts[probs > 0] - expected) ** 2 / expected).sum()), cells - 1 + 5 * math.sqrt(2 * (cells - 1))
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
+    """GPT-2's forward for one row, by the paper and with loops, in float64: (T, V)."""
+    state = {k: v.double() for k, v in model.state_dict().items()}
+    C, H = model.config.n_embd, model.config.n_head
+    D = C // H
+
+    def norm(x, name):
+        return (
+            torch.stack([(row - row.mean()) / ((row - row.mean()).pow(2).mean() + 1e-5).sqrt() for row in x]) * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
+
+    def dense(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    x = torch.stack([state["wte.weight"][t] + state["wpe.weight"][i] for i, t in enumerate(tokens)])
+    for layer in range(model.config.n_layer):
+        qkv = dense(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
+        q, k, v = qkv[:, :C], qkv[:, C : 2 * C], qkv[:, 2 * C :]
+        y = torch.zeros_like(x)
+        for t in range(len(tokens)):
+            for head in range(H):
+                part = slice(head * D, (head + 1) * D)
+                weights = [math.exp(float(q[t, part] @ k[s, part]) / math.sqrt(D)) for s in range(t + 1)]  # only s <= t
+                y[t, part] = sum(w * v[s, part] for s, w in enumerate(weights)) / sum(weights)
+        x = x + dense(y, f"h.{layer}.attn.c_proj")
+        u = dense(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + dense(u, f"h.{layer}.mlp.c_proj")
+    return norm(x, "ln_f") @ state["wte.weight"].T
+
+
+def test_forward_is_gpt2_by_loops():
+    """Heads, scaling, causal mask, residuals, tanh-GELU, tied output: against an obvious float64 implementation."""
+    model = make_gpt(seed=3, vocab=11, n_embd=12, n_head=3, block_size=9, dtype=torch.float64)
+    tokens = random_prompts([9, 1, 4], 11, seed=5)
+    for row in tokens:
+        torch.testing.assert_close(model(torch.tensor([row]))[0], slow_gpt(model, row), rtol=0, atol=1e-10)
+
+
+def test_parameter_names_and_count_are_gpt2s():
+    """GPT-2 small has 124,439,808 parameters, under these names (so its weights import one to one)."""
+    with torch.device("meta"):
+        small = GPT(GPTConfig(50257, 1024, 12, 12, 768))
+    assert sum(p.numel() for p in small.parameters()) == 124_439_808
+    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"]
+    block += ["ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+    names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"] + [f"h.{i}.{name}" for i in range(12) for name in block]
+    assert sorted(small.state_dict()) == sorted(names)
+
+
+def test_initial_loss_is_that_of_a_guess():
+    """A fresh network knows nothing: its loss is ln V (anchors, checklist 62), at any width."""
+    for n_embd in (32, 128):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = GPT(GPTConfig(500, 32, 3, 4, n_embd))
+        tokens = torch.randint(0, 500, (16, 32), generator=gen())
+        loss = -token_logprobs(model, tokens).mean().detach()
+        assert abs(float(loss) - math.log(500)) < 0.3
+
+
+def test_sequences_longer_than_the_block_are_refused():
+    """Positions beyond wpe must raise, not wrap or crash inside an embedding."""
+    with pytest.raises(ValueError, match="block_size"):
+        make_gpt(block_size=8)(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="n_head"):
+        GPTConfig(10, 8, 1, 3, 32)
+    with pytest.raises(ValueError, match="dropout"):
+        GPTConfig(10, 8, 1, 4, 32, dropout=1.0)
+
+
+def test_padding_changes_nothing():
+    """Other filler ids, more filler columns, other batch mates: no real position moves (needs R1, R5, R14; anchors traps 1, 30, 41)."""
+    gpt = make_gpt(seed=1, dtype=torch.float64)
+    scalar = make_scalar(seed=1, dtype=torch.float64)
+    scalar.mean.fill_(0.3)
+    frame = frame_batch(B=6, seed=2)
+    where = torch.arange(frame.tokens.size(1)) < frame.lens[:, None]  # (B, T) real tokens
+    for other in (
+        frame.tokens.masked_fill(~where, 0),
+        frame.tokens.masked_fill(~where, V - 1),
+        torch.cat([frame.tokens, torch.randint(0, V, (6, 7), generator=gen(9))], dim=1),
+    ):
+        T = frame.tokens.size(1)
+        for f in (gpt, gpt.hidden):
+            torch.testing.assert_close(f(other)[:, :T][where], f(frame.tokens)[where], rtol=0, atol=1e-12)
+        torch.testing.assert_close(scalar.score(other, frame.lens), scalar.score(frame.tokens, frame.lens), rtol=0, atol=1e-6)
+    for i in range(6):  # alone, without any filler
+        n = int(frame.lens[i])
+        torch.testing.assert_close(gpt(frame.row(i))[0], gpt(frame.tokens)[i, :n], rtol=0, atol=1e-12)
+        alone = scalar.score(frame.row(i), frame.lens[i : i + 1])
+        torch.testing.assert_close(alone, scalar.score(frame.tokens, frame.lens)[i : i + 1], rtol=0, atol=1e-6)
+
+
+def test_padding_changes_nothing_in_float32():
+    """The same in the precision that training uses: within rounding of the logits, exact for other filler ids."""
+    gpt, frame = make_gpt(seed=1), frame_batch(B=6, seed=2)
+    where = torch.arange(frame.tokens.size(1)) < frame.lens[:, None]
+    assert torch.equal(gpt(frame.tokens.masked_fill(~where, 0))[where], gpt(frame.tokens)[where])
+    wider = torch.nn.functional.pad(frame.tokens, (0, 7), value=3)
+    logprobs, wide = token_logprobs(gpt, frame.tokens), token_logprobs(gpt, wider)[:, : frame.tokens.size(1) - 1]
+    torch.testing.assert_close(wide[frame.action_mask], logprobs[frame.action_mask], rtol=0, atol=1e-5)
+
+
+def test_dropout_is_off_in_eval_and_in_generate():
+    """Dropout configured > 0 must not touch scoring or rollouts (need R2; anchors traps 39, 25), and generate gives back the mode it found."""
+    model, twin = endless(seed=2, dropout=0.5), endless(seed=2)
+    tokens = torch.randint(0, V, (3, 12), generator=gen())
+    assert torch.equal(model(tokens), twin(tokens))
+    for training in (True, False):
+        model.train(training)
+        for use_cache in (True, False):
+            rollout = generate(model, [[1, 2], [3]], 9, eos_id=V, temperature=0, use_cache=use_cache)
+            assert torch.equal(rollout.tokens, generate(twin, [[1, 2], [3]], 9, eos_id=V, temperature=0, use_cache=use_cache).tokens)
+            assert all(m.training is training for m in model.modules())
+    with pytest.raises(RuntimeError):  # ... also when the model fails on the way
+        model.train()
+        model.ln_f.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        generate(model, [[1]], 3, eos_id=V)
+    assert model.training
+
+
+def test_dropout_is_on_in_training():
+    """The counterpart: in train mode every kind of dropout draws anew, so a configured dropout isn't silently ignored."""
+    tokens = torch.randint(0, V, (3, 12), generator=gen())
+    model = make_gpt(seed=2, dropout=0.5).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        assert not torch.equal(model(tokens), model(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ scalar head
+
+
+def test_scalar_model_copies_the_body_under_a_new_head():
+    """from_gpt shares no storage with its GPT (a value model must not move the policy), and starts from exactly its body."""
+    gpt = make_gpt(seed=4)
+    scalar = ScalarModel.from_gpt(gpt)
+    tokens = torch.randint(0, V, (2, 7), generator=gen())
+    assert torch.equal(scalar.gpt.hidden(tokens), gpt.hidden(tokens))
+    ours = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    assert not ours & {p.untyped_storage().data_ptr() for p in scalar.parameters()}
+    before = gpt(tokens).clone()
+    with torch.no_grad():
+        for p in scalar.parameters():
+            p += 1
+    assert torch.equal(gpt(tokens), before)
+
+
+def test_scalar_head_starts_at_one_over_sqrt_d_plus_1():
+    """Head weights N(0, 1/(d+1)), bias 0 (anchors, checklist 9: std 1/(d+1) is a common slip)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = torch.cat([ScalarModel(GPTConfig(10, 4, 1, 1, 255)).head.weight.flatten() for _ in range(12)]).detach()
+    assert abs(float(weights.std()) * 16 - 1) < 0.05 and abs(float(weights.mean())) < 4 / 16 / math.sqrt(len(weights))
+    assert float(ScalarModel(GPTConfig(10, 4, 1, 1, 15)).head.bias) == 0
+
+
+def test_scalar_model_reads_the_last_real_token_normalised():
+    """score = (w . hidden[len - 1] + b - mean) / std, row by row (need R14: off by one, read at a pad)."""
+    scalar, frame = make_scalar(seed=5), frame_batch(B=5, seed=3)
+    scalar.mean.fill_(-0.7)
+    scalar.std.fill_(2.5)
+    scores = scalar.score(frame.tokens, frame.lens)
+    assert scores.shape == (5,) and scalar(frame.tokens).shape == frame.tokens.shape
+    for i in range(5):
+        last = scalar.gpt.hidden(frame.row(i))[0, -1].double()
+        truth = (float(last @ scalar.head.weight[0].double()) + float(scalar.head.bias) + 0.7) / 2.5
+        assert abs(float(scores[i]) - truth) < 1e-5
+    for mode in (True, False):  # what it returns must not depend on the mode it is in (anchors trap 25)
+        scalar.train(mode)
+        assert torch.equal(scalar.score(frame.tokens, frame.lens), scores)
+
+
+def test_scalar_normalisation_is_saved_with_it():
+    """mean and std travel in the state dict: a loaded reward model scores as the saved one did."""
+    scalar, twin = make_scalar(seed=5), make_scalar(seed=6)
+    scalar.mean.fill_(1.5)
+    scalar.std.fill_(0.5)
+    twin.load_state_dict(scalar.state_dict())
+    tokens = torch.randint(0, V, (2, 7), generator=gen())
+    assert torch.equal(twin(tokens), scalar(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ GPT-2 weights
+
+
+def read_safetensors_by_hand(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The published format, parsed here by itself: u64 header length, JSON header, raw little-endian data."""
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + n])
+    spans = sorted(e["data_offsets"] for name, e in header.items() if name != "__metadata__")
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - n
+    assert all(a[1] == b[0] for a, b in pairwise(spans)), "the format allows no holes"
+    tensors = {}
+    for name, e in header.items():
+        if name != "__metadata__":
+            assert e["dtype"] == "F32"
+            raw = data[8 + n + e["data_offsets"][0] : 8 + n + e["data_offsets"][1]]
+            tensors[name] = torch.tensor(struct.unpack(f"<{len(raw) // 4}f", raw)).view(e["shape"])
+    return header, tensors
+
+
+def test_save_pretrained_writes_hugging_faces_layout(tmp_path):
+    """config.json's keys, "transformer." names, dense weights transposed to (in, out), padded header: read without our own reader."""
+    model = make_gpt(seed=7, n_embd=20, dropout=0.25)
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
+    expected = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": V,
+        "n_positions": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 20,
+    }
+    assert expected.items() <= config.items() and config["activation_function"] == "gelu_new" and config["layer_norm_epsilon"] == 1e-5
+    assert config["tie_word_embeddings"] is True and config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0.25
+    header, tensors = read_safetensors_by_hand(tmp_path / "hf" / "model.safetensors")
+    assert header["__metadata__"] == {"format": "pt"}
+    state = model.state_dict()
+    assert set(tensors) == {f"transformer.{name}" for name in state}
+    for name, value in state.items():
+        dense = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
+        assert torch.equal(tensors[f"transformer.{name}"], value.T if dense else value), name
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (20, 60) and tensors["transformer.h.1.mlp.c_proj.weight"].shape == (80, 20)
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_save_pretrained_round_trip(tmp_path):
+    """save_pretrained -> from_pretrained gives bit-identical logits."""
+    model = make_gpt(seed=7)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(str(tmp_path)).eval()
+    tokens = torch.randint(0, V, (3, 20), generator=gen())
+    assert torch.equal(again(tokens), model(tokens))
+    assert GPT.from_pretrained(str(tmp_path), dropout=0.3).config.dropout == 0.3
+
+
+def test_save_pretrained_keeps_the_real_vocabulary(tmp_path):
+    """A padded table saved and loaded again must not let its padding rows back into the softmax (anchors trap 4)."""
+    model = make_gpt(seed=7, vocab=32, real_vocab=V)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(0, V, (3, 20), generator=gen())
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_from_pretrained_reads_pytorch_model_bin(tmp_path, prefix):
+    """GPT-2's own file: names with or without "transformer.", causal masks as buffers, an explicit tied lm_head, half precision."""
+    model = make_gpt(seed=8, block_size=16)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = {}
+    for name, value in model.state_dict().items():
+        dense = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
+        weights[prefix + name] = (value.T.contiguous() if dense else value.clone()).half()
+    for i in range(2):
+        weights[f"{prefix}h.{i}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16).to(torch.uint8)
+        weights[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    if prefix:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    loaded = GPT.from_pretrained(str(tmp_path))
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half().float()), name
+
+
+def test_from_pretrained_names_what_it_can_load():
+    """A wrong name is an error that lists the right ones, before any download."""
+    with pytest.raises(ValueError, match="gpt2-medium"):
+        GPT.from_pretrained("gpt3")
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+def test_select_logprobs_is_the_log_softmax_in_value_and_gradient():
+    """The gather-minus-logsumexp shortcut against the full log-softmax, at T = 1 and 0.7 (need R20; anchors trap 38)."""
+    logits = 3 * torch.randn(4, 6, 11, generator=gen(), dtype=torch.float64)
+    ids = torch.randint(0, 11, (4, 6), generator=gen(1))
+    weight = torch.randn(4, 6, generator=gen(2), dtype=torch.float64)
+    for T in (1.0, 0.7):
+        truth = torch.tensor([[float(torch.log_softmax(logits[b, t] / T, 0)[ids[b, t]]) for t in range(6)] for b in range(4)], dtype=torch.float64)
+        ours = select_logprobs(logits, ids, T)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=3e-6)
+        gradient = gradient_of(lambda x, T=T: (select_logprobs(x, ids, T).double() * weight).sum(), logits)
+        onehot = nn.functional.one_hot(ids, 11).double()
+        torch.testing.assert_close(gradient, weight[..., None] * (onehot - (logits / T).softmax(-1)) / T, rtol=0, atol=3e-6)
+
+
+def test_select_logprobs_of_huge_logits_stays_finite():
+    """+-1e4 logits: no overflow in value or gradient (a log of a softmax would give -inf)."""
+    logits = torch.tensor([[1e4, 0.0, -1e4], [1e4, 1e4, -1e4]])
+    for ids, truth in (([0, 0], [0, -math.log(2)]), ([1, 1], [-1e4, -math.log(2)]), ([2, 2], [-2e4, -2e4 - math.log(2)])):
+        ours = select_logprobs(logits, torch.tensor(ids))
+        torch.testing.assert_close(ours, torch.tensor(truth, dtype=torch.float32), rtol=1e-6, atol=1e-3)
+        assert gradient_of(lambda x, ids=ids: select_logprobs(x, torch.tensor(ids)).sum(), logits).isfinite().all()
+
+
+def test_select_logprobs_works_in_float32_for_half_precision_logits():
+    """bfloat16 logits are cast before the softmax, not after (anchors, checklist 41)."""
+    logits = (5 * torch.randn(3, 500, generator=gen())).bfloat16()
+    ids = torch.tensor([1, 2, 3])
+    torch.testing.assert_close(select_logprobs(logits, ids), logits.float().log_softmax(-1)[[0, 1, 2], ids], rtol=0, atol=1e-5)
+
+
+def test_token_logprobs_frame():
+    """logprobs[t] is that of tokens[t+1], given the tokens before it alone (anchors trap 6: off by one)."""
+    model, tokens = make_gpt(seed=9), torch.randint(0, V, (3, 9), generator=gen())
+    for T in (1.0, 0.7):
+        ours = token_logprobs(model, tokens, T)
+        assert ours.shape == (3, 8) and ours.dtype == torch.float32
+        for b, t in product(range(3), range(8)):
+            truth = (model(tokens[b : b + 1, : t + 1])[0, -1].double() / T).log_softmax(0)[tokens[b, t + 1]]
+            assert abs(float(ours[b, t]) - float(truth)) < 2e-5
+
+
+class Recorder:
+    """A model that claims a huge vocabulary, so that token_logprobs must slice, and notes what it was asked."""
+
+    def __init__(self, model, vocab):
+        self.model, self.config, self.rows = model, SimpleNamespace(vocab_size=vocab), []
+
+    def __call__(self, tokens):
+        self.rows.append(tokens.size(0))
+        return self.model(tokens)
+
+
+@pytest.mark.parametrize("vocab", [2**22, 2**24, 2**30])
+def test_token_logprobs_in_slices_changes_nothing(vocab):
+    """Without gradients the rows go through in slices that bound memory (need R20); the answer is that of one pass."""
+    model, tokens = make_gpt(seed=9), torch.randint(0, V, (7, 5), generator=gen())
+    whole = token_logprobs(model, tokens, 0.7)
+    recorder = Recorder(model, vocab)
+    with torch.no_grad():
+        sliced = token_logprobs(recorder, tokens, 0.7)
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6)
+    assert sum(recorder.rows) == 7 and all(n == 1 or n * 5 * vocab <= 2**26 for n in recorder.rows) and len(recorder.rows) > 1
+    recorder = Recorder(model, vocab)
+    token_logprobs(recorder, tokens)
+    assert recorder.rows == [7]  # with gradients: one pass, whose memory is the caller's business
+
+
+def test_real_vocab_gets_all_the_probability():
+    """Padded embedding rows are no tokens: no probability, never sampled (anchors trap 4; checklist 43)."""
+    padded = make_gpt(seed=10, vocab=40, real_vocab=6)
+    with torch.no_grad():
+        padded.wte.weight[6:] *= 20  # the padding rows would dominate every softmax
+    tokens = torch.randint(0, 6, (4, 8), generator=gen())
+    assert padded(tokens).shape == (4, 8, 6)
+    everything = padded.hidden(tokens).double() @ padded.wte.weight.double().T
+    assert float(everything.softmax(-1)[..., 6:].sum(-1).mean()) > 0.5  # so the cut matters
+    truth = everything[..., :6].log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(token_logprobs(padded, tokens).double(), truth, rtol=0, atol=2e-5)
+    for use_cache in (True, False):
+        rollout = generate(padded, [[1], [2, 3]] * 50, 10, eos_id=39, temperature=5.0, generator=gen(), use_cache=use_cache)
+        assert int(rollout.tokens[:, 2:12].max()) < 40 and not rollout.ended.any()
+        assert all(max(c) < 6 for c in rollout.completions())
+
+
+# ------------------------------------------------------------------------------------------------ masked statistics
+
+
+def test_masked_mean_by_hand():
+    """Divides by the number of masked-in entries, whatever stands elsewhere: not even inf or nan leaks (anchors traps 8, 9, 21)."""
+    x = torch.tensor([[1.0, 2.0, float("inf")], [4.0, float("nan"), -float("inf")]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for m in (mask, mask.bool(), mask.float()):
+        assert float(masked_mean(x, m)) == pytest.approx(7 / 3, abs=1e-6)
+    gradient = gradient_of(lambda x: masked_mean(x, mask), x)
+    torch.testing.assert_close(gradient, mask / 3.0)
+    assert float(masked_mean(x, torch.zeros(2, 3))) == 0.0
+
+
+def test_whiten_published_vector():
+    """The test vector of "The N implementation details of RLHF with PPO" (user needs, section A)."""
+    x = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
+    truth = torch.tensor([[0.0508, 0.4381, 0.8254], [1.2127, 1.6, 1.9873], [2.3746, 2.7619, 3.1492]])
+    torch.testing.assert_close(whiten(x, torch.ones(3, 3), shift_mean=False), truth, rtol=0, atol=5.1e-5)
+    torch.testing.assert_close(whiten(x, torch.ones(3, 3)), truth - 1.6, rtol=0, atol=5.1e-5)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_under_a_mask(shift_mean):
+    """Statistics of the masked-in entries alone, biased variance, 0 elsewhere (anchors traps 24, 44: not by signed sums)."""
+    x = 3 * torch.randn(6, 9, generator=gen(), dtype=torch.float64) + 2
+    mask = random_mask((6, 9), seed=3)
+    inside = x[mask]
+    truth = (inside - inside.mean()) / inside.std(unbiased=False) + (0 if shift_mean else inside.mean())
+    ours = whiten(x, mask, shift_mean)
+    torch.testing.assert_close(ours[mask], truth, rtol=0, atol=1e-7)
+    assert (ours[~mask] == 0).all()
+    for poison in (float("inf"), float("nan"), 1e30):
+        assert torch.equal(whiten(x.masked_fill(~mask, poison), mask, shift_mean), ours)
+
+
+def test_whiten_of_equal_entries_is_finite():
+    """Variance 0: no division by zero."""
+    assert torch.equal(whiten(torch.full((2, 3), 4.0), torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+def test_completion_mask_by_hand():
+    """prompt_len .. len-1, from lengths alone: an EOS as last completion token is in it (anchors traps 2, 3, 11)."""
+    mask = completion_mask(torch.tensor([1, 3, 2]), torch.tensor([4, 4, 6]), 6)
+    assert mask.dtype == torch.bool
+    assert mask.int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
+
+
+# ------------------------------------------------------------------------------------------------ one token
+
+
+PROBS = [0.05, 0.5, 0.12, 0.3, 0.03]  # of ids 0..4
+
+
+def frequencies(n: int = 20_000, temperature: float = 1.0, top_k=None, top_p=None, seed: int = 0) -> torch.Tensor:
+    logits = (torch.tensor(PROBS).log() * temperature + 3.0).expand(n, -1)  # any shift; divided by T again they are log PROBS
+    return torch.bincount(sample_token(logits, temperature, top_k, top_p, gen(seed)), minlength=5).double()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_sampling_frequencies(temperature):
+    """P(id) = softmax(logits / T)[id], by a chi-square bound."""
+    statistic, bound = chi_square(frequencies(temperature=temperature), torch.tensor(PROBS).double())
+    assert statistic < bound
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.3, [1]),
+        (0.49, [1]),
+        (0.51, [1, 3]),
+        (0.79, [1, 3]),
+        (0.81, [1, 2, 3]),
+        (0.93, [0, 1, 2, 3]),
+        (0.99, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_top_p_keeps_the_smallest_set(top_p, kept):
+    """The fewest most likely ids whose probability reaches top_p, renormalised; never none."""
+    probs = torch.zeros(5).double()
+    probs[kept] = torch.tensor(PROBS).double()[kept]
+    statistic, bound = chi_square(frequencies(top_p=top_p), probs / probs.sum())
+    assert statistic < max(bound, 1e-9)
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])])
+def test_top_k_keeps_the_k_most_likely(top_k, kept):
+    """Exactly the k most likely ids, renormalised; k beyond the vocabulary keeps all."""
+    probs = torch.zeros(5).double()
+    probs[kept] = torch.tensor(PROBS).double()[kept]
+    statistic, bound = chi_square(frequencies(top_k=top_k), probs / probs.sum())
+    assert statistic < max(bound, 1e-9)
+
+
+def test_top_p_acts_on_what_top_k_left():
+    """k = 2 leaves 0.5 and 0.3, renormalised 0.625 and 0.375: p = 0.6 then keeps one id (of all five it would keep two)."""
+    assert frequencies(top_k=2, top_p=0.6).nonzero().flatten().tolist() == [1]
+    assert frequencies(top_p=0.6).nonzero().flatten().tolist() == [1, 3]
+
+
+def test_top_p_works_row_by_row():
+    """Each row has its own set, whatever the order of its ids."""
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.34, 0.33, 0.33]]).log().repeat(500, 1)
+    ids = sample_token(logits, 1.0, None, 0.7, gen()).view(500, 3)
+    assert [sorted(set(ids[:, i].tolist())) for i in range(3)] == [[0, 1], [1, 2], [0, 1, 2]]
+
+
+def test_temperature_zero_and_top_k_one_are_greedy():
+    """Both take the most likely id."""
+    logits = torch.randn(200, 50, generator=gen())
+    assert torch.equal(sample_token(logits, 0, None, None, None), logits.argmax(-1))
+    assert torch.equal(sample_token(logits, 1.3, 1, None, gen()), logits.argmax(-1))
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+
+CACHE = pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+PROMPTS = random_prompts([1, 5, 17], V, seed=3)
+
+
+@CACHE
+def test_rows_of_a_batch_equal_each_alone(use_cache):
+    """Prompts of lengths 1, 5, 17, greedy: the batch gives what each prompt gives alone (need R5; anchors trap 41)."""
+    model = endless(seed=128)
+    rollout = generate(model, PROMPTS, 20, eos_id=V, temperature=0, use_cache=use_cache)
+    truth = [greedy_alone(model, p, 20, V) for p in PROMPTS]
+    assert rows_of(rollout) == truth
+    assert len({tuple(c) for c, _ in truth}) == 3 and all(len(set(c)) > 3 for c, _ in truth)  # no trivial loops
+    assert rollout.prompt_lens.tolist() == [1, 5, 17] and rollout.lens.tolist() == [21, 25, 37]
+    assert rollout.tokens.shape == (3, 37) and rollout.tokens[1, :5].tolist() == PROMPTS[1]
+
+
+def test_cached_logits_equal_the_full_forward(monkeypatch):
+    """At every step the logits that are sampled from are those of a forward over the whole sequence (needs R2, R19; OAI test_model.py)."""
+    seen = []
+
+    def spy(logits, *args):
+        seen.append(logits.clone())
+        return sample_token(logits, *args)
+
+    monkeypatch.setattr(model_module, "sample_token", spy)
+    for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        seen.clear()
+        model = endless(seed=12, dtype=dtype)
+        rollout = generate(model, PROMPTS, 25, eos_id=V, generator=gen(1))
+        full = model(rollout.tokens)  # (3, S, V)
+        assert len(seen) == 25
+        for step, logits in enumerate(seen):
+            truth = full[torch.arange(3), rollout.prompt_lens - 1 + step]
+            torch.testing.assert_close(logits, truth, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_cached_and_uncached_sample_the_same_tokens(temperature):
+    """The same generator, the same draws: with rows that end (and are left behind) and with rows that never do."""
+    for eos_id, model in ((V, endless(seed=13)), (0, make_gpt(seed=13, vocab=5))):
+        prompts = random_prompts([1, 5, 17, 2, 9, 3, 1, 4], 5, seed=4)
+        cached, slow = (
+            generate(model, prompts, 20, eos_id=eos_id, temperature=temperature, generator=gen(2), use_cache=use_cache) for use_cache in (True, False)
+        )
+        assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
+        assert bool(cached.ended.any()) is (eos_id == 0)
+
+
+@CACHE
+def test_rows_left_behind_don_t_disturb_the_others(use_cache):
+    """Many rows that end at different steps, so that the batch shrinks several times: each row equals itself alone, greedily."""
+    model = make_gpt(seed=14, vocab=9)
+    prompts = random_prompts([1, 7, 3, 12, 5, 2, 9, 4, 6, 11, 8, 10] * 3, 9, seed=6)
+    free = [greedy_alone(model, p, 24, 9)[0] for p in prompts]
+    ends = {eos: [c.index(eos) if eos in c else 99 for c in free] for eos in range(9)}
+    eos_id = max(ends, key=lambda eos: len(set(ends[eos])))  # the id that spreads the ends most
+    assert len(set(ends[eos_id])) >= 8 and sorted(ends[eos_id])[len(prompts) // 2] < 24 <= max(ends[eos_id])  # it shrinks; some rows are cut
+    rollout = generate(model, prompts, 24, eos_id=eos_id, temperature=0, use_cache=use_cache)
+    assert rows_of(rollout) == [greedy_alone(model, p, 24, eos_id) for p in prompts]
+
+
+@CACHE
+@pytest.mark.parametrize("make", [successor, CountingModel], ids=["gpt", "module"])
+def test_a_model_whose_next_token_is_known(make, use_cache):
+    """next = last + 1 mod 12 (anchors, checklist 51): rows stop by themselves at EOS = 9, a row that doesn't reach it is cut,
+    the filler behind a row is no token of it."""
+    model = make()
+    prompts = [[7], [3, 8], [1, 2, 3], [10, 0, 11], [5, 6, 7, 8], [11]]
+    rollout = generate(model, prompts, 6, eos_id=9, temperature=0, use_cache=use_cache)
+    truth = [([8, 9], True), ([9], True), ([4, 5, 6, 7, 8, 9], True), ([0, 1, 2, 3, 4, 5], False), ([9], True), ([0, 1, 2, 3, 4, 5], False)]
+    assert rows_of(rollout) == truth
+    assert rollout.lens.tolist() == [3, 3, 9, 9, 5, 7] and rollout.prompt_lens.tolist() == [1, 2, 3, 3, 4, 1]
+    assert rollout.tokens.shape == (6, 9)  # as wide as the longest row, no wider
+    for i, n in enumerate(rollout.lens.tolist()):
+        assert (rollout.tokens[i, n:] == 9).all()
+    assert rollout.completions() == [[8], [], [4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [], [0, 1, 2, 3, 4, 5]]
+    # EOS is an action like any other; the filler, which is the same id, is none (anchors traps 2, 3, 11)
+    assert rollout.action_mask.sum(1).tolist() == [2, 1, 6, 6, 1, 6]
+    assert all(bool(rollout.action_mask[i, n - 2]) and not rollout.action_mask[i, n - 1 :].any() for i, n in enumerate(rollout.lens.tolist()))
+
+
+@CACHE
+def test_eos_in_the_prompt_ends_nothing(use_cache):
+    """Only the completion is looked at for EOS, and an id next to the last slot counts as any other (need R23)."""
+    rollout = generate(successor(), [[9, 1], [9], [9, 9, 9], [8, 9]], 3, eos_id=9, temperature=0, use_cache=use_cache)
+    assert rows_of(rollout) == [([2, 3, 4], False), ([10, 11, 0], False), ([10, 11, 0], False), ([10, 11, 0], False)]
+    rollout = generate(successor(), [[9, 6]], 3, eos_id=9, temperature=0, use_cache=use_cache)  # EOS as the very last token that fits
+    assert rows_of(rollout) == [([7, 8, 9], True)]
+
+
+def test_a_plain_function_can_be_sampled():
+    """Any callable tokens -> logits works: no parameters, no config, no module."""
+    rollout = generate(lambda t: 9.0 * nn.functional.one_hot((t * 2) % 7, 7), [[1], [3, 5]], 4, eos_id=6, temperature=0)
+    assert rows_of(rollout) == [([2, 4, 1, 2], False), ([3, 6], True)]
+
+
+@CACHE
+def test_the_first_sampled_token_honours_top_k_and_top_p(use_cache):
+    """Anchors trap 45: the token that the prefill gives is drawn like all others."""
+    model = endless(seed=15)
+    logits = model(torch.tensor([[4, 2]]))[0, -1]
+    best = logits.topk(3).indices.tolist()
+    for kwargs, allowed in (({"top_k": 1}, best[:1]), ({"top_k": 3}, best), ({"top_p": 1e-6}, best[:1])):
+        rollout = generate(model, [[4, 2]] * 300, 2, eos_id=V, temperature=3.0, generator=gen(), use_cache=use_cache, **kwargs)
+        assert set(rollout.tokens[:, 2].tolist()) == set(allowed)
+    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0, use_cache=use_cache)
+    assert torch.equal(generate(model, PROMPTS, 12, eos_id=V, top_k=1, generator=gen(), use_cache=use_cache).tokens, greedy.tokens)
+
+
+@CACHE
+def test_whole_completions_have_the_right_probability(use_cache):
+    """4,000 sampled completions of a GPT with 4 tokens, EOS and cut ones among them: the frequency of every possible completion against
+    the product of its token probabilities, enumerated. Sampler, cache, shrinking batch and token_logprobs agree on one distribution (need R6)."""
+    model, T, eos_id = make_gpt(seed=16, vocab=4, block_size=8), 1.5, 0
+    for prompt in ([2], [1, 3, 3]):
+        probs = {}
+        for completion in product(range(4), repeat=3):
+            end = completion.index(eos_id) + 1 if eos_id in completion else 3
+            kept = completion[:end]
+            with torch.no_grad():
+                lp = token_logprobs(model, torch.tensor([[*prompt, *kept]]), T)[0, len(prompt) - 1 :]
+            probs[kept] = float(lp.sum().exp())
+        assert abs(sum(probs.values()) - 1) < 1e-5  # of 40 completions: they are all there are
+        other = [1, 2, 3, 2] if len(prompt) == 1 else [3]  # batch mates of another length
+        rollout = generate(model, [prompt, other] * 4000, 3, eos_id=eos_id, temperature=T, generator=gen(len(prompt)), use_cache=use_cache)
+        found = [tuple(c) for c, _ in rows_of(rollout)[::2]]
+        names = [c for c in probs if 4000 * probs[c] > 5]
+        counts = torch.tensor([found.count(c) for c in names] + [sum(c not in names for c in found)]).double()
+        shares = torch.tensor([probs[c] for c in names]).double()
+        shares = torch.cat([shares, 1 - shares.sum(0, keepdim=True)])
+        if float(shares[-1]) * 4000 <= 5:
+            counts, shares = counts[:-1], shares[:-1] / shares[:-1].sum()
+        statistic, bound = chi_square(counts, shares)
+        assert len(names) > 15 and statistic < bound
+
+
+def test_temperature_reaches_every_token():
+    """A bigram model's second token, at T = 0.5, has softmax(logits / 0.5): not only the first one is scaled."""
+    table = torch.randn(6, 6, generator=gen(3))
+    rollout = generate(Bigram(table), [[0]] * 6000, 2, eos_id=6, temperature=0.5, generator=gen())
+    second = (table[0] / 0.5).softmax(0).double() @ (table / 0.5).softmax(-1).double()
+    statistic, bound = chi_square(torch.bincount(rollout.tokens[:, 2], minlength=6).double(), second)
+    assert statistic < bound
+
+
+def test_generate_is_reproducible_and_leaves_the_global_generator_alone():
+    """Its own generator alone decides: same seed same tokens, other seed other tokens, torch's stream untouched (need R24)."""
+    model, state = endless(seed=17), torch.get_rng_state()
+    a, b, c = (generate(model, PROMPTS, 15, eos_id=V, generator=gen(seed)).tokens for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_generate_refuses_what_it_can_t_do():
+    """Empty prompts, no room, senseless settings: a message, not a crash deep inside (or a silently cut prompt)."""
+    model = endless(block_size=10)
+    for prompts in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match="prompt"):
+            generate(model, prompts, 3, eos_id=0)
+    generate(model, [[1] * 7], 3, eos_id=V)  # just fits
+    with pytest.raises(ValueError, match="block_size"):
+        generate(model, [[1] * 8], 3, eos_id=V)
+    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError):
+            generate(model, [[1]], **{"max_new_tokens": 3, "eos_id": 0, **bad})
+
+
+def test_generate_records_no_graph():
+    """Sampling keeps no activations for a backward pass."""
+    model = endless()
+    rollout = generate(model, [[1, 2]], 4, eos_id=V, generator=gen())
+    assert not rollout.tokens.requires_grad and torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_blocks_keep_values_and_names():
+    """`block.compile()` as the scripts call it (here without a code generator): same logits, same cached sampling, and the names of
+    the checkpoint don't change, so a compiled run's checkpoint loads everywhere."""
+    plain, compiled = endless(seed=18), endless(seed=18)
+    for block in compiled.h:
+        block.compile(backend="eager")
+    tokens = torch.randint(0, V, (2, 9), generator=gen())
+    torch.testing.assert_close(compiled(tokens), plain(tokens), rtol=0, atol=1e-5)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    a, b = (generate(m, PROMPTS, 6, eos_id=V, temperature=0).tokens for m in (compiled, plain))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_generate_on_a_gpu_equals_the_cpu():
+    """The GPU takes its own branches (constant cache span, rows looked at every 8th step, none left behind): same greedy tokens."""
+    cpu, gpu = endless(seed=14), endless(seed=14).cuda()
+    prompts = random_prompts([1, 7, 3, 12, 5, 2, 9, 4], V, seed=6)
+    for eos_id in range(V + 1):
+        a, b = (generate(m, prompts, 21, eos_id=eos_id, temperature=0) for m in (cpu, gpu))
+        assert rows_of(a) == rows_of(b) and a.tokens.tolist() == b.tokens.tolist()

@@ -1,0 +1,314 @@
+"""End to end, at a small size: the stages fit together, are reproducible, can be resumed, and need no network; and real text goes
+through all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.collect
+import data.prepare
+import data.tiny
+import dpo
+import evaluate
+import ppo
+import reward_model
+import sft
+from common import RunFolder, UserError, load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "real"
+TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
+
+
+def configs(out: Path, **changed) -> dict:
+    """Small configurations of every stage; `changed` maps a stage to fields that differ."""
+    d = out / "data"
+    made = {
+        "tiny": data.tiny.Config(out_dir=str(d), demonstrations=240, held_out_demonstrations=40, prompts=120, held_out_prompts=24),
+        "sft": sft.Config(
+            data=str(d / "demonstrations.jsonl"),
+            held_out_data=str(d / "demonstrations_held_out.jsonl"),
+            out_dir=str(out / "sft"),
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            dropout=0.1,  # so that resuming must restore torch's generator too
+            device="cpu",
+        ),
+        "collect": data.collect.Config(
+            policies=[str(out / "sft")], prompts=str(d / "prompts.jsonl"), n_prompts=48, out=str(d / "rankings.jsonl"), max_new_tokens=16, device="cpu"
+        ),
+        "collect_held_out": data.collect.Config(
+            policies=[str(out / "sft")],
+            prompts=str(d / "prompts_held_out.jsonl"),
+            n_prompts=16,
+            out=str(d / "rankings_held_out.jsonl"),
+            max_new_tokens=16,
+            device="cpu",
+        ),
+        "reward_model": reward_model.Config(
+            policy=str(out / "sft"),
+            data=str(d / "rankings.jsonl"),
+            held_out_data=str(d / "rankings_held_out.jsonl"),
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(out / "reward_model"),
+            normalise_samples=32,
+            max_new_tokens=16,
+            log_every=1,
+            device="cpu",
+        ),
+        "ppo": ppo.Config(
+            policy=str(out / "sft"),
+            reward=str(out / "reward_model"),
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(out / "ppo"),
+            iterations=4,
+            rollouts=16,
+            minibatch=8,
+            micro_batch=4,
+            max_new_tokens=16,
+            kl_target=3.0,
+            device="cpu",
+        ),
+        "dpo": dpo.Config(
+            policy=str(out / "sft"),
+            data=str(d / "rankings.jsonl"),
+            held_out_data=str(d / "rankings_held_out.jsonl"),
+            out_dir=str(out / "dpo"),
+            max_new_tokens=16,
+            log_every=1,
+            device="cpu",
+        ),
+        "evaluate": evaluate.Config(
+            policies=[str(out / p) for p in ("sft", "ppo", "dpo")],
+            reward=str(out / "reward_model"),
+            prompts=str(d / "prompts_held_out.jsonl"),
+            rankings=str(d / "rankings_held_out.jsonl"),
+            demonstrations=str(d / "demonstrations_held_out.jsonl"),
+            max_new_tokens=16,
+            best_of=[1, 2],
+            best_of_prompts=8,
+            out_dir=str(out / "evaluate"),
+            device="cpu",
+        ),
+    }
+    return {k: dataclasses.replace(v, **changed.get(k, {})) for k, v in made.items()}
+
+
+STAGES = {
+    "tiny": data.tiny,
+    "sft": sft,
+    "collect": data.collect,
+    "collect_held_out": data.collect,
+    "reward_model": reward_model,
+    "ppo": ppo,
+    "dpo": dpo,
+    "evaluate": evaluate,
+}
+
+
+def run(names, made: dict) -> dict:
+    return {name: STAGES[name].train(made[name]) for name in names}
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The whole pipeline once, with every connection refused: need R10, nothing is downloaded."""
+    out = tmp_path_factory.mktemp("pipeline")
+    patch = pytest.MonkeyPatch()
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    patch.setattr(socket.socket, "connect", refuse)
+    patch.setattr(socket, "getaddrinfo", refuse)
+    patch.setattr(socket, "create_connection", refuse)
+    made = configs(out)
+    results = run(STAGES, made)
+    patch.undo()
+    return out, made, results
+
+
+def test_every_stage_writes_what_the_next_one_reads(pipeline):
+    """Each training stage leaves model, state, metrics, config and results; tensors and plain Python only (weights_only=True)."""
+    out, _, _ = pipeline
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
+        found = {p.name for p in (out / stage).iterdir()}
+        assert found == {"model.pt", "state.pt", "metrics.jsonl", "config.json", "results.json"}, stage  # and no .tmp file
+        checkpoint = load_file(out / stage / "model.pt")
+        assert set(checkpoint) == {"kind", "config", "tokenizer", "made", "weights"}
+        assert checkpoint["tokenizer"] == "tiny" and checkpoint["kind"] == ("scalar" if stage == "reward_model" else "gpt")
+        assert all("step" in row for row in metrics(out / stage))
+
+
+def test_evaluation_has_the_promised_figures(pipeline):
+    """The contract of out/evaluate/results.json, and figures that must hold whatever was learned."""
+    out, _, _ = pipeline
+    results = json.loads((out / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    assert results["ceiling"] == pytest.approx(data.tiny.CEILING)
+    assert {"accuracy", "bayes_accuracy", "longer_wins"} <= set(results["reward_model"])
+    assert list(results["policies"]) == ["sft", "ppo", "dpo"] and set(results["best_of_n"]) == {"1", "2"}
+    for name, figures in results["policies"].items():
+        assert {"gold", "gold_se", "rm", "kl", "win_rate", "win_low", "win_high", "eos_rate", "length", "distinct", "headroom_closed"} <= set(figures)
+        assert figures["gold"] == pytest.approx(sum(figures["parts"].values()))
+        if name == "sft":
+            assert figures["kl"] == 0 and figures["win_rate"] is None and figures["headroom_closed"] == 0
+        else:
+            assert figures["kl"] > 0 and figures["win_low"] < figures["win_rate"] < figures["win_high"]
+    assert results["best_of_n"]["2"]["rm"] >= results["best_of_n"]["1"]["rm"]
+
+
+def test_the_same_seed_gives_the_same_run(pipeline, tmp_path):
+    """Need R24: two runs of each script write identical metrics, and a third with another seed does not."""
+    out, _, _ = pipeline
+    shutil.copytree(out / "data", tmp_path / "data")
+    (tmp_path / "data" / "rankings.jsonl").unlink()
+    made = configs(tmp_path)
+    run(["sft", "collect", "reward_model", "ppo", "dpo"], made)
+    assert (tmp_path / "data" / "rankings.jsonl").read_bytes() == (out / "data" / "rankings.jsonl").read_bytes()
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
+        assert metrics(tmp_path / stage) == metrics(out / stage), stage
+    other = dataclasses.replace(made["dpo"], seed=2, out_dir=str(tmp_path / "other"))
+    dpo.train(other)
+    assert metrics(tmp_path / "other") != metrics(out / "dpo")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "dpo"])
+def test_a_resumed_run_equals_the_unbroken_one(pipeline, tmp_path, monkeypatch, stage):
+    """Need R24: stopped after its first saved state and resumed, a run ends with bit-identical weights and the same log."""
+    out, made, _ = pipeline
+    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), save_every=2)
+    save = RunFolder.save_state
+
+    def save_and_die(self, step, **parts):
+        save(self, step, **parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        STAGES[stage].train(config)
+    monkeypatch.setattr(RunFolder, "save_state", save)
+    assert load_file(tmp_path / stage / "state.pt")["step"] == 2
+    with open(tmp_path / stage / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 3, "loss"')  # a line that the crash cut short
+    torch.manual_seed(12345)  # a resumed process starts with another generator state
+    STAGES[stage].train(dataclasses.replace(config, resume=True))
+
+    unbroken = load_file(out / stage / "model.pt")["weights"]
+    resumed = load_file(tmp_path / stage / "model.pt")["weights"]
+    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
+    assert metrics(tmp_path / stage) == metrics(out / stage)
+
+
+def test_ppo_variants_run_on_a_plain_function(pipeline, tmp_path):
+    """A reward from file.py:function, exact KL, PTX and the last block alone: the frozen part stays bit-identical, the rest moves."""
+    out, made, _ = pipeline
+    (tmp_path / "my_reward.py").write_text("def short(prompts, completions):\n    return [-len(c) / 20 for c in completions]\n", encoding="utf-8")
+    config = dataclasses.replace(
+        made["ppo"],
+        reward=f"{tmp_path / 'my_reward.py'}:short",
+        out_dir=str(tmp_path / "ppo"),
+        kl="exact",
+        kl_target=0.0,
+        train_layers=1,
+        ptx_coef=0.1,
+        ptx_data=str(out / "data" / "demonstrations.jsonl"),
+        trace=True,
+    )
+    ppo.train(config)
+    before, after = load_file(out / "sft" / "model.pt")["weights"], load_file(tmp_path / "ppo" / "model.pt")["weights"]
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith(("h.1.", "ln_f.")) for k in moved)
+    assert metrics(tmp_path / "ppo")[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_mistakes_are_reported_before_anything_is_overwritten(pipeline):
+    """A typo in a flag must not cost the checkpoint that stands there."""
+    out, made, _ = pipeline
+    before = (out / "ppo" / "model.pt").read_bytes()
+    for wrong in ({"reward": str(out / "sft")}, {"policy": str(out / "reward_model")}, {"max_new_tokens": 96}, {"minibatch": 99}, {"train_layers": 9}):
+        with pytest.raises(UserError) as error:
+            ppo.train(dataclasses.replace(made["ppo"], **wrong))
+        assert "\n" not in str(error.value)
+    assert (out / "ppo" / "model.pt").read_bytes() == before
+    assert (out / "ppo" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="the folder with real data is absent")
+def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
+    """Public instruction data (Alpaca-style, with preferences), GPT-2's vocabulary, a small model: every stage learns."""
+    shutil.copytree(REAL / "gpt2_bpe", tmp_path / "bpe")  # a copy: tiktoken deletes a cached file whose hash is off
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "bpe"))
+    d = tmp_path / "data"
+    counts = data.prepare.prepare(REAL / "instruction-data-with-preference.json", d, held_out=0.05, seed=1)
+    assert counts["demonstrations"] + counts["demonstrations_held_out"] == 1100
+    assert counts["pairs"] + counts["pairs_held_out"] == 1094  # six pairs have equal texts
+    for name, n in (("demonstrations", 240), ("pairs", 160)):  # enough to learn from in seconds
+        lines = (d / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (d / f"{name}.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
+
+    common = {"device": "cpu", "log_every": 1}
+    result = sft.train(
+        sft.Config(
+            data=str(d / "demonstrations.jsonl"),
+            held_out_data=str(d / "demonstrations_held_out.jsonl"),
+            out_dir=str(tmp_path / "sft"),
+            tokenizer="gpt2",
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            block_size=192,
+            batch_size=8,
+            warmup=5,
+            lr=5e-3,
+            **common,
+        )
+    )
+    assert result["held_out_loss"] < result["first_loss"] - 1.5  # from about ln 50257 = 10.8
+    pairs = {"data": str(d / "pairs.jsonl"), "held_out_data": str(d / "pairs_held_out.jsonl"), "policy": str(tmp_path / "sft"), "batch_size": 8}
+    reward_model.train(
+        reward_model.Config(
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(tmp_path / "reward_model"),
+            epochs=2,
+            warmup=4,
+            lr=2e-3,
+            normalise_samples=16,
+            max_new_tokens=16,
+            **pairs,
+            **common,
+        )
+    )
+    dpo.train(dpo.Config(out_dir=str(tmp_path / "dpo"), warmup=4, lr=2e-3, max_new_tokens=16, **pairs, **common))
+    for stage in ("reward_model", "dpo"):
+        losses = [row["loss"] for row in metrics(tmp_path / stage) if "loss" in row]
+        assert sum(losses[-5:]) < sum(losses[:5]), f"{stage}: {losses}"
+    result = ppo.train(
+        ppo.Config(
+            policy=str(tmp_path / "sft"),
+            reward=str(tmp_path / "reward_model"),
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(tmp_path / "ppo"),
+            iterations=3,
+            rollouts=16,
+            minibatch=8,
+            max_new_tokens=24,
+            device="cpu",
+        )
+    )
+    rows = metrics(tmp_path / "ppo")
+    assert len(rows) == 3 and rows[0]["kl"] == pytest.approx(0.0, abs=1e-4) and rows[0]["first_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert 0 < result["kl"] < 50

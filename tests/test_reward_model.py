@@ -1,0 +1,453 @@
+"""Stage 2: the ranking loss against explicit pairs, the score's place, the normalisation, the held-out figures, and the step that `train` takes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import finite_difference_gradient, frame_batch, gradient_of, make_gpt, make_scalar
+from test_sft import EOS, ToyTokenizer, assert_same_weights, checkpoint, descend, plain_sgd, read_lines, speak_toy, strict_json, write_lines
+from torch import Tensor
+
+import reward_model
+from common import UserError, generator_for, load_model
+from data.batches import Example, RankedExamples, encode_rankings, ranked_batch
+from data.files import Ranking
+from model import ScalarModel, generate
+from reward_model import Config, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy, ranking_loss
+
+CPU = torch.device("cpu")
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def loop_loss(scores: list[list[float]], ranks: list[list[int]]) -> float:
+    """The definition, pair by pair: -log sigmoid(better - worse), for a tie the cross-entropy against one half; mean over all pairs."""
+    losses = []
+    for row, rank in zip(scores, ranks, strict=True):
+        present = [(s, r) for s, r in zip(row, rank, strict=True) if r >= 0]
+        for (a, rank_a), (b, rank_b) in itertools.combinations(present, 2):
+            if rank_a == rank_b:
+                losses.append(-0.5 * log_sigmoid(a - b) - 0.5 * log_sigmoid(b - a))
+            else:
+                losses.append(-log_sigmoid(a - b if rank_a < rank_b else b - a))
+    return sum(losses) / len(losses)
+
+
+def random_scores(n: int, k: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+MIXED_RANKS = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, -1, -1], [0, 0, 0, 1], [0, 1, 1, -1]])
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def test_two_completions_are_bradley_terry():
+    """K = 2 must be the pairwise loss, with its gradient -sigmoid(-gap) / N on the better one; the sign turned round teaches the reverse."""
+    scores = random_scores(7, 2, seed=1)
+    gaps = (scores[:, 0] - scores[:, 1]).tolist()
+    assert ranking_loss(scores).item() == pytest.approx(sum(math.log(1 + math.exp(-g)) for g in gaps) / 7, rel=1e-12)
+    expected = torch.tensor([[-1 / (1 + math.exp(g)) / 7, 1 / (1 + math.exp(g)) / 7] for g in gaps], dtype=torch.float64)
+    torch.testing.assert_close(gradient_of(ranking_loss, scores), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 6])
+def test_k_completions_are_the_mean_over_all_pairs(k):
+    """Dividing by K(K-1)/2 twice (a known bug: six times too small at K = 4), or leaving pairs out."""
+    scores = random_scores(5, k, seed=k)
+    assert ranking_loss(scores).item() == pytest.approx(loop_loss(scores.tolist(), [list(range(k))] * 5), rel=1e-12)
+    assert ranking_loss(scores, torch.arange(k).expand(5, k)).item() == pytest.approx(ranking_loss(scores).item(), rel=1e-12)
+
+
+def test_ties_and_absent_completions_equal_the_loop():
+    """Ties counted as wins of whichever stands first, absent completions counted as pairs, or the mean over a wrong number of pairs."""
+    scores = random_scores(5, 4, seed=2)
+    assert ranking_loss(scores, MIXED_RANKS).item() == pytest.approx(loop_loss(scores.tolist(), MIXED_RANKS.tolist()), rel=1e-12)
+
+
+def test_gradient_equals_finite_differences():
+    """Gradient with ties and absent completions against central differences."""
+    scores = random_scores(5, 4, seed=3)
+    found = gradient_of(lambda s: ranking_loss(s, MIXED_RANKS), scores)
+    torch.testing.assert_close(found, finite_difference_gradient(lambda s: ranking_loss(s, MIXED_RANKS), scores), rtol=0, atol=1e-8)
+    assert (found[MIXED_RANKS < 0] == 0).all()
+
+
+def test_a_tie_asks_for_equal_scores():
+    """The target of a tie is half / half: ln 2 and no gradient at equal scores, 0.813262 at a gap of 1, and it pulls together."""
+    tie = torch.tensor([[0, 0]])
+    assert ranking_loss(torch.tensor([[3.0, 3.0]]), tie).item() == pytest.approx(math.log(2), abs=1e-7)
+    assert ranking_loss(torch.tensor([[1.0, 0.0]]), tie).item() == pytest.approx(0.813262, abs=1e-6)
+    assert ranking_loss(torch.tensor([[0.0, 1.0]]), tie).item() == pytest.approx(0.813262, abs=1e-6)
+    assert gradient_of(lambda s: ranking_loss(s, tie), torch.tensor([[3.0, 3.0]])).tolist() == [[0.0, 0.0]]
+    pull = gradient_of(lambda s: ranking_loss(s, tie), torch.tensor([[1.0, 0.0]]))
+    assert pull[0, 0].item() == pytest.approx(0.5 * math.tanh(0.5), abs=1e-6)  # sigmoid(1) - 1/2
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, math.inf, -math.inf])
+def test_absent_completions_are_ignored(value):
+    """What stands in the place of an absent completion (the score of another row) leaks into loss or gradient."""
+    scores = torch.tensor([[1.0, 0.5, value], [0.2, -0.3, 0.1]])
+    ranks = torch.tensor([[0, 1, -1], [0, 1, 2]])
+    pairs = [[1.0, 0.5], [0.2, -0.3], [0.2, 0.1], [-0.3, 0.1]]
+    assert ranking_loss(scores, ranks).item() == pytest.approx(-sum(log_sigmoid(a - b) for a, b in pairs) / 4, abs=1e-6)
+    gradient = gradient_of(lambda s: ranking_loss(s, ranks), scores)
+    assert gradient[0, 2] == 0
+    assert gradient[0, 0].item() == pytest.approx(-1 / (1 + math.exp(0.5)) / 4, abs=1e-6)
+
+
+def test_extreme_gaps_stay_finite():
+    """log(sigmoid(x)) is infinite at a gap of -120 and log(1 + exp(x)) overflows: the loss must be linear there."""
+    for gap, loss, slope in ((1e4, 0.0, 0.0), (-1e4, 1e4, -1.0), (-120.0, 120.0, -1.0), (120.0, 0.0, 0.0)):
+        scores = torch.tensor([[gap, 0.0]])
+        for ranks, expected, grad in ((None, loss, slope), (torch.tensor([[0, 0]]), abs(gap) / 2, math.copysign(0.5, gap))):
+            assert ranking_loss(scores, ranks).item() == pytest.approx(expected, abs=1e-6)
+            assert gradient_of(lambda s, r=ranks: ranking_loss(s, r), scores)[0, 0].item() == pytest.approx(grad, abs=1e-6)
+
+
+def test_only_differences_within_a_prompt_count():
+    """The reward is known up to a constant of each prompt; a loss that sees the constant compares across prompts."""
+    scores, shift = random_scores(5, 4, seed=4), torch.tensor([[3.0], [-7.0], [0.5], [100.0], [-2.0]], dtype=torch.float64)
+    assert ranking_loss(scores + shift, MIXED_RANKS).item() == pytest.approx(ranking_loss(scores, MIXED_RANKS).item(), rel=1e-12)
+
+
+def test_parts_of_a_step_divide_by_the_pairs_of_the_whole_step():
+    """A mean for each micro-batch: a ranking of two would weigh as much as one of four."""
+    scores = random_scores(5, 4, seed=5)
+    whole = ranking_loss(scores, MIXED_RANKS)
+    n_pairs = sum(math.comb(sum(r >= 0 for r in row), 2) for row in MIXED_RANKS.tolist())
+    for size in (1, 2, 3):
+        parts = [ranking_loss(scores[i : i + size], MIXED_RANKS[i : i + size], n_pairs) for i in range(0, 5, size)]
+        assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 3, 4)])
+def test_wrong_shapes_raise(shape):
+    """A flat vector of scores would be compared silently in some broadcast way."""
+    with pytest.raises(ValueError, match=r"\(N, K\)"):
+        ranking_loss(torch.zeros(shape))
+
+
+def test_equal_scores_at_the_start_give_ln_2():
+    """A model that can't tell two completions apart must start at ln 2 and at an accuracy of one half, not 0."""
+    torch.manual_seed(0)
+    model = ScalarModel.from_gpt(make_gpt(1))
+    tokens = torch.tensor([[1, 2, 3, EOS], [1, 2, 3, EOS]])
+    scores = model.score(tokens, torch.tensor([4, 4])).view(1, 2)
+    assert ranking_loss(scores).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert pair_accuracy(scores, torch.tensor([[0, 1]]))[0].item() == 0.5
+
+
+def test_pair_accuracy_by_hand():
+    """`chosen > rejected` counts equal scores as wrong; ties and absent completions must make no comparison."""
+    scores = torch.tensor([[2.0, 1.0, 3.0], [1.0, 1.0, 0.0]])
+    correct, gap = pair_accuracy(scores, torch.tensor([[0, 1, 2], [0, 1, 1]]))
+    assert correct.tolist() == [[1.0, 0.0, 0.0], [0.5, 1.0, 1.0]]  # pairs (0, 1), (0, 2), (1, 2)
+    assert gap.tolist() == [[1, 2, 1], [1, 1, 0]]
+    _, gap = pair_accuracy(scores, torch.tensor([[0, 1, -1], [0, 0, -1]]))
+    assert gap.tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------ the score
+
+
+def test_score_is_the_output_at_the_last_real_token():
+    """The score read one token early (before EOS), at the last column (filler), or averaged over the row."""
+    model, frame = make_scalar(2), frame_batch(B=6, extra=4, seed=3)
+    scores = model.score(frame.tokens, frame.lens)
+    for i in range(6):
+        row = frame.row(i)
+        expected = model.head(model.gpt.hidden(row))[0, -1, 0]
+        assert scores[i].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("filler", [0, EOS])
+def test_score_depends_on_neither_filler_nor_batch_mates(filler):
+    """The same text scored differently in another batch or under longer padding; reading at the wrong place when pad equals EOS."""
+    model, frame = make_scalar(3), frame_batch(B=6, seed=4)
+    reference = model.score(frame.tokens, frame.lens)
+    wide = torch.full((6, frame.tokens.size(1) + 7), filler)
+    for i in range(6):
+        wide[i, : frame.lens[i]] = frame.row(i)[0]
+    torch.testing.assert_close(model.score(wide, frame.lens), reference, rtol=0, atol=1e-5)
+    for i in range(6):
+        torch.testing.assert_close(model.score(frame.row(i), frame.lens[i : i + 1]), reference[i : i + 1], rtol=0, atol=1e-5)
+
+
+def test_padding_changes_no_gradient():
+    """Filler or other texts' lengths leaking into the reward model's gradients."""
+    model = make_scalar(4)
+    narrow, wide = frame_batch(B=4, seed=5, filler=EOS), frame_batch(B=4, seed=5, filler=EOS, extra=7)
+    wide.tokens = torch.cat([narrow.tokens, torch.zeros(4, 7, dtype=torch.long)], 1)
+    results = []
+    for frame in (narrow, wide):
+        loss = ranking_loss(model.score(frame.tokens, frame.lens).view(2, 2))
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ normalisation
+
+
+def samples_of(policy, prompts, seed):
+    """The samples that `normalise` draws: one batch, in the order of length."""
+    return generate(policy, sorted(prompts, key=len), 10, eos_id=EOS, generator=generator_for(CPU, seed))
+
+
+def test_normalise_gives_the_policys_samples_mean_0_and_std_1():
+    """A normalisation computed on other texts than the policy's, at the wrong position, or on scores that were normalised before."""
+    policy, model = make_gpt(5), make_scalar(6)
+    prompts = [[i % 20, (3 * i) % 20][: 1 + i % 2] for i in range(60)]
+    rollout = samples_of(policy, prompts, seed=7)
+    raw = model.score(rollout.tokens, rollout.lens).detach().double()
+    model.mean.fill_(5.0)  # an earlier normalisation must not matter
+    model.std.fill_(0.1)
+    for _ in range(2):
+        normalise(model, policy, prompts, 10, EOS, seed=7)
+        scores = model.score(rollout.tokens, rollout.lens).detach().double()
+        assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+        assert scores.std().item() == pytest.approx(1, abs=1e-4)
+        assert model.mean.item() == pytest.approx(raw.mean().item(), abs=1e-4)
+    assert torch.equal(scores.argsort(), raw.argsort())  # what is better stays better
+    torch.testing.assert_close(scores, (raw - raw.mean()) / raw.std(), rtol=0, atol=1e-4)
+
+
+def test_normalise_refuses_a_constant_model():
+    """Division by a standard deviation of 0: every later score would be nan."""
+    policy, model = make_gpt(5), make_scalar(6)
+    torch.nn.init.zeros_(model.head.weight)
+    with pytest.raises(UserError, match="same score"):
+        normalise(model, policy, [[1], [2], [3]], 4, EOS, seed=1)
+
+
+# ------------------------------------------------------------------------------------------------ held-out figures
+
+
+def ranked(prompt: list[int], completions: list[list[int]], ranks: list[int]) -> RankedExamples:
+    return RankedExamples([Example(prompt, [*c, EOS]) for c in completions], ranks)
+
+
+ITEMS = [
+    ranked([1, 2], [[3], [4, 5, 6], [7, 8]], [0, 1, 2]),
+    ranked([3], [[1, 1], [2, 2, 2], [3], [4, 4, 4, 4]], [0, 0, 1, 2]),
+    ranked([5, 6, 7, 8], [[9], [10, 11]], [0, 1]),
+    ranked([2, 2], [[9, 9], [8, 8]], [0, 1]),  # equally long
+    ranked([4, EOS], [[1], [], [4, 5], [6]], [0, 1, 2, 3]),  # silence; EOS within the prompt
+]
+
+
+def test_evaluate_equals_a_loop_over_pairs():
+    """Wrong denominators: ties counted as comparisons, a mean of batch means, gaps mixed up, lengths with the prompt in them."""
+    model = make_scalar(7)
+    losses, by_gap, longer, per_prompt = [], {}, [], []
+    for item in ITEMS:
+        scores = [model.score(torch.tensor([e.ids]), torch.tensor([len(e)])).item() for e in item.examples]
+        hits = []
+        for i, j in itertools.combinations(range(len(scores)), 2):
+            if item.ranks[i] == item.ranks[j]:
+                losses.append(-0.5 * log_sigmoid(scores[i] - scores[j]) - 0.5 * log_sigmoid(scores[j] - scores[i]))
+                continue
+            losses.append(-log_sigmoid(scores[i] - scores[j]))
+            hits.append(float(scores[i] > scores[j]))
+            by_gap.setdefault(item.ranks[j] - item.ranks[i], []).append(hits[-1])
+            a, b = len(item.examples[i].completion), len(item.examples[j].completion)
+            longer.append(1.0 if a > b else 0.5 if a == b else 0.0)
+        per_prompt.append(sum(hits) / len(hits))
+    every = [h for hits in by_gap.values() for h in hits]
+    for batch_size in (1, 2, 64):
+        found = evaluate(model, ITEMS, EOS, CPU, batch_size)
+        assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert found["accuracy"] == pytest.approx(sum(every) / len(every), abs=1e-6)
+        assert found["longer_wins"] == pytest.approx(sum(longer) / len(longer), abs=1e-6)
+        assert found["accuracy_se"] == pytest.approx(torch.tensor(per_prompt).std().item() / math.sqrt(len(ITEMS)), abs=1e-6)
+        assert {k: found[f"accuracy_gap_{k}"] for k in by_gap} == pytest.approx({k: sum(v) / len(v) for k, v in by_gap.items()}, abs=1e-6)
+
+
+def test_evaluate_switches_dropout_off():
+    """Evaluation in training mode: a stochastic reward and an accuracy that depends on chance."""
+    noisy, clean = make_scalar(8, dropout=0.5), make_scalar(8)
+    noisy.train()
+    assert evaluate(noisy, ITEMS, EOS, CPU) == pytest.approx(evaluate(clean, ITEMS, EOS, CPU), abs=1e-6)
+
+
+def test_accuracy_of_a_single_ranking_has_a_finite_error():
+    """The standard deviation of one number is nan, which results.json can't hold."""
+    assert all(math.isfinite(v) for v in evaluate(make_scalar(9), ITEMS[:1], EOS, CPU).values())
+
+
+def test_bayes_accuracy_by_hand(tmp_path):
+    """The best any model can expect on noisy labels: sigmoid(gap / temperature) on strict pairs; ties are no comparison."""
+    rows = [
+        {"prompt": "a", "completions": ["x", "y"], "gold": [1.0, 0.0], "annotator_temperature": 0.5},  # sigmoid(2) = 0.880797
+        {"prompt": "b", "completions": [["x", "y"], "z"], "gold": [0.0, 0.0, 1.0], "annotator_temperature": 1.0},  # twice sigmoid(1) = 0.731059
+    ]
+    assert annotators_bayes_accuracy(write_lines(tmp_path / "r.jsonl", rows)) == pytest.approx((0.880797 + 2 * 0.731059) / 3, abs=1e-6)
+    human = write_lines(tmp_path / "h.jsonl", [{"prompt": "a", "completions": ["x", "y"]}])
+    assert annotators_bayes_accuracy(human) is None
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+RANKINGS = [
+    {"prompt": "ab", "completions": ["c", "de", "fgh"]},
+    {"prompt": "b", "completions": [["cdefgh", "d"], "e"]},  # a tie
+    {"prompt": "cde", "chosen": "a", "rejected": "bbbbbbbb"},  # a pair
+    {"prompt": "wf", "completions": ["gh", ["i", "jkl"], "m"]},  # EOS within the prompt
+    {"prompt": "g", "completions": ["hijk", "a", "", "cc"]},  # silence is an answer
+    {"prompt": "hi", "completions": [["a", "a"], "b"]},  # equal texts: one of them stays
+]
+# the same by hand: prompt, groups of equal rank, best first
+GROUPS = [
+    ("ab", [["c"], ["de"], ["fgh"]]),
+    ("b", [["cdefgh", "d"], ["e"]]),
+    ("cde", [["a"], ["bbbbbbbb"]]),
+    ("wf", [["gh"], ["i", "jkl"], ["m"]]),
+    ("g", [["hijk"], ["a"], [""], ["cc"]]),
+    ("hi", [["a"], ["b"]]),
+]
+
+
+def run_reward_model(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes) -> tuple[dict, ScalarModel, list[dict]]:
+    """reward_model.train on toy rankings; -> results, the trained model, the log."""
+    out = Path(changes.get("out_dir", tmp_path / "out"))
+    settings = {
+        "data": write_lines(tmp_path / "r.jsonl", rankings),
+        "held_out_data": write_lines(tmp_path / "h.jsonl", held_out) if held_out else "",
+        "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in "abcdefgh"]),
+        "policy": checkpoint(tmp_path / "policy", policy),
+        **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "weight_decay": 0.0, "grad_clip": 1e9, "lr": 0.02, "log_every": 1},
+        **{"max_new_tokens": 6, "normalise_samples": 8, "device": "cpu"},
+    }
+    results = reward_model.train(Config(**{**settings, **changes}))
+    return results, load_model(out, CPU, "scalar")[0], read_lines(out / "metrics.jsonl")
+
+
+def fresh_reward_model(policy, seed: int = 1) -> ScalarModel:
+    """What the script starts from."""
+    torch.manual_seed(seed)
+    return ScalarModel.from_gpt(policy)
+
+
+def slow_loss(model: ScalarModel, tokenizer) -> Tensor:
+    """The mean over all pairs of GROUPS, text by text."""
+    losses = []
+    for prompt, groups in GROUPS:
+        scores = []
+        for rank, texts in enumerate(groups):
+            for text in texts:
+                ids = torch.tensor([[*tokenizer.encode(prompt), *tokenizer.encode(text), EOS]])
+                scores.append((rank, model.head(model.gpt.hidden(ids))[0, -1, 0]))
+        for (rank_a, a), (rank_b, b) in itertools.combinations(scores, 2):
+            better = -torch.log(torch.sigmoid(a - b))
+            losses.append(better if rank_a != rank_b else 0.5 * better - 0.5 * torch.log(torch.sigmoid(b - a)))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
+def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, micro_batch):
+    """A mean of micro-batch means, ties as wins, a score beside the last token, equal texts compared, gradients that pile up: two steps of
+    the script against float64 descent on the definition, whatever the micro-batch."""
+    tokenizer = speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(10, block_size=24)
+    before = fresh_reward_model(policy)
+    expected, losses = copy.deepcopy(before).double(), []
+    for lr in (0.02, 0.01):  # linear decay over two steps
+        loss = slow_loss(expected, tokenizer)
+        losses.append(loss.item())
+        descend(expected, loss, lr)
+    _, after, log = run_reward_model(tmp_path, policy, micro_batch=micro_batch, epochs=2)
+    assert_same_weights(after, expected, before, tolerance=5e-5)
+    assert [row["loss"] for row in log] == pytest.approx(losses, abs=5e-6)
+
+
+def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch):
+    """A loss that pairs completions of different prompts depends on who stands next to whom."""
+    speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(11, block_size=24)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, original=torch.manual_seed: original(1))  # the same head; the seed sets the order alone
+    trained = [run_reward_model(tmp_path, policy, seed=seed, micro_batch=2)[1] for seed in (1, 2, 3)]
+    for model in trained[1:]:
+        assert_same_weights(model, trained[0], fresh_reward_model(policy))
+
+
+def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch):
+    """Clipping before backward clips nothing: the length of the step tells."""
+    speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(12, block_size=24)
+    _, after, log = run_reward_model(tmp_path, policy, micro_batch=4, grad_clip=0.01, lr=1.0)
+    before = fresh_reward_model(policy)
+    moved = math.sqrt(sum((a - b).double().pow(2).sum().item() for a, b in zip(after.parameters(), before.parameters(), strict=True)))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    assert log[0]["grad_norm"] > 0.1
+
+
+def test_twenty_pairs_can_be_learned_by_heart(tmp_path, monkeypatch):
+    """An accuracy that is stuck near one half: wrong position, wrong sign or detached scores can't reach 100% on 20 pairs."""
+    speak_toy(monkeypatch, reward_model)
+    generator = torch.Generator().manual_seed(0)
+    tokenizer, rows = ToyTokenizer(), []
+    for _ in range(20):
+        prompt, a, b = (tokenizer.decode(torch.randint(0, 22, (n,), generator=generator).tolist()) for n in (3, 4, 4))
+        rows.append({"prompt": prompt, "chosen": a, "rejected": b})
+    results, _, log = run_reward_model(
+        tmp_path, make_gpt(13, n_layer=1, block_size=16), rows, held_out=rows, epochs=30, lr=3e-3, batch_size=10, grad_clip=1.0
+    )
+    assert results["accuracy"] == 1.0
+    assert results["loss"] < 0.2 < log[0]["loss"]
+
+
+def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, monkeypatch):
+    """A normalisation that is not saved, or that another stage doesn't see."""
+    tokenizer = speak_toy(monkeypatch, reward_model)
+    policy = make_gpt(14, block_size=24)
+    results, model, _ = run_reward_model(tmp_path, policy)
+    rollout = generate(policy, [tokenizer.encode(p) for p in "abcdefgh"], 6, eos_id=EOS, generator=generator_for(CPU, 1))
+    scores = model.score(rollout.tokens, rollout.lens)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert (results["mean"], results["std"]) == (model.mean.item(), model.std.item())
+    strict_json(tmp_path / "out" / "results.json")
+
+
+def test_texts_that_became_equal_are_no_comparison():
+    """Pairs that truncation made identical teach nothing (loss ln 2 for ever) and must be dropped and counted."""
+    tokenizer = ToyTokenizer()
+    rankings = [
+        Ranking("a", ["bcdefgh", "bcdefgi"], [0, 1]),
+        Ranking("a", ["b", "c"], [0, 1]),
+        Ranking("a", ["b", "b"], [0, 1]),
+        Ranking("a", ["b", "c"], [0, 0]),
+    ]
+    kept, dropped = encode_rankings(rankings, tokenizer, block_size=6)
+    assert (len(kept), dropped) == (1, 3)
+
+
+def test_a_batch_holds_every_text_once():
+    """The K - 1 comparisons of a text in one forward pass: index and ranks point at its one row."""
+    batch = ranked_batch(ITEMS, EOS, CPU)
+    assert batch.tokens.size(0) == sum(len(item.ranks) for item in ITEMS)
+    for n, item in enumerate(ITEMS):
+        for k, example in enumerate(item.examples):
+            row = batch.index[n, k]
+            assert batch.tokens[row, : batch.lens[row]].tolist() == example.ids
+            assert batch.ranks[n, k] == item.ranks[k]
+        assert (batch.ranks[n, len(item.ranks) :] == -1).all()
+
+
+def test_negative_micro_batch_is_refused(tmp_path, monkeypatch):
+    """`range(0, n, -1)` is empty: the run would go through and learn nothing."""
+    speak_toy(monkeypatch, reward_model)
+    with pytest.raises(UserError, match="micro_batch"):
+        run_reward_model(tmp_path, make_gpt(15, block_size=24), micro_batch=-1)
