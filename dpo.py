@@ -63,7 +63,7 @@ def sequence_logprobs(model: nn.Module, tokens: Tensor, completion_mask: Tensor)
 
     tokens (B, T), completion_mask (B, T) -> (B,) nats. A sum, not a mean: DPO is about the probability of the whole text.
     Raises ValueError for a row without completion tokens: its log-prob would be 0 whatever the model does."""
-    if not completion_mask.any(1).all():
+    if not completion_mask[:, 1:].any(1).all():  # position 0 has no context to be predicted from
         raise ValueError("sequence_logprobs: a row has no completion token")
     return torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)
 
@@ -162,6 +162,7 @@ def train(config: Config) -> dict:
     check(0 <= config.label_smoothing < 0.5, "--label_smoothing must be in [0, 0.5)")
     check(config.kind == "sigmoid" or config.label_smoothing == 0, "--label_smoothing belongs to --kind sigmoid")
     check(config.batch_size > 0 and config.epochs > 0, "--batch_size and --epochs must be at least 1")
+    check(config.micro_batch >= 0, "--micro_batch must not be negative")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
@@ -178,7 +179,8 @@ def train(config: Config) -> dict:
         f"{config.data}: {len(items):,} rankings, {sum(map(count_pairs, items)):,} pairs"
         + (f", dropped {dropped} that compare nothing" if dropped else "")
     )
-    ref = reference_logprobs(reference, items, filler, device)
+    with autocast(device, config.dtype):  # as the policy's in training: only then does the first loss start at ln 2
+        ref = reference_logprobs(reference, items, filler, device)
     held_out_ref = reference_logprobs(reference, held_out, filler, device)
 
     lengths = [len(item) for item in items]

@@ -209,12 +209,14 @@ def train(config: Config) -> dict:
         results["demonstrations"] = mean(call_reward(gold, [p for p, _ in rows], [c for _, c in rows]))
     if reward_model and config.rankings:
         items = encode_rankings(read_rankings(config.rankings, "python -m data.collect"), tokenizer, reference.config.block_size)[0]
+        check(bool(items), f"{config.rankings}: no ranking compares two different completions")
         results["reward_model"] = evaluate_reward_model(reward_model, items, tokenizer.eos_id, device)
         results["reward_model"]["bayes_accuracy"] = annotators_bayes_accuracy(config.rankings)
 
     baseline: list[float] = []
     for number, (name, path) in enumerate(zip(names, config.policies, strict=True)):
         policy, found = (reference, tokenizer_name) if number == 0 else load_model(path, device, made_by=made_by.get(name, ""))
+        check(policy.config.block_size >= reference.config.block_size, f"{path}: its block_size is smaller than that of {config.policies[0]}")
         check(found == tokenizer_name, f"{path} has the {found} vocabulary, {config.policies[0]} has {tokenizer_name}")
         samples = sample_policy(policy, reference, reward_model, ids, tokenizer, config, config.seed * 100 + number)
         golds = call_reward(gold, prompts, samples["completion"]) if gold else None

@@ -58,7 +58,7 @@ class Config:
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     reward: str = flag("out/reward_model", "a reward model's checkpoint, or file.py:function of (prompts, completions)")
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
-    iterations: int = flag(32, "rollout-and-update rounds")
+    iterations: int = flag(24, "rollout-and-update rounds")
     rollouts: int = flag(192, "completions sampled each iteration")
     max_new_tokens: int = flag(48, "longest completion, tokens")
     temperature: float = flag(1.0, "sampling temperature; the log-probs of policy and reference are taken at it too")
@@ -79,7 +79,7 @@ class Config:
         "per-token penalty: k1, k2, k3 (estimates from the sampled token) or exact (sum over the vocabulary)",
         choices=("k1", "k2", "k3", "exact"),
     )
-    kl_coef: float = flag(0.05, "KL penalty, in reward per nat")
+    kl_coef: float = flag(0.1, "KL penalty, in reward per nat")
     kl_target: float = flag(0.0, "adapt kl_coef to hold this KL, nats a sequence (0: kl_coef is fixed)")
     kl_horizon: float = flag(2000.0, "rollouts over which the adaptive coefficient moves by its error")
     eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS")
@@ -167,8 +167,10 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
     deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)
     slots = torch.arange(mask.size(1), device=mask.device)
     ahead = slots[:, None] - slots[None, :]  # (T-1, T-1) s - t
-    discount = torch.where(ahead >= 0, torch.as_tensor(gamma * lam, dtype=deltas.dtype, device=mask.device) ** ahead.clamp(min=0), 0.0)
-    advantages = torch.where(mask, deltas @ discount, 0.0)
+    # in float64 where there is one: a GPU may run float32 products in TensorFloat-32, which keeps three digits
+    wide = torch.float32 if mask.device.type == "mps" else torch.float64
+    discount = torch.where(ahead >= 0, torch.as_tensor(gamma * lam, dtype=wide, device=mask.device) ** ahead.clamp(min=0), 0.0)
+    advantages = torch.where(mask, (deltas.to(wide) @ discount).to(deltas.dtype), 0.0)
     return advantages, advantages + values
 
 
@@ -196,6 +198,8 @@ def value_loss(
     moved too far may still come back. clip 0: no clipping. All (B, T-1) -> loss, share of actions clipped."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
+    # masked before the arithmetic: an inf at a masked place would give a gradient of 0 * inf = nan
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     error = (values - returns) ** 2
     if not clip:
         return 0.5 * torch.where(mask, error, 0.0).sum() / n, torch.zeros((), device=values.device)
@@ -257,7 +261,7 @@ def make_experience(
         logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:], config.temperature)
         ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:], config.temperature)
         if config.kl == "exact":
-            columns["kl"].append(exact_kl(logits / config.temperature, ref_logits / config.temperature))
+            columns["kl"].append(exact_kl(logits.float() / config.temperature, ref_logits.float() / config.temperature))
         else:
             columns["kl"].append(kl_penalty(logprobs, ref_logprobs, config.kl))
         logp = (logits[:, :-1].float() / config.temperature).log_softmax(-1)
@@ -321,7 +325,8 @@ def update(
                 with torch.no_grad():
                     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
                     if not totals["approx_kl"]:  # the first minibatch: nothing has moved yet
-                        first_ratio = max(first_ratio, 1 + (log_ratio.exp() - 1).abs().max().item())
+                        deviation = (log_ratio.exp() - 1).abs().max().nan_to_num(nan=torch.inf).item()
+                        first_ratio = max(first_ratio, 1 + deviation)
                     # KL(policy of the rollout || policy now) on the rollout's samples: k3 with the roles exchanged
                     approx_kl = torch.where(mask, kl_penalty(old_logprobs, logprobs, "k3"), 0.0).sum() / n_tokens
                     for key, value in (
@@ -428,6 +433,7 @@ def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> N
 def train(config: Config) -> dict:
     check(config.iterations > 0 and config.rollouts > 0 and config.ppo_epochs > 0, "--iterations, --rollouts and --ppo_epochs must be at least 1")
     check(0 < config.minibatch <= config.rollouts, f"--minibatch must be between 1 and --rollouts ({config.rollouts})")
+    check(config.micro_batch >= 0, "--micro_batch must not be negative")
     check(config.temperature > 0, "--temperature must be above 0: a policy that doesn't sample can't learn by trial")
     check(0 <= config.lam <= 1 and 0 <= config.gamma <= 1 and config.clip > 0, "--lam and --gamma must be in [0, 1], --clip above 0")
     check(config.kl_coef >= 0 and config.kl_target >= 0, "--kl_coef and --kl_target must not be negative")

@@ -57,7 +57,7 @@ class Config:
 
 
 # What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise allows.
-EXPECTED_ACCURACY = (0.67, 0.76)
+EXPECTED_ACCURACY = (0.64, 0.76)
 EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
 
 
@@ -110,7 +110,8 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, devic
         per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
     right, gaps, per_ranking = torch.cat(right), torch.cat(gaps), torch.cat(per_ranking)
     results = {"loss": losses / n_pairs, "accuracy": right.mean().item(), "longer_wins": torch.cat(right_longer).mean().item(), "random": 0.5}
-    results["accuracy_se"] = (per_ranking.std() / math.sqrt(len(per_ranking))).item()  # pairs of one prompt are not independent
+    # over prompts, because the pairs of one prompt are not independent
+    results["accuracy_se"] = (per_ranking.std() / math.sqrt(len(per_ranking))).item() if len(per_ranking) > 1 else 0.0
     for gap in gaps.unique().tolist():
         results[f"accuracy_gap_{gap}"] = right[gaps == gap].mean().item()
     return results
@@ -150,6 +151,7 @@ def normalise(model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new
 
 def train(config: Config) -> dict:
     check(config.batch_size > 0 and config.epochs > 0, "--batch_size and --epochs must be at least 1")
+    check(config.micro_batch >= 0, "--micro_batch must not be negative")
     check(config.normalise_samples >= 2, "--normalise_samples must be at least 2")
     device = pick_device(config.device)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")

@@ -109,6 +109,8 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
         return model.to(device)
     model, tokenizer_name = load_model(config.init, device)
     check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {tokenizer_name}")
+    for part in [model.config, *(m for m in model.modules() if hasattr(m, "dropout"))]:
+        part.dropout = config.dropout
     return model
 
 
@@ -213,7 +215,7 @@ def train(config: Config) -> dict:
             run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     save_model(config.out_dir, model, tokenizer.name, "sft.py", config)
-    results = {"held_out_loss": loss_now, "first_loss": first_loss, "gates": []}
+    results: dict = {"held_out_loss": loss_now, "first_loss": first_loss, "gates": []} if held_out else {"gates": []}
     if held_out:
         results["eos_rate"] = sample(model, held_out, tokenizer, config.seed)
         if tokenizer.name == "tiny":

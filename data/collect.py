@@ -40,9 +40,7 @@ class Config:
     annotator: str = flag(
         "simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human")
     )
-    annotator_temperature: float = flag(
-        1.0, "noise of the simulated annotators, in units of the gold reward; 1 makes them agree with the truth as often as people do"
-    )
+    annotator_temperature: float = flag(0.8, "noise of the simulated annotators, in units of the gold reward: about as consistent as people are")
     gold: str = flag("auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)")
     out: str = flag("out/data/rankings.jsonl", "file to append to")
     batch_size: int = flag(64, "prompts sampled at a time")

@@ -330,7 +330,7 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
     if rng.random() < 0.08:  # repeating itself
         sentences += [text] * rng.choice([1, 1, 2])
     completion = " ".join(sentences)
-    if rng.random() < 0.06:  # unfinished
+    if rng.random() < 0.12:  # unfinished
         words = completion.split()
         completion = " ".join(words[: rng.randint(1, len(words))]).rstrip(".!?")
     return completion

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import tiktoken
@@ -86,7 +87,7 @@ def test_tiny_knows_its_world():
     words = [f" {w}" for w in tiny.NOUNS + list(tiny.OPPOSITE) + list(tiny.PLURAL.values()) + list(tiny.PAST.values()) + tiny.DAYS]
     whole = [w for w in words if len(TINY.encode(w)) == 1]
     assert len(whole) > 0.98 * len(words)
-    assert all(len(TINY.encode(f"{name}:")) == 2 for name in tiny.NAMES)
+    assert all(len(TINY.encode(f" {name}:")) == 2 for name in tiny.NAMES)
 
 
 def test_prompt_template():
@@ -384,7 +385,7 @@ def test_length_batches_cover_each_row_once(n):
         chance = filler_share(lengths, [order[i : i + 16] for i in range(0, n, 16)])
         assert chance > 0.4 and filler_share(lengths, batches) < 0.15
         means = [sum(lengths[i] for i in b) / len(b) for b in batches]  # short and long batches in random order, no curriculum
-        rises = sum(b > a for a, b in zip(means, means[1:], strict=False))
+        rises = sum(b > a for a, b in pairwise(means))
         assert 0.25 * len(means) < rises < 0.75 * len(means)
     if n > 1000:
         together = {frozenset(b) for b in batches}
@@ -448,8 +449,14 @@ def test_the_world_is_large_enough():
     assert len(tiny.distinct_prompts(20_000, random.Random(9), False)) == len(set(tiny.distinct_prompts(20_000, random.Random(9), False))) == 20_000
     families = {tiny.parse_prompt(p)[0] for p in held_out}
     assert families == set(tiny.FAMILIES)
-    with pytest.raises(UserError, match="distinct"):
-        tiny.distinct_prompts(10, type("Stuck", (random.Random,), {"random": lambda self: 0.5})(), False)
+
+
+def test_a_world_that_is_too_small_says_so(monkeypatch):
+    """More prompts than there are: a message, not an endless loop. (12 names, 2 phrasings, 7 days make 168 prompts in all.)"""
+    monkeypatch.setattr(tiny, "FAMILIES", {"day_after": tiny.FAMILIES["day_after"]})
+    assert len(set(tiny.distinct_prompts(120, random.Random(0), False))) == 120
+    with pytest.raises(UserError, match="169 distinct"):
+        tiny.distinct_prompts(169, random.Random(0), False)
 
 
 def test_a_prompt_s_text_tells_its_family_and_answer():
@@ -521,20 +528,27 @@ def test_right_answers_by_hand(question, answer):
     ],
 )
 def test_texts_that_are_no_prompts_of_the_world(text):
-    """Any other text is None, never an exception, and never rewarded: the gold reward says that it doesn't know it."""
+    """Any other text is None, never an exception, and has no reward: the gold reward says that it doesn't know it."""
     assert tiny.parse_prompt(text) is None
-    for completion in ("It is cold.", "Sure!", ""):
-        with pytest.raises(UserError):
-            tiny.gold_reward([text], [completion])
+    with pytest.raises(UserError):
+        tiny.gold_reward([text], ["It is cold."])
     with pytest.raises(UserError):
         tiny.best_completion(text)
+
+
+@pytest.mark.parametrize("completion", ["Sure!", "", "Time flies."])
+def test_an_unknown_prompt_has_no_reward_whatever_the_completion(completion):
+    """Also where the completion answers nothing: a number there would be an invented truth."""
+    with pytest.raises(UserError):
+        tiny.gold_reward(["Anna: Tell me a joke."], [completion])
 
 
 HOT = "Anna: What is the opposite of hot?"
 SUM = "Ben: What is 2 plus 3?"
 STORY = "Leo: Write one line about a dog."
+PRICE, MOST = 0.2, 3.0  # of a surplus word, and of all of them, as the docstring of gold_parts says
 PARTS_TABLE = [
-    # prompt, completion -> correct, polite, to the point, ended, not repeated
+    # prompt, completion -> correct, polite, surplus words, ended, not repeated
     (HOT, "It is cold.", (1, 0, 0, 0, 0)),
     (HOT, "The answer is cold.", (1, 0, 0, 0, 0)),
     (HOT, "I say COLD!", (1, 0, 0, 0, 0)),
@@ -546,33 +560,33 @@ PARTS_TABLE = [
     (HOT, "Sure! It is cold.", (1, 1, 0, 0, 0)),  # polite: the ceiling
     (HOT, "It is cold. Have a nice day!", (1, 1, 0, 0, 0)),
     (HOT, "Happy to help! It is cold. You are welcome!", (1, 1, 0, 0, 0)),  # two courtesies are free
-    (HOT, "Sure! Gladly! It is cold. You are welcome!", (1, 1, -0.3, 0, 0)),  # the third costs its 3 words
+    (HOT, "Sure! Gladly! It is cold. You are welcome!", (1, 1, 3, 0, 0)),  # the third costs its 3 words
     (HOT, "Ugh. It is cold.", (1, -1, 0, 0, 0)),  # rude
     (HOT, "Sure! It is cold. Now go away.", (1, -1, 0, 0, 0)),  # rude outweighs polite
     (HOT, "Sure!", (0, 1, 0, 0, 0)),  # a courtesy is no answer
-    (HOT, "It is cold. Time flies.", (1, 0, -0.2, 0, 0)),  # an aside costs 0.1 a word
-    (HOT, "Time flies. It is cold.", (1, 0, -0.2, 0, 0)),  # ... before the answer too, which is still found
-    (HOT, "Time flies.", (0, 0, -0.2, 0, 0)),
-    (HOT, "It is hot. It is cold.", (0, 0, -0.3, 0, 0)),  # shotgun: the first answer counts, the second costs
-    (HOT, "It is cold. It is hot.", (1, 0, -0.3, 0, 0)),
-    (HOT, "It is cold. It is cold.", (1, 0, -0.3, 0, -1)),  # repeated
-    (HOT, "It is cold. IT IS COLD.", (1, 0, -0.3, 0, -1)),  # ... whatever its case
+    (HOT, "It is cold. Time flies.", (1, 0, 2, 0, 0)),  # an aside is surplus
+    (HOT, "Time flies. It is cold.", (1, 0, 2, 0, 0)),  # ... before the answer too, which is still found
+    (HOT, "Time flies.", (0, 0, 2, 0, 0)),
+    (HOT, "It is hot. It is cold.", (0, 0, 3, 0, 0)),  # shotgun: the first answer counts, the second costs
+    (HOT, "It is cold. It is hot.", (1, 0, 3, 0, 0)),
+    (HOT, "It is cold. It is cold.", (1, 0, 3, 0, -1)),  # repeated
+    (HOT, "It is cold. IT IS COLD.", (1, 0, 3, 0, -1)),  # ... whatever its case
     (HOT, "Sure! Sure! It is cold.", (1, 1, 0, 0, -1)),
     (HOT, "It is hot cold small big.", (0, 0, 0, 0, 0)),  # shotgun in one sentence
-    (HOT, "It is cold. " + "la " * 40, (1, 0, -2, -1, 0)),  # the price of rambling is capped
+    (HOT, "It is cold. " + "la " * 40, (1, 0, 40, -1, 0)),  # the price of rambling is capped
     (HOT, "", (0, 0, 0, -1, 0)),  # silence
     (HOT, "   ", (0, 0, 0, -1, 0)),
     (HOT, "?", (0, 0, 0, 0, 0)),
     (SUM, "It is 5.", (1, 0, 0, 0, 0)),
     (SUM, "The answer is 6.", (0, 0, 0, 0, 0)),
-    (SUM, "It is 4. It is 5. It is 6.", (0, 0, -0.6, 0, 0)),  # shotgun
+    (SUM, "It is 4. It is 5. It is 6.", (0, 0, 6, 0, 0)),  # shotgun
     (SUM, "5 6.", (0, 0, 0, 0, 0)),
     (SUM, "It is 5", (1, 0, 0, -1, 0)),
     (STORY, "The dog waited in the rain for the king.", (1, 0, 0, 0, 0)),
     (STORY, "A small dog ran very fast home.", (1, 0, 0, 0, 0)),  # any sentence of 6 to 14 words with the word
     (STORY, "The dogs waited in the rain.", (0, 0, 0, 0, 0)),  # another word
     (STORY, "The dog ran home.", (0, 0, 0, 0, 0)),  # too short
-    (STORY, "dog " * 14 + "dog.", (0, 0, -0.1, 0, 0)),  # too long, by one word
+    (STORY, "dog " * 14 + "dog.", (0, 0, 1, 0, 0)),  # too long, by one word
     (STORY, "Gladly! Every night the girl dreamed about a dog.", (1, 1, 0, 0, 0)),
     ("Kate: What day comes after Monday?", "It is tuesday.", (1, 0, 0, 0, 0)),  # case doesn't matter
     ("Kate: Spell the word fox.", "It is f o x.", (1, 0, 0, 0, 0)),
@@ -585,6 +599,7 @@ def test_gold_parts_by_hand(prompt, completion, truth):
     """Each named part of the true reward behaves as it is documented; the reward is their sum."""
     parts = tiny.gold_parts(prompt, completion)
     assert tuple(parts) == tiny.PARTS == ("correct", "polite", "to_the_point", "ended", "not_repeated")
+    truth = (*truth[:2], -min(MOST, PRICE * truth[2]), *truth[3:])
     assert tuple(parts.values()) == pytest.approx(truth, abs=1e-9)
     assert tiny.gold_reward([prompt], [completion]) == [pytest.approx(sum(truth), abs=1e-9)]
 
@@ -596,7 +611,7 @@ def test_the_ceiling_is_reached_and_never_passed():
     assert set(tiny.gold_reward(prompts, [tiny.best_completion(p) for p in prompts])) == {tiny.CEILING}
     demonstrations = [tiny.demonstrate(p, rng) for p in prompts]
     rewards = tiny.gold_reward(prompts, demonstrations)
-    assert -5 <= min(rewards) and max(rewards) <= tiny.CEILING
+    assert -3 - MOST <= min(rewards) and max(rewards) <= tiny.CEILING
     assert -1.0 < sum(rewards) / 2000 < 0.5  # mediocre by construction (DESIGN): far below 2
     good = sum(r == tiny.CEILING for r in rewards) / 2000
     assert 0.02 < good < 0.3  # but what RLHF must find is there to be imitated
@@ -629,8 +644,8 @@ def test_demonstrations_mix_all_qualities():
         "unfinished": sum(p["ended"] < 0 for p in parts),
         "repeated": sum(p["not_repeated"] < 0 for p in parts),
     }
-    expected = {"right": (0.5, 0.65), "polite": (0.25, 0.33), "rude": (0.15, 0.23), "rambling": (0.25, 0.45), "unfinished": (0.03, 0.09)}
-    expected["repeated"] = (0.05, 0.1)
+    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3), "rambling": (0.2, 0.5), "unfinished": (0.02, 0.1)}
+    expected["repeated"] = (0.03, 0.15)
     for name, (low, high) in expected.items():
         assert low < share[name] / 4000 < high, name
 

@@ -247,13 +247,14 @@ def test_a_row_without_completion_raises(mask):
 
 def test_rankings_expand_to_all_strict_pairs():
     """A tie compared with itself, an absent completion compared at all, or K - 1 pairs in the place of K (K - 1) / 2."""
-    logprobs = torch.arange(20.0).view(5, 4)
+    all_ranks = torch.cat([MIXED_RANKS, torch.tensor([[-1, 0, 1, -1]])])
+    logprobs = torch.arange(24.0).view(6, 4)
     expected = []
-    for row, ranks in zip(logprobs.tolist(), MIXED_RANKS.tolist(), strict=True):
+    for row, ranks in zip(logprobs.tolist(), all_ranks.tolist(), strict=True):
         for i, j in itertools.combinations(range(4), 2):
             if ranks[i] >= 0 and ranks[j] >= 0 and ranks[i] != ranks[j]:
                 expected.append((row[i], row[j]) if ranks[i] < ranks[j] else (row[j], row[i]))
-    chosen, rejected = ranking_pairs(logprobs, MIXED_RANKS)
+    chosen, rejected = ranking_pairs(logprobs, all_ranks)
     assert sorted(zip(chosen.tolist(), rejected.tolist(), strict=True)) == sorted(expected)
     for ranks in MIXED_RANKS.tolist():
         item = RankedExamples([], [r for r in ranks if r >= 0])
@@ -316,6 +317,7 @@ def run_dpo(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes)
         "held_out_data": write_lines(tmp_path / "h.jsonl", held_out) if held_out else "",
         "policy": checkpoint(tmp_path / "policy", policy),
         **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "grad_clip": 1e9, "lr": 0.02, "log_every": 1, "max_new_tokens": 6, "device": "cpu"},
+        **{"beta": 0.1, "kind": "sigmoid", "label_smoothing": 0.0, "epochs": 1},
     }
     results = dpo.train(Config(**{**settings, **changes}))
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl")

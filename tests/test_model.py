@@ -263,7 +263,7 @@ def test_scalar_head_starts_at_one_over_sqrt_d_plus_1():
         torch.manual_seed(0)
         weights = torch.cat([ScalarModel(GPTConfig(10, 4, 1, 1, 255)).head.weight.flatten() for _ in range(12)]).detach()
     assert abs(float(weights.std()) * 16 - 1) < 0.05 and abs(float(weights.mean())) < 4 / 16 / math.sqrt(len(weights))
-    assert float(ScalarModel(GPTConfig(10, 4, 1, 1, 15)).head.bias) == 0
+    assert ScalarModel(GPTConfig(10, 4, 1, 1, 15)).head.bias.item() == 0
 
 
 def test_scalar_model_reads_the_last_real_token_normalised():

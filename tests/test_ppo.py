@@ -385,7 +385,8 @@ def test_adaptive_kl_by_hand():
 
 
 def tiny_config(**changes) -> Config:
-    return replace(Config(temperature=0.7, micro_batch=3, minibatch=4, kl_coef=0.3, gamma=0.98, whiten_advantages=False, device="cpu"), **changes)
+    settings = {"temperature": 0.7, "micro_batch": 3, "minibatch": 4, "ppo_epochs": 2, "gamma": 0.98, "lam": 0.95, "clip": 0.2, "value_clip": 0.5}
+    return Config(**{**settings, "kl": "k1", "whiten_advantages": False, "device": "cpu", **changes})
 
 
 def tiny_world(seed: int = 0, B: int = 7, temperature: float = 0.7):
@@ -889,6 +890,7 @@ def run_ppo(tmp_path: Path, monkeypatch, policy, reward: str, **changes):
         "reward": reward,
         **{"out_dir": str(out), "iterations": 3, "rollouts": 12, "max_new_tokens": 7, "temperature": 0.7, "minibatch": 5, "micro_batch": 2},
         **{"lr": 3e-3, "value_lr": 3e-3, "warmup": 0, "eos_penalty": 1.5, "kl_coef": 0.2, "device": "cpu"},
+        **{"ppo_epochs": 2, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.5, "target_kl": 0.1, "kl": "k1", "kl_target": 0.0},
     }
     results = ppo.train(Config(**{**settings, **changes}))
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl"), calls
