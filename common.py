@@ -82,6 +82,24 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+AT_LEAST_1 = (
+    "epochs batch_size log_every eval_every max_new_tokens n_layer n_head n_embd block_size iterations rollouts ppo_epochs minibatch n_best samples"
+)
+AT_LEAST_0 = "micro_batch lr value_lr warmup weight_decay save_every kl_coef kl_target ptx_coef eos_penalty target_kl value_clip skip n_prompts top_k train_layers"
+
+
+def check_ranges(config) -> None:
+    """The limits that many scripts share, by the name of the flag."""
+    for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+        for name in names.split():
+            value = getattr(config, name, None)
+            check(value is None or value >= low, f"--{name} must be at least {low}, not {value}")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
 # ------------------------------------------------------------------------------------------------ device, dtype, seed
 
 
@@ -92,7 +110,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name} can't be used here: {first_line(error)}") from None
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the GPU has it; no effect on a CPU
     return torch.device(name)
 
@@ -123,10 +141,19 @@ def atomic_save(obj, path: Path) -> None:
     os.replace(tmp, path)
 
 
+def finite(obj):
+    """nan and inf are no JSON: None instead."""
+    if isinstance(obj, dict):
+        return {k: finite(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [finite(v) for v in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
 def write_json(obj, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+    tmp.write_text(json.dumps(finite(obj), indent=2) + "\n", encoding="utf-8")
     os.replace(tmp, path)
 
 
@@ -137,7 +164,7 @@ def load_file(path: str | Path, map_location="cpu") -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a checkpoint that can be loaded ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a checkpoint that can be loaded ({first_line(error)})") from None
 
 
 def save_model(folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str, script: str, config) -> None:
@@ -156,16 +183,16 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         raise UserError(f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
     content = load_file(file)
     try:
-        found, config = content["kind"], GPTConfig(**content["config"])
+        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
         if found == kind:
             model = GPT(config) if kind == "gpt" else ScalarModel(config)
             model.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file}: not a checkpoint of this project ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file}: not a checkpoint of this project ({first_line(error)})") from None
     if found != kind:
         names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
         raise UserError(f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
-    return model.to(device).eval(), content["tokenizer"]
+    return model.to(device).eval(), tokenizer
 
 
 def load_function(spec: str):
@@ -174,9 +201,10 @@ def load_function(spec: str):
     path = Path(file) if Path(file).exists() else Path(__file__).parent / file  # data/tiny.py is found from any folder
     if not file.endswith(".py") or not path.exists():
         raise UserError(f"{spec!r}: expected file.py:function, and the file to exist")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    # under a name of its own, so that a user's evaluate.py doesn't become this project's
+    module_spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up by name
+    sys.modules[module_spec.name] = module  # dataclasses look their module up by name
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -188,11 +216,10 @@ def load_function(spec: str):
 
 def call_reward(function, prompts: list[str], completions: list[str], name: str = "the reward function") -> list[float]:
     """Call reward(prompts, completions) -> list of floats, and check what came back."""
+    returned = function(prompts, completions)  # an error in there is a bug of the function's: its traceback says where
     try:
-        rewards = [float(r) for r in function(prompts, completions)]
+        rewards = [float(r) for r in returned]
     except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{name} must return one number for each completion ({error})") from error
     check(len(rewards) == len(completions), f"{name} returned {len(rewards)} rewards for {len(completions)} completions")
     check(all(map(math.isfinite, rewards)), f"{name} returned a reward that is not a finite number")
@@ -223,7 +250,7 @@ class RunFolder:
         """Append one JSON object; the file is whole after every line."""
         figures = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
         with open(self.metrics, "a", encoding="utf-8") as f:
-            f.write(json.dumps(figures) + "\n")
+            f.write(json.dumps(finite(figures)) + "\n")
 
     def save_state(self, step: int, **parts) -> None:
         """`parts` are state dicts and plain values. The random streams derive from (seed, step), so the step number is

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import RunFolder, autocast, check, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
+from common import RunFolder, autocast, check, check_ranges, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
 from data.batches import RankedBatch, RankedExamples, by_length, encode_rankings, length_batches, ranked_batch
 from data.files import read_rankings
 from data.tokenizer import load_tokenizer
@@ -158,11 +158,10 @@ def evaluate(policy: nn.Module, items: list[RankedExamples], ref: list[Tensor], 
 
 
 def train(config: Config) -> dict:
+    check_ranges(config)
     check(config.beta > 0, "--beta must be above 0")
     check(0 <= config.label_smoothing < 0.5, "--label_smoothing must be in [0, 0.5)")
     check(config.kind == "sigmoid" or config.label_smoothing == 0, "--label_smoothing belongs to --kind sigmoid")
-    check(config.batch_size > 0 and config.epochs > 0, "--batch_size and --epochs must be at least 1")
-    check(config.micro_batch >= 0, "--micro_batch must not be negative")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")

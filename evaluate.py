@@ -20,6 +20,7 @@ from common import (
     UserError,
     call_reward,
     check,
+    check_ranges,
     flag,
     gate,
     generator_for,
@@ -184,6 +185,7 @@ def print_table(results: dict) -> None:
 
 
 def train(config: Config) -> dict:
+    check_ranges(config)
     check(bool(config.policies), "--policies needs at least one checkpoint")
     check(config.temperature > 0, "--temperature must be above 0")
     check(all(n >= 1 for n in config.best_of), "--best_of needs values of at least 1")

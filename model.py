@@ -185,7 +185,7 @@ class GPT(nn.Module):
         state = {}
         for key, value in weights.items():
             key = key.removeprefix("transformer.")
-            if key == "lm_head.weight" or key.endswith(("attn.bias", "attn.masked_bias")):  # tied; causal masks kept as buffers
+            if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):  # tied; causal masks kept as buffers
                 continue
             # GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in)
             state[key] = value.float().t().contiguous() if key.endswith(CONV1D) else value.float()
@@ -195,14 +195,16 @@ class GPT(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors in Hugging Face's GPT-2 layout."""
         folder, c = Path(directory), self.config
+        vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-            **{"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head},
+            **{"vocab_size": vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head},
             **{"n_embd": c.n_embd, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "tie_word_embeddings": True},
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         state = {f"transformer.{k}": v.t() if k.endswith(CONV1D) else v for k, v in self.state_dict().items()}
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
         write_safetensors(folder / "model.safetensors", state)
 
 

@@ -34,6 +34,7 @@ from common import (
     autocast,
     call_reward,
     check,
+    check_ranges,
     flag,
     gate,
     generator_for,
@@ -431,12 +432,10 @@ def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> N
 
 
 def train(config: Config) -> dict:
-    check(config.iterations > 0 and config.rollouts > 0 and config.ppo_epochs > 0, "--iterations, --rollouts and --ppo_epochs must be at least 1")
+    check_ranges(config)
     check(0 < config.minibatch <= config.rollouts, f"--minibatch must be between 1 and --rollouts ({config.rollouts})")
-    check(config.micro_batch >= 0, "--micro_batch must not be negative")
     check(config.temperature > 0, "--temperature must be above 0: a policy that doesn't sample can't learn by trial")
     check(0 <= config.lam <= 1 and 0 <= config.gamma <= 1 and config.clip > 0, "--lam and --gamma must be in [0, 1], --clip above 0")
-    check(config.kl_coef >= 0 and config.kl_target >= 0, "--kl_coef and --kl_target must not be negative")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")

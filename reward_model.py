@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import RunFolder, autocast, check, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
+from common import RunFolder, autocast, check, check_ranges, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
 from data.batches import RankedExamples, by_length, encode_rankings, length_batches, ranked_batch
 from data.files import read_jsonl, read_prompts, read_rankings
 from data.tokenizer import load_tokenizer
@@ -150,8 +150,7 @@ def normalise(model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new
 
 
 def train(config: Config) -> dict:
-    check(config.batch_size > 0 and config.epochs > 0, "--batch_size and --epochs must be at least 1")
-    check(config.micro_batch >= 0, "--micro_batch must not be negative")
+    check_ranges(config)
     check(config.normalise_samples >= 2, "--normalise_samples must be at least 2")
     device = pick_device(config.device)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")

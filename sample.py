@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, check, flag, generator_for, gold_function, load_model, pick_device, run_main
+from common import UserError, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
 from data.tokenizer import load_tokenizer
 from model import generate
 
@@ -63,7 +63,7 @@ def answer(model, tokenizer, prompt: str, config: Config, seed: int, reward_mode
 
 
 def train(config: Config) -> dict:
-    check(config.samples >= 1, "--samples must be at least 1")
+    check_ranges(config)
     check(
         config.temperature >= 0 and config.top_k >= 0 and 0 < config.top_p <= 1, "--temperature and --top_k must not be negative, --top_p in (0, 1]"
     )

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as `python data/collect.py`
 import torch
 from tqdm import tqdm
 
-from common import UserError, call_reward, check, flag, generator_for, gold_function, load_model, pick_device, run_main
+from common import UserError, call_reward, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
 from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
 from data.tiny import annotator_ranking
 from data.tokenizer import load_tokenizer
@@ -91,10 +91,9 @@ def already_ranked(path: Path) -> set[str]:
     """Prompts in the file. A last line that a crash cut short is taken off, so that appending starts on a fresh line."""
     if not path.exists():
         return set()
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8", newline="\n")
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
     return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
 
 
@@ -103,6 +102,7 @@ def train(config: Config) -> dict:
     check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need at least one value each")
     check(all(t > 0 for t in config.temperatures), "--temperatures must be above 0: at 0 all completions would be equal")
     check(config.annotator_temperature > 0, "--annotator_temperature must be above 0")
+    check_ranges(config)
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
     tokenizer = load_tokenizer(loaded[0][1])

@@ -31,27 +31,27 @@ class Ranking:
 def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) for each line that is not blank."""
     try:
-        file = open(path, encoding="utf-8-sig")  # -sig: tolerate the byte-order mark some Windows editors write
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file" + (f"; run `{made_by}` first" if made_by else "")) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     with file:
-        number = 0
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected a JSON object like {{...}}, found {type(row).__name__}")
-                yield where, row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason})") from None
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: tolerate a byte-order mark
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not valid UTF-8 ({error.reason})") from None
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object like {{...}}, found {type(row).__name__}")
+            yield where, row
 
 
 def text_field(where: str, row: dict, key: str) -> str:

@@ -205,7 +205,7 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
         if match := pattern.fullmatch(question):
             try:
                 answer = FAMILIES[name].solve(match.groupdict())
-            except ValueError:  # fits the template, but the slot is no word or number of this world
+            except (ValueError, IndexError):  # fits the template, but the slot is no word or number of this world
                 return None
             return (name, answer) if answer else None
     return None
@@ -224,10 +224,7 @@ def split_sentences(text: str) -> list[str]:
 
 def is_correct(prompt: str, sentence: str) -> bool:
     """Does this one sentence answer the prompt? Case and the frames of ANSWER_FORMS don't matter."""
-    parsed = parse_prompt(prompt)
-    if parsed is None:
-        raise UserError(f"the gold reward knows only prompts of the embedded task, not {prompt!r}")
-    family, answer = parsed
+    family, answer = parse_prompt(prompt)
     said = re.sub(r"^(the answer is|it is|i say) ", "", sentence.lower().rstrip(".!?"))
     if family == "story":  # any single sentence of 6 to 14 words that uses the required word
         word = _story_word(answer)
@@ -245,6 +242,8 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
     ended          -1    unless the text ends in . ! or ?
     not_repeated   -1    if a sentence occurs twice
     """
+    if parse_prompt(prompt) is None:
+        raise UserError(f"the gold reward knows only prompts of the embedded task, not {prompt!r}")
     sentences = [s.lower() for s in split_sentences(completion)]
     polite = [s for s in sentences if s in POLITE]
     rude = [s for s in sentences if s in RUDE]

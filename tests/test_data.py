@@ -18,7 +18,7 @@ import tiktoken.registry
 import torch
 from helpers import GPT2_BPE, ROOT, make_gpt
 
-from common import UserError, save_model
+from common import UserError, load_model, save_model
 from data import collect, tiny
 from data.batches import RankedExamples, by_length, encode_example, encode_rankings, length_batches, pad, ranked_batch, truncate_prompt
 from data.files import Ranking, nest_ties, parse_ranking, read_demonstrations, read_jsonl, read_prompts, read_rankings, write_jsonl
@@ -644,7 +644,7 @@ def test_demonstrations_mix_all_qualities():
         "unfinished": sum(p["ended"] < 0 for p in parts),
         "repeated": sum(p["not_repeated"] < 0 for p in parts),
     }
-    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3), "rambling": (0.2, 0.5), "unfinished": (0.02, 0.1)}
+    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3), "rambling": (0.2, 0.5), "unfinished": (0.02, 0.2)}
     expected["repeated"] = (0.03, 0.15)
     for name, (low, high) in expected.items():
         assert low < share[name] / 4000 < high, name
@@ -791,15 +791,46 @@ def collecting(folder, out, **changes) -> collect.Config:
 
 
 def test_collected_rankings(random_policy, tmp_path):
-    """One line a prompt, in order; K completions each; the truth that the simulated annotators knew belongs to the text beside it."""
+    """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew stands in the order
+    of the texts it belongs to (here a made-up truth that differs for every text)."""
+    (tmp_path / "truth.py").write_text(
+        "def f(prompts, completions):\n    return [len(set(c)) + len(c) / 100 for c in completions]\n", encoding="utf-8"
+    )
+    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
+    gold = f"{tmp_path / 'truth.py'}:f"
     out = tmp_path / "r.jsonl"
-    collect.train(collecting(random_policy, out, policies=[str(random_policy / "p1"), str(random_policy / "p2")], temperatures=[0.7, 1.0]))
+    collect.train(collecting(random_policy, out, policies=policies, temperatures=[0.7, 1.0], completions=5, gold=gold))
     rankings = read_rankings(out)
     assert [r.prompt for r in rankings] == read_prompts(random_policy / "prompts.jsonl")
-    assert all(len(r.completions) == 3 for r in rankings)
+    assert all(len(r.completions) == 5 for r in rankings)
+    assert len({c for r in rankings for c in r.completions}) > 45
+    mixed = 0
     for (_, row), ranking in zip(read_jsonl(out), rankings, strict=True):
-        assert row["gold"] == pytest.approx(tiny.gold_reward([ranking.prompt] * 3, ranking.completions), abs=1e-4)
-    assert len({c for r in rankings for c in r.completions}) > 25  # samples, not one text again and again
+        assert row["gold"] == pytest.approx([len(set(c)) + len(c) / 100 for c in ranking.completions], abs=1e-4)
+        mixed += row["gold"] != sorted(row["gold"], reverse=True)
+    assert mixed > 3  # noisy annotators: not always the order of the truth
+    collect.train(collecting(random_policy, tmp_path / "sharp.jsonl", gold=gold, annotator_temperature=1e-3))
+    for _, row in read_jsonl(tmp_path / "sharp.jsonl"):  # without noise: best first
+        assert row["gold"] == sorted(row["gold"], reverse=True)
+
+
+def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path):
+    """At a temperature of nearly 0 each policy's completion is its greedy one, worked out here for each prompt alone."""
+    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
+    collect.train(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5], completions=3))
+    texts = set()
+    for ranking in read_rankings(tmp_path / "r.jsonl"):
+        greedy = []
+        for path in policies:
+            model, _ = load_model(path, torch.device("cpu"))
+            ids = TINY.encode_prompt(ranking.prompt)
+            start = len(ids)
+            while len(ids) < start + 6 and TINY.eos_id not in ids[start:]:
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+            greedy.append(TINY.decode([i for i in ids[start:] if i != TINY.eos_id]))
+        assert sorted(ranking.completions) == sorted([greedy[0], greedy[1], greedy[0]])  # completion k comes from policy k mod 2
+        texts.update(greedy)
+    assert len(texts) > 10  # so a completion beside the wrong prompt would be seen
 
 
 def test_a_resumed_collection_equals_an_unbroken_one(random_policy, tmp_path):

@@ -275,8 +275,8 @@ def test_scalar_model_reads_the_last_real_token_normalised():
     assert scores.shape == (5,) and scalar(frame.tokens).shape == frame.tokens.shape
     for i in range(5):
         last = scalar.gpt.hidden(frame.row(i))[0, -1].double()
-        truth = (float(last @ scalar.head.weight[0].double()) + float(scalar.head.bias) + 0.7) / 2.5
-        assert abs(float(scores[i]) - truth) < 1e-5
+        truth = ((last @ scalar.head.weight[0].double()).item() + scalar.head.bias.item() + 0.7) / 2.5
+        assert abs(scores[i].item() - truth) < 1e-5
     for mode in (True, False):  # what it returns must not depend on the mode it is in (anchors trap 25)
         scalar.train(mode)
         assert torch.equal(scalar.score(frame.tokens, frame.lens), scores)
