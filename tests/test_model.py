@@ -426,7 +426,7 @@ def test_token_logprobs_frame():
         assert ours.shape == (3, 8) and ours.dtype == torch.float32
         for b, t in product(range(3), range(8)):
             truth = (model(tokens[b : b + 1, : t + 1])[0, -1].double() / T).log_softmax(0)[tokens[b, t + 1]]
-            assert abs(float(ours[b, t]) - float(truth)) < 2e-5
+            assert abs(ours[b, t].item() - truth.item()) < 2e-5
 
 
 class Recorder:
@@ -463,7 +463,7 @@ def test_real_vocab_gets_all_the_probability():
     tokens = torch.randint(0, 6, (4, 8), generator=gen())
     assert padded(tokens).shape == (4, 8, 6)
     everything = padded.hidden(tokens).double() @ padded.wte.weight.double().T
-    assert float(everything.softmax(-1)[..., 6:].sum(-1).mean()) > 0.5  # so the cut matters
+    assert everything.softmax(-1)[..., 6:].sum(-1).mean().item() > 0.5  # so the cut matters
     truth = everything[..., :6].log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(token_logprobs(padded, tokens).double(), truth, rtol=0, atol=2e-5)
     for use_cache in (True, False):
