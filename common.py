@@ -183,6 +183,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         raise UserError(f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
     content = load_file(file)
     try:
+        content = dict(content)
         found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
         if found == kind:
             model = GPT(config) if kind == "gpt" else ScalarModel(config)
@@ -196,7 +197,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
 
 
 def load_function(spec: str):
-    """file.py:function" -> the function."""
+    """The function that `file.py:function` names."""
     file, _, name = spec.rpartition(":")
     path = Path(file) if Path(file).exists() else Path(__file__).parent / file  # data/tiny.py is found from any folder
     if not file.endswith(".py") or not path.exists():

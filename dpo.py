@@ -39,7 +39,7 @@ class Config:
     epochs: int = flag(1, "passes over the data; DPO overfits soon")
     batch_size: int = flag(12, "rankings an optimiser step; all pairs of a ranking are used")
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)")
-    lr: float = flag(5e-4, "peak learning rate")
+    lr: float = flag(3e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
     max_new_tokens: int = flag(48, "longest of the printed samples, tokens")

@@ -165,12 +165,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> GPT:
-        """gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub) or a directory in Hugging Face's layout:
+        """Names: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub) or a directory in Hugging Face's layout:
         config.json with model.safetensors or pytorch_model.bin."""
         folder = Path(name)
         if folder.is_dir():
             shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             sizes = [shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+            fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
+            for key, value in fixed.items():  # what this file takes for granted
+                if shape.get(key, value) not in (value, 4 * shape["n_embd"]):
+                    raise ValueError(f"{folder / 'config.json'}: {key} is {shape[key]!r}; this model has {value!r}")
             if (folder / "model.safetensors").exists():
                 weights = read_safetensors(folder / "model.safetensors")
             else:
@@ -352,8 +356,8 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        best = logits.topk(min(top_k, logits.size(-1)))  # by place, not by value: a tie must not let a k+1st token in
+        logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
     probs = logits.softmax(-1)  # (B, V)
     if top_p is not None:  # keep the smallest set of tokens whose probability reaches top_p
         ranked, order = probs.sort(-1, descending=True)

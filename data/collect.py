@@ -78,7 +78,7 @@ def rank_human(prompt: str, completions: list[str]) -> list[int] | None:
 
 
 def parse_order(answer: str, k: int) -> list[int] | None:
-    """2 1=3" -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
+    """`2 1=3` -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
     groups = [group.split("=") for group in answer.replace(" =", "=").replace("= ", "=").split()]
     flat = [number for group in groups for number in group]
     if sorted(flat) != sorted(str(i) for i in range(1, k + 1)):
@@ -119,6 +119,7 @@ def train(config: Config) -> dict:
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     done, written = already_ranked(path), 0
+    stood_already = len(done)
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         for first in tqdm(range(0, len(prompts), config.batch_size), desc="collect", mininterval=1):
             chunk = prompts[first : first + config.batch_size]
@@ -153,8 +154,12 @@ def train(config: Config) -> dict:
                     row["annotator_temperature"] = config.annotator_temperature
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
+                done.add(prompt)
                 written += 1
-    print(f"wrote {written} rankings of {config.completions} completions to {path}" + (f" ({len(done)} stood there already)" if done else ""))
+    print(
+        f"wrote {written} rankings of {config.completions} completions to {path}"
+        + (f" ({stood_already} stood there already)" if stood_already else "")
+    )
     return {"written": written}
 
 
