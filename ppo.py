@@ -276,6 +276,11 @@ def make_experience(
     rewards = shaped_rewards(scores, column["kl"], mask, kl_coef)
     # 6. advantages: returns are formed first, then the advantages are whitened, under the mask
     advantages, returns = gae(rewards, column["values"], mask, config.gamma, config.lam)
+    if config.kl == "exact":
+        # KL_t is a property of the state: in r_t it is the same for every token that could be chosen there, so no token would feel its
+        # own divergence. What a token adds to the mean, log pi/pi_ref - KL_t, has mean 0 and carries exactly that gradient.
+        own = torch.where(mask, column["logprobs"] - column["ref_logprobs"] - column["kl"], 0.0)
+        advantages = advantages - kl_coef * own
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return Experience(rollout.tokens, rollout.lens, mask, rewards=rewards, advantages=advantages, returns=returns, **column)

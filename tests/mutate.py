@@ -370,6 +370,13 @@ MUTATIONS = [
         "stopping is punished: completions grow until they are cut",
         f"{PPO} tests/test_pipeline.py",
     ),
+    (
+        "ppo.py",
+        "advantages = advantages - kl_coef * own",
+        "advantages = advantages",
+        "with --kl exact no token feels its own divergence: the penalty's gradient is wrong",
+        "tests/test_optimum.py",
+    ),
     # ---------------------------------------------------------------- dpo.py
     (
         "dpo.py",

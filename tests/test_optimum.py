@@ -409,3 +409,31 @@ def test_exact_kl_is_the_enumerated_one(temperature):
     expected = (tables[0].exp().flatten() * e.kl.sum(1).double()).sum().item() / P
     assert expected == pytest.approx(kl(*tables), rel=1e-5)
     assert tables[0].exp().sum(1).numpy() == pytest.approx([1.0] * P, abs=1e-9)  # the 40 completions are the whole space
+
+
+@pytest.mark.parametrize("kind", ["k1", "exact"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_penalty_in_the_advantages_has_the_gradient_of_the_kl(kind, temperature):
+    """make_experience on all completions, no score: the enumerated policy gradient is minus beta times the gradient of the KL. For `exact` that needs
+    more than the penalty in the reward: a state's KL is the same for all tokens chosen there."""
+    beta = 0.3
+    reference, _ = world(0)
+    policy = moved(reference, 0)
+
+    def token_table(model):
+        return (model(TOKENS) / temperature).log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
+
+    exact_policy, exact_reference = copy.deepcopy(policy).double(), copy.deepcopy(reference).double()
+    tokens_logp, tokens_ref = token_table(exact_policy), token_table(exact_reference)
+    logp, ref = ((t * MASK).sum(1).view(P, N) for t in (tokens_logp, tokens_ref))
+    true = flat_gradient(-beta * (logp.exp() * (logp - ref)).sum(1).mean(), exact_policy)
+
+    value_model = ScalarModel.from_gpt(reference)
+    torch.nn.init.zeros_(value_model.head.weight)
+    rollout = Rollout(TOKENS, PROMPT_LENS, LENS, TOKENS[torch.arange(P * N), LENS - 1] == EOS)
+    config = ppo.Config(kl=kind, temperature=temperature, lam=1.0, whiten_advantages=False)
+    e = ppo.make_experience(policy, reference, value_model, rollout, torch.zeros(P * N), beta, config)
+    tokens_logp = token_table(exact_policy)
+    weight = (tokens_logp * MASK).sum(1).exp().detach()
+    found = flat_gradient((weight[:, None] * tokens_logp * e.advantages.double() * MASK).sum() / P, exact_policy)
+    assert (found - true).norm() / true.norm() < 1e-4
