@@ -59,7 +59,7 @@ class Config:
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     reward: str = flag("out/reward_model", "a reward model's checkpoint, or file.py:function of (prompts, completions)")
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
-    iterations: int = flag(24, "rollout-and-update rounds")
+    iterations: int = flag(18, "rollout-and-update rounds")
     rollouts: int = flag(192, "completions sampled each iteration")
     max_new_tokens: int = flag(48, "longest completion, tokens")
     temperature: float = flag(1.0, "sampling temperature; the log-probs of policy and reference are taken at it too")

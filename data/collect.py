@@ -34,7 +34,7 @@ class Config:
     temperatures: list[float] = flag([1.0], "sampling temperatures, in turn")
     prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
     skip: int = flag(0, "prompts to leave out at the start of the file")
-    n_prompts: int = flag(4000, "prompts to use after those (0: all)")
+    n_prompts: int = flag(3500, "prompts to use after those (0: all)")
     completions: int = flag(4, "completions K of each prompt")
     max_new_tokens: int = flag(48, "longest completion, tokens")
     annotator: str = flag(
