@@ -427,6 +427,8 @@ def slow_rows(policy, reference, value_model, rollout: Rollout, scores: Tensor, 
             gae_by_definition(found["rewards"].tolist(), found["values"].tolist(), config.gamma, config.lam), dtype=torch.float64
         )
         found["returns"] = found["advantages"] + found["values"]
+        if config.kl == "exact":  # the token's own share, without which the penalty's gradient is wrong (test_optimum.py)
+            found["advantages"] = found["advantages"] - kl_coef * (found["logprobs"] - found["ref_logprobs"] - found["kl"])
         rows.append(found)
     return rows
 
