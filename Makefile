@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores)
+# make demo   the whole pipeline on the embedded task (about 5 minutes on 2 cores)
 # make test   the tests
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change

@@ -256,7 +256,7 @@ MUTATIONS = [
         "the score lands at the end of the batch's longest row",
         PPO,
     ),
-    ("ppo.py", "values = torch.where(mask, values, 0.0)\n", "", "the value after EOS is whatever the value model says about filler", PPO),
+    ("ppo.py", "values = torch.where(mask, values, 0.0)\n", "pass\n", "the value after EOS is whatever the value model says about filler", PPO),
     (
         "ppo.py",
         "deltas = torch.where(mask, rewards + gamma * next_values - values, 0.0)",
