@@ -161,7 +161,7 @@ class Made:
     by: str = "a test"
 
 
-def make_workplace(folder: Path) -> Path:
+def make_folder(folder: Path) -> Path:
     """A policy, a reward model, good and bad data, damaged checkpoints: what the command lines below name."""
     n_vocab = load_tokenizer("tiny").n_vocab
     save_model(folder / "policy", make_gpt(1, vocab=n_vocab, block_size=64, n_embd=16), "tiny", "sft.py", Made())
@@ -232,7 +232,7 @@ MISTAKES = [
 def outcomes(tmp_path_factory):
     """{command line: (status, stdout, stderr)} of all mistakes and all --help pages, from one process."""
     cases = [argv for argv, _ in MISTAKES] + [[name, "--help"] for name in (*SCRIPTS, *MODULES)]
-    return dict(zip(map(" ".join, cases), drive(cases, make_workplace(tmp_path_factory.mktemp("workplace"))), strict=True))
+    return dict(zip(map(" ".join, cases), drive(cases, make_folder(tmp_path_factory.mktemp("folder"))), strict=True))
 
 
 @pytest.mark.parametrize(("argv", "names"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
