@@ -82,9 +82,7 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-AT_LEAST_1 = (
-    "epochs batch_size log_every eval_every max_new_tokens n_layer n_head n_embd block_size iterations rollouts ppo_epochs minibatch n_best samples"
-)
+AT_LEAST_1 = "epochs batch_size log_every eval_every max_new_tokens n_layer n_head n_embd block_size iterations rollouts ppo_epochs minibatch samples"
 AT_LEAST_0 = "micro_batch lr value_lr warmup weight_decay save_every kl_coef kl_target ptx_coef eos_penalty target_kl value_clip skip n_prompts top_k train_layers"
 
 

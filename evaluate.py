@@ -31,7 +31,7 @@ from common import (
     run_main,
     write_json,
 )
-from data.batches import by_length, encode_rankings
+from data.batches import by_length, encode_rankings, truncate_prompt
 from data.files import read_demonstrations, read_prompts, read_rankings
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, ScalarModel, generate
@@ -202,7 +202,7 @@ def train(config: Config) -> dict:
     room = reference.config.block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
-    ids = [tokenizer.encode_prompt(p)[-room:] for p in prompts]
+    ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in prompts]
 
     ceiling = task_ceiling(config, tokenizer_name, gold, prompts)
     results: dict = {"ceiling": ceiling, "demonstrations": None, "reward_model": {}, "policies": {}, "best_of_n": {}, "gates": []}

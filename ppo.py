@@ -46,7 +46,7 @@ from common import (
     run_main,
     save_model,
 )
-from data.batches import Example
+from data.batches import Example, truncate_prompt
 from data.files import read_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, Rollout, ScalarModel, generate, masked_mean, select_logprobs, token_logprobs, whiten
@@ -483,7 +483,7 @@ def train(config: Config) -> dict:
         # 1. sample prompts
         order = torch.randint(len(prompts), (config.rollouts,), generator=generator_for(cpu, config.seed, iteration, 0))
         texts = [prompts[i] for i in order.tolist()]
-        ids = [tokenizer.encode_prompt(p)[-room:] for p in texts]
+        ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in texts]
         # 2. roll out: by temperature alone. top-k or top-p would sample from another distribution than the one trained.
         rollout = generate(
             policy,

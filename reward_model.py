@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import RunFolder, autocast, check, check_ranges, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
-from data.batches import RankedExamples, by_length, encode_rankings, length_batches, ranked_batch
+from data.batches import RankedExamples, by_length, encode_rankings, length_batches, ranked_batch, truncate_prompt
 from data.files import read_jsonl, read_prompts, read_rankings
 from data.tokenizer import load_tokenizer
 from model import GPT, ScalarModel, generate
@@ -101,7 +101,7 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, devic
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
         longer, _ = pair_accuracy(lengths, batch.ranks)
         strict = gap > 0
-        pairs = sum(len(items[i].ranks) * (len(items[i].ranks) - 1) // 2 for i in rows)
+        pairs = sum(items[i].n_pairs for i in rows)
         losses += ranking_loss(scores, batch.ranks, n_pairs=1).item()
         n_pairs += pairs
         right.append(correct[strict])
@@ -168,7 +168,7 @@ def train(config: Config) -> dict:
     )
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
     prompts = [
-        tokenizer.encode_prompt(p)[-(block_size - max_new_tokens) :]
+        truncate_prompt(tokenizer.encode_prompt(p), block_size - max_new_tokens)
         for p in read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]
     ]
 
@@ -194,7 +194,7 @@ def train(config: Config) -> dict:
     for step in bar:
         model.train()
         rows = batches[step]
-        n_pairs = sum(len(items[i].ranks) * (len(items[i].ranks) - 1) // 2 for i in rows)  # of the whole step
+        n_pairs = sum(items[i].n_pairs for i in rows)  # of the whole step
         set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
         optimizer.zero_grad(set_to_none=True)
         loss, accuracy, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0

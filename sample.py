@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
+from data.batches import truncate_prompt
 from data.tokenizer import load_tokenizer
 from model import generate
 
@@ -36,7 +37,7 @@ class Config:
 def answer(model, tokenizer, prompt: str, config: Config, seed: int, reward_model=None, gold=None) -> list[str]:
     """Completions of one prompt, each as a line with its scores."""
     room = model.config.block_size - config.max_new_tokens
-    ids = tokenizer.encode_prompt(prompt)[-room:]
+    ids = truncate_prompt(tokenizer.encode_prompt(prompt), room)
     rollout = generate(
         model,
         [ids] * config.samples,

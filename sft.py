@@ -28,6 +28,7 @@ from common import (
     autocast,
     check,
     check_ranges,
+    first_line,
     flag,
     gate,
     generator_for,
@@ -122,7 +123,7 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
         try:
             model = GPT.from_pretrained(config.init, dropout=config.dropout)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"--init {config.init}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0][:160]})") from None
+            raise UserError(f"--init {config.init}: can't be loaded ({first_line(error)})") from None
         check(model.config.vocab_size >= n_vocab, f"--init {config.init}: {model.config.vocab_size} token ids, but {config.tokenizer} has {n_vocab}")
         if model.config.vocab_size > n_vocab:  # a padded table: its extra rows are no tokens
             model.config.real_vocab = n_vocab

@@ -46,7 +46,7 @@ def encode_example(tokenizer: Tokenizer, prompt: str, completion: str, block_siz
 
 
 def truncate_prompt(ids: list[int], room: int) -> list[int]:
-    """The last `room` tokens of a prompt."""
+    """The last `room` tokens of a prompt: its end, the question, matters most."""
     return ids[-room:]
 
 
@@ -91,6 +91,11 @@ class RankedExamples:
 
     def __len__(self) -> int:  # of the longest completion: what a batch is padded to
         return max(map(len, self.examples))
+
+    @property
+    def n_pairs(self) -> int:
+        """All comparisons, ties included."""
+        return len(self.ranks) * (len(self.ranks) - 1) // 2
 
 
 @dataclass

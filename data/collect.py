@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, call_reward, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
+from data.batches import truncate_prompt
 from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
 from data.tiny import annotator_ranking
 from data.tokenizer import load_tokenizer
@@ -128,7 +129,7 @@ def train(config: Config) -> dict:
             # Every chunk has its own random streams, so a run that was stopped goes on as if it had not been.
             rng = random.Random(f"{config.seed} {first}")
             samples: list[list[str]] = [[] for _ in chunk]
-            ids = [tokenizer.encode_prompt(p)[-room:] for p in chunk]
+            ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in chunk]
             for source, (model, temperature) in enumerate(sources):
                 count = len(range(source, config.completions, len(sources)))
                 if not count:
