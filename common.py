@@ -1,8 +1,7 @@
-"""Plumbing that every script shares, and nothing about RLHF: command line, device, seed, checkpoints, metrics, schedule, gates."""
+"""Plumbing that every script shares, and nothing about RLHF: device, seed, checkpoints, run folders, rewards, samples, gates."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -11,92 +10,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from model import GPT, GPTConfig, ScalarModel
-
-# ------------------------------------------------------------------------------------------------ command line
-
-
-class UserError(ValueError):
-    """A mistake of the user's (a bad flag, file or line). Scripts print it as one line, without a traceback."""
-
-
-def flag(default, help: str, choices: tuple | None = None):
-    """A Config field that becomes a command-line flag of the same name."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def parse_config(config_class, description: str, argv: list[str] | None = None):
-    """Build the dataclass from `--field value` or `--field=value`; booleans are `--field` and `--no-field`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = get_type_hints(config_class)
-    for f in dataclasses.fields(config_class):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        text = f.metadata.get("help", "").replace("%", "%%")
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        kwargs = {"default": default, "help": f"{text} (default: {'none' if shown in (None, '') else shown})"}
-        kind = hints[f.name]
-        if kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
-        elif get_origin(kind) is list:
-            parser.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
-        else:
-            choices = f.metadata.get("choices")
-            parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **kwargs)
-    return config_class(**vars(parser.parse_args(argv)))
-
-
-def run_main(train, config_class, description: str) -> None:
-    """main() of every script: parse the flags, call train(config), turn a UserError into one line and exit code 2,
-    and a failed gate under --strict into exit code 1."""
-    for stream in (sys.stdout, sys.stderr):  # a Windows console may default to a code page that lacks letters we print
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    config = parse_config(config_class, description)
-    try:
-        results = train(config)
-    except UserError as error:
-        sys.exit(_fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
-    failed = [g["name"] for g in (results or {}).get("gates", []) if not g["ok"]]
-    if failed and getattr(config, "strict", False):
-        sys.exit(_fail(f"gate failed: {', '.join(failed)}", 1))
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    return code
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-AT_LEAST_1 = "epochs batch_size log_every eval_every max_new_tokens n_layer n_head n_embd block_size iterations rollouts ppo_epochs minibatch samples"
-AT_LEAST_0 = "micro_batch lr value_lr warmup weight_decay save_every kl_coef kl_target ptx_coef eos_penalty target_kl value_clip skip n_prompts top_k train_layers"
-
-
-def check_ranges(config) -> None:
-    """The limits that many scripts share, by the name of the flag."""
-    for names, low in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
-        for name in names.split():
-            value = getattr(config, name, None)
-            check(value is None or value >= low, f"--{name} must be at least {low}, not {value}")
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
+from cli import UserError, check, first_line
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, Rollout, ScalarModel, generate
 
 # ------------------------------------------------------------------------------------------------ device, dtype, seed
 
@@ -169,11 +92,19 @@ def save_model(folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str
     """out/<stage>/model.pt: weights, shape, tokenizer and how it was made; tensors and plain Python only."""
     kind = "scalar" if isinstance(model, ScalarModel) else "gpt"
     made = {"script": script, "config": dataclasses.asdict(config)}
-    content = {"kind": kind, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer_name, "made": made, "weights": model.state_dict()}
+    content = {
+        "kind": kind,
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer_name,
+        "made": made,
+        "weights": model.state_dict(),
+    }
     atomic_save(content, Path(folder) / "model.pt")
 
 
-def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> tuple[GPT | ScalarModel, str]:
+def load_model(
+    path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = ""
+) -> tuple[GPT | ScalarModel, str]:
     """A stage's folder, or its model.pt -> (model in eval mode, name of its tokenizer). kind: "gpt" or "scalar"."""
     path = Path(path)
     file = path if path.suffix == ".pt" else path / "model.pt"
@@ -220,9 +151,32 @@ def call_reward(function, prompts: list[str], completions: list[str], name: str 
         rewards = [float(r) for r in returned]
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} must return one number for each completion ({error})") from error
-    check(len(rewards) == len(completions), f"{name} returned {len(rewards)} rewards for {len(completions)} completions")
+    n = len(rewards)
+    check(n == len(completions), f"{name} returned {n} rewards for {len(completions)} completions")
     check(all(map(math.isfinite, rewards)), f"{name} returned a reward that is not a finite number")
     return rewards
+
+
+def load_reward(
+    spec: str, tokenizer: Tokenizer, device
+) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], ScalarModel | None]:
+    """A checkpoint or file.py:function -> (score(rollout, prompts, completions) -> (B,), the reward model if it is one).
+    A reward model reads the very ids that the policy wrote; a function reads text."""
+    if ":" in spec and ".py" in spec:
+        function = load_function(spec)
+        return lambda rollout, prompts, completions: torch.tensor(
+            call_reward(function, prompts, completions, spec), device=device
+        ), None
+    model, name = load_model(spec, device, "scalar", "python reward_model.py")
+    check(name == tokenizer.name, f"--reward {spec} reads {name} tokens, the policy writes {tokenizer.name} tokens")
+    return lambda rollout, prompts, completions: score_rollout(model, rollout), model
+
+
+@torch.no_grad()
+def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tensor:
+    """The reward model's score of each completion, (B,), `rows` at a time, each slice cut to its longest row."""
+    parts = zip(rollout.tokens.split(rows), rollout.lens.split(rows), strict=True)
+    return torch.cat([model.score(tokens[:, : int(lens.max())], lens) for tokens, lens in parts])
 
 
 def gold_function(spec: str, tokenizer_name: str):
@@ -232,16 +186,20 @@ def gold_function(spec: str, tokenizer_name: str):
     return load_function(spec) if spec else None
 
 
+# ------------------------------------------------------------------------------------------------ run folder
+
+
 class RunFolder:
     """out/<stage>/: config.json at the start, metrics.jsonl as the run goes, state.pt to resume from, results.json at the end."""
 
-    def __init__(self, config, resume: bool = False):
+    def __init__(self, config):
+        self.config = config
         self.path = Path(config.out_dir)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(dataclasses.asdict(config), self.path / "config.json")
         self.metrics = self.path / "metrics.jsonl"
         self.start = time.perf_counter()
-        if not resume:
+        if not config.resume:
             self.metrics.write_text("", encoding="utf-8")
             (self.path / "results.json").unlink(missing_ok=True)
 
@@ -252,13 +210,20 @@ class RunFolder:
             f.write(json.dumps(finite(figures)) + "\n")
 
     def save_state(self, step: int, **parts) -> None:
-        """`parts` are state dicts and plain values. The random streams derive from (seed, step), so the step number is
-        the whole data position; torch's own generator is kept for dropout."""
+        """`parts` are models and optimisers, whose state dicts are kept, and plain values. The random streams derive from
+        (seed, step), so the step number is the whole data position; torch's own generator is kept for dropout."""
+        parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
         atomic_save({"step": step, "rng": torch.get_rng_state(), **parts}, self.path / "state.pt")
 
-    def load_state(self, device) -> dict:
+    def resume(self, device, **parts) -> dict:
+        """With --resume: load the saved state into `parts`, cut the log back to it -> {"step": steps done, plain values}.
+        Without: {"step": 0}."""
+        if not self.config.resume:
+            return {"step": 0}
         state = load_file(self.path / "state.pt", map_location=device)
-        torch.set_rng_state(state["rng"].cpu())
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        torch.set_rng_state(state.pop("rng").cpu())
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
         self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -274,7 +239,8 @@ class RunFolder:
 
 
 def lr_at(step: int, total: int, warmup: int, kind: str = "cosine", floor: float = 0.0) -> float:
-    """Factor on the peak learning rate at step 0..total-1: linear warm-up, then cosine or linear decay to `floor`, or constant."""
+    """Factor on the peak learning rate at step 0..total-1: linear warm-up, then cosine or linear decay to `floor`, or
+    constant."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -288,21 +254,42 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def due(step: int, every: int, total: int) -> bool:
+    """Is something that happens every `every` steps, and at the end, to be done after step 0..total-1? every 0: at the end."""
+    return step + 1 == total or (every > 0 and (step + 1) % every == 0)
+
+
+def progress(start: int, total: int, name: str) -> tqdm:
+    """The progress bar over the steps that are left."""
+    return tqdm(range(start, total), initial=start, total=total, desc=name, mininterval=1)
+
+
+def compile_blocks(*models: nn.Module) -> None:
+    """torch.compile for each block: one compiled graph serves them all, and parameter names stay as they are."""
+    for model in models:
+        for block in getattr(model, "gpt", model).h:
+            block.compile()
+
+
+def show_samples(policy: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> float:
+    """Answer the prompts at temperature 1, print three answers -> share that ended in EOS."""
+    block_size = policy.config.block_size
+    max_new_tokens = min(max_new_tokens, block_size - 1)
+    prompts = [p[-(block_size - max_new_tokens) :] for p in prompts]
+    rollout = generate(
+        policy, prompts, max_new_tokens, eos_id=tokenizer.eos_id, generator=generator_for(policy.device, seed)
+    )
+    for prompt, completion in list(zip(prompts, rollout.completions(), strict=True))[:3]:
+        tqdm.write(f"  {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
+    return rollout.ended.float().mean().item()
+
+
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
     """Did this stage work? Print the figure beside its expected range."""
     ok = low <= value <= high
-    expected = (
-        f"expected {low:g}-{high:g}"
-        if math.isfinite(low) and math.isfinite(high)
-        else f"expected at least {low:g}"
-        if math.isfinite(low)
-        else f"expected at most {high:g}"
-    )
+    if math.isfinite(low) and math.isfinite(high):
+        expected = f"expected {low:g}-{high:g}"
+    else:
+        expected = f"expected at least {low:g}" if math.isfinite(low) else f"expected at most {high:g}"
     print(f"GATE {name} {value:.3f} ({expected}{'; ' + note if note else ''})  {'OK' if ok else 'FAILED'}", flush=True)
-    return {
-        "name": name,
-        "value": round(value, 4),
-        "low": low if math.isfinite(low) else None,
-        "high": high if math.isfinite(high) else None,
-        "ok": ok,
-    }
+    return {"name": name, "value": round(value, 4), "low": finite(low), "high": finite(high), "ok": ok}

@@ -1,5 +1,5 @@
 """The network all stages share: a GPT-2 in plain PyTorch, the scalar head of reward and value models, cached sampling,
-token log-probabilities, and import / export of GPT-2 weights.
+token log-probabilities.
 
 The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on the right:
 
@@ -16,10 +16,8 @@ Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary,
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -76,17 +74,23 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
         if positions is None:  # whole sequences: training, scoring, and the prefill of a cache
             if cache is not None:
                 cache.prefill(k, v)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            )
         else:  # one new token a row, against the cache; visible (B, 1, 1, S') is True on slots 0..position
             cache.append(k, v, positions)
             span = visible.size(-1)
-            y = F.scaled_dot_product_attention(q, cache.k[:, :, :span].to(q.dtype), cache.v[:, :, :span].to(q.dtype), attn_mask=visible)
+            y = F.scaled_dot_product_attention(
+                q, cache.k[:, :, :span].to(q.dtype), cache.v[:, :, :span].to(q.dtype), attn_mask=visible
+            )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
@@ -111,7 +115,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, positions, visible)
         return x + self.mlp(self.ln_2(x))
 
@@ -140,7 +146,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.wte.weight.device
 
-    def hidden(self, tokens: Tensor, caches: list[KVCache] | None = None, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        caches: list[KVCache] | None = None,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) -> (B, T, C) after the final LayerNorm. The other arguments serve `generate`: with `caches` alone the
         whole sequence fills them; with positions (B,) too, tokens (B, 1) stand at those positions."""
         T = tokens.size(1)
@@ -160,91 +172,6 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) of the next token at every position."""
         return self.lm_head(self.hidden(tokens))
-
-    # -------------------------------------------------------------------------------------------- GPT-2 weights
-
-    @classmethod
-    def from_pretrained(cls, name: str, dropout: float = 0.0) -> GPT:
-        """Names: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub) or a directory in Hugging Face's layout:
-        config.json with model.safetensors or pytorch_model.bin."""
-        folder = Path(name)
-        if folder.is_dir():
-            shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            sizes = [shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-            fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
-            for key, value in fixed.items():  # what this file takes for granted
-                if shape.get(key, value) not in (value, 4 * shape["n_embd"]):
-                    raise ValueError(f"{folder / 'config.json'}: {key} is {shape[key]!r}; this model has {value!r}")
-            if (folder / "model.safetensors").exists():
-                weights = read_safetensors(folder / "model.safetensors")
-            else:
-                weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        elif name in GPT2_SIZES:
-            sizes = [50257, 1024, *GPT2_SIZES[name]]
-            url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
-            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, file_name=f"{name}.bin")
-        else:
-            raise ValueError(f"{name!r} is neither a directory nor one of {', '.join(GPT2_SIZES)}")
-        model = cls(GPTConfig(*sizes, dropout=dropout))
-        state = {}
-        for key, value in weights.items():
-            key = key.removeprefix("transformer.")
-            if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):  # tied; causal masks kept as buffers
-                continue
-            # GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in)
-            state[key] = value.float().t().contiguous() if key.endswith(CONV1D) else value.float()
-        model.load_state_dict(state)
-        return model
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors in Hugging Face's GPT-2 layout."""
-        folder, c = Path(directory), self.config
-        vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-            **{"vocab_size": vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head},
-            **{"n_embd": c.n_embd, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "tie_word_embeddings": True},
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        state = {f"transformer.{k}": v.t() if k.endswith(CONV1D) else v for k, v in self.state_dict().items()}
-        state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
-        write_safetensors(folder / "model.safetensors", state)
-
-
-GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The format: 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, then the bytes."""
-    data = bytearray(path.read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    body = memoryview(data)[8 + size :]
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensors[name] = torch.frombuffer(body[begin:end], dtype=SAFE_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    arrays = {name: t.detach().cpu().float().contiguous().numpy() for name, t in tensors.items()}
-    for name, a in arrays.items():
-        header[name] = {"dtype": "F32", "shape": list(a.shape), "data_offsets": [offset, offset + a.nbytes]}
-        offset += a.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for a in arrays.values():
-            f.write(a.tobytes())
-    tmp.replace(path)
 
 
 class ScalarModel(nn.Module):
@@ -298,8 +225,7 @@ def token_logprobs(model: nn.Module, tokens: Tensor, temperature: float = 1.0) -
     no more than about 64 million logits (256 MB in float32) exist at a time."""
     rows = tokens.size(0)
     if not torch.is_grad_enabled():
-        vocab = getattr(getattr(model, "config", None), "vocab_size", 1)
-        rows = max(1, 2**26 // max(1, tokens.size(1) * vocab))
+        rows = max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
     return torch.cat([select_logprobs(model(part)[:, :-1], part[:, 1:], temperature) for part in tokens.split(rows)])
 
 
@@ -345,11 +271,15 @@ class Rollout:
 
     def completions(self) -> list[list[int]]:
         """Ids of each completion without its EOS."""
-        rows = zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.lens.tolist(), self.ended.tolist(), strict=True)
+        rows = zip(
+            self.tokens.tolist(), self.prompt_lens.tolist(), self.lens.tolist(), self.ended.tolist(), strict=True
+        )
         return [tokens[start : end - stop] for tokens, start, end, stop in rows]
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """logits (B, V) -> ids (B,). Temperature 0 takes the most likely token."""
     logits = logits.float()
     if temperature == 0:
@@ -366,9 +296,26 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
+def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
+    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of the token after each.
+
+    Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
+    hidden = model.hidden(tokens, caches)  # (B, T, C)
+    rows = torch.arange(len(lens), device=lens.device)
+    return model.lm_head(hidden[rows, lens - 1])
+
+
+def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache], span: int) -> Tensor:
+    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. `span`: cache slots looked at."""
+    slots = torch.arange(span, device=last.device)
+    visible = (slots <= positions[:, None])[:, None, None, :]  # (B, 1, 1, span)
+    hidden = model.hidden(last[:, None], caches, positions, visible)  # (B, 1, C)
+    return model.lm_head(hidden[:, 0])
+
+
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
@@ -377,55 +324,40 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    use_cache: bool = True,
 ) -> Rollout:
     """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
 
-    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right behind its
-    own prompt, and the cache slot of a token is its position. One pass over the prompts fills the cache, then every step
-    feeds one token a row. With use_cache=False every step runs the whole sequence: slow and obvious, for checking; any
-    `model(tokens) -> logits` works there, as does one without `hidden`.
-
-    Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size.
+    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right behind
+    its own prompt, and the cache slot of a token is its position. Raises ValueError if a prompt is empty or has no room for
+    max_new_tokens within block_size.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no prompt may be empty")
-    if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 1, 0 < top_p <= 1")
-    use_cache = use_cache and isinstance(model, GPT)
-    training = getattr(model, "training", False)
-    device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else torch.device("cpu")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("generate needs max_new_tokens >= 1 and temperature >= 0")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("generate needs top_k >= 1 and 0 < top_p <= 1")
     B, longest = len(prompts), max(map(len, prompts))
     S = longest + max_new_tokens
-    limit = getattr(getattr(model, "config", None), "block_size", S)
-    if S > limit:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit block_size {limit}")
-
+    if S > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit block_size {model.config.block_size}"
+        )
     tokens = torch.full((B, S), eos_id, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-    prompt_lens = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+    tokens = tokens.to(model.device)
+    prompt_lens = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,)
     lens = prompt_lens.clone()  # (B,) grows by one a step for the rows that go on
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    rows = torch.arange(B, device=device)  # (b,) the rows still computed; all of them at first
-    slots = torch.arange(S, device=device)
-    if isinstance(model, nn.Module):
-        model.eval()  # dropout off
+    ended = torch.zeros(B, dtype=torch.bool, device=model.device)
+    rows = torch.arange(B, device=model.device)  # (b,) the rows still computed: all of them at first
+    on_gpu = model.device.type == "cuda"
+    training = model.training
+    model.eval()  # dropout off
     try:
-        for step in range(max_new_tokens):
-            if not use_cache:
-                logits = model(tokens[rows, : longest + step])[torch.arange(len(rows)), lens[rows] - 1]  # (b, V)
-            elif step == 0:
-                caches = [KVCache(B, S, model.config, model.wte.weight) for _ in model.h]
-                hidden = model.hidden(tokens[:, :longest], caches)  # filler's keys land in slots that are overwritten before they are seen
-                logits = model.lm_head(hidden[rows, lens - 1])  # (b, V) at each row's last prompt token
-            else:
-                positions = lens[rows] - 1  # (b,) of the token sampled last; a row that has ended rewrites its last slot
-                span = S if device.type == "cuda" else longest + step  # a GPU wants constant shapes, a CPU less work
-                visible = (slots[:span] <= positions[:, None])[:, None, None, :]  # (b, 1, 1, span)
-                hidden = model.hidden(tokens[rows, positions][:, None], caches, positions, visible)  # (b, 1, C)
-                logits = model.lm_head(hidden[:, 0])  # (b, V)
+        caches = [KVCache(B, S, model.config, model.wte.weight) for _ in model.h]
+        logits = prefill(model, tokens[:, :longest], lens, caches)  # (B, V)
+        for step in range(1, max_new_tokens + 1):
             new = sample_token(logits, temperature, top_k, top_p, generator)  # (b,)
             going = ~ended[rows]
             # lens is where the next token goes; a row that has ended writes what stands there already
@@ -433,18 +365,21 @@ def generate(
             tokens[rows, places] = torch.where(going, new, tokens[rows, places])
             lens[rows] += going.long()
             ended[rows] |= new == eos_id
+            if step == max_new_tokens:
+                break
             # To look at `ended` makes the CPU wait for the GPU, so there only every 8th step.
-            if device.type != "cuda" or step % 8 == 7:
+            if not on_gpu or step % 8 == 0:
                 going = ~ended[rows]
                 alive = int(going.sum())
                 if alive == 0:
                     break
-                if device.type != "cuda" and alive <= len(rows) // 2:  # leave the rows that have ended behind
+                if not on_gpu and alive <= len(rows) // 2:  # leave the rows that have ended behind
                     rows = rows[going]
-                    for cache in caches if use_cache else []:
+                    for cache in caches:
                         cache.k, cache.v = cache.k[going], cache.v[going]
+            positions = lens[rows] - 1  # (b,) of the token sampled last; a row that has ended rewrites its last slot
+            span = S if on_gpu else longest + step  # a GPU wants constant shapes, a CPU less work
+            logits = decode_one_token(model, tokens[rows, positions], positions, caches, span)  # (b, V)
     finally:
-        if isinstance(model, nn.Module):
-            model.train(training)
-    longest_row = int(lens.max())
-    return Rollout(tokens[:, :longest_row], prompt_lens, lens, ended)
+        model.train(training)
+    return Rollout(tokens[:, : int(lens.max())], prompt_lens, lens, ended)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,76 +28,81 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
 from common import (
     RunFolder,
-    UserError,
     autocast,
     call_reward,
-    check,
-    check_ranges,
-    flag,
+    compile_blocks,
+    due,
     gate,
     generator_for,
     gold_function,
-    load_function,
     load_model,
+    load_reward,
     lr_at,
     pick_device,
-    run_main,
+    progress,
     save_model,
 )
-from data.batches import Example, truncate_prompt
+from data.batches import Example, load_examples, make_batch, micro_batches, truncate_prompt
 from data.files import read_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, Rollout, ScalarModel, generate, masked_mean, select_logprobs, token_logprobs, whiten
-from sft import load_examples, make_batch, sft_loss
+from model import (
+    GPT,
+    Rollout,
+    ScalarModel,
+    completion_mask,
+    generate,
+    masked_mean,
+    select_logprobs,
+    token_logprobs,
+    whiten,
+)
+from sft import sft_loss
+
+KL_KINDS = ("k1", "k2", "k3")  # estimates from the sampled token alone: kl_penalty
 
 
 @dataclass
-class Config:
+class Config(TrainConfig):
     prompts: str = flag("out/data/prompts.jsonl", "prompts to practise on")
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     reward: str = flag("out/reward_model", "a reward model's checkpoint, or file.py:function of (prompts, completions)")
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
-    iterations: int = flag(18, "rollout-and-update rounds")
-    rollouts: int = flag(192, "completions sampled each iteration")
-    max_new_tokens: int = flag(48, "longest completion, tokens")
-    temperature: float = flag(1.0, "sampling temperature; the log-probs of policy and reference are taken at it too")
-    ppo_epochs: int = flag(2, "passes over each iteration's rollouts")
-    minibatch: int = flag(48, "rollouts an optimiser step")
-    micro_batch: int = flag(24, "rollouts a forward pass; changes memory and nothing else (0: the whole minibatch)")
-    lr: float = flag(5e-4, "peak learning rate of the policy")
-    value_lr: float = flag(1e-3, "peak learning rate of the value model")
-    warmup: int = flag(2, "iterations of linear warm-up, before the linear decay")
-    grad_clip: float = flag(1.0, "largest gradient norm, of policy and value model separately")
-    gamma: float = flag(1.0, "discount")
-    lam: float = flag(0.95, "GAE's lambda: 1 is Monte Carlo (unbiased), 0 one-step (low variance)")
-    clip: float = flag(0.2, "PPO's clip range of the probability ratio")
-    value_clip: float = flag(0.5, "clip range of the value update, in units of the normalised reward (0: off)")
+    iterations: int = flag(18, "rollout-and-update rounds", low=1)
+    rollouts: int = flag(192, "completions sampled each iteration", low=1)
+    max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
+    temperature: float = flag(1.0, "of sampling; the log-probs of policy and reference are taken at it too", above=0)
+    ppo_epochs: int = flag(2, "passes over each iteration's rollouts", low=1)
+    minibatch: int = flag(48, "rollouts an optimiser step", low=1)
+    micro_batch: int = flag(24, "rollouts a forward pass; changes memory and nothing else (0: the minibatch)", low=0)
+    lr: float = flag(5e-4, "peak learning rate of the policy", low=0)
+    value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
+    warmup: int = flag(2, "iterations of linear warm-up, before the linear decay", low=0)
+    gamma: float = flag(1.0, "discount", low=0, high=1)
+    lam: float = flag(0.95, "GAE's lambda: 1 is Monte Carlo (unbiased), 0 one-step (low variance)", low=0, high=1)
+    clip: float = flag(0.2, "PPO's clip range of the probability ratio", above=0)
+    value_clip: float = flag(0.5, "clip range of the value update, in units of the normalised reward (0: off)", low=0)
     whiten_advantages: bool = flag(True, "scale each iteration's advantages to mean 0, variance 1")
     kl: str = flag(
         "k1",
         "per-token penalty: k1, k2, k3 (estimates from the sampled token) or exact (sum over the vocabulary)",
-        choices=("k1", "k2", "k3", "exact"),
+        choices=(*KL_KINDS, "exact"),
     )
-    kl_coef: float = flag(0.1, "KL penalty, in reward per nat")
-    kl_target: float = flag(0.0, "adapt kl_coef to hold this KL, nats a sequence (0: kl_coef is fixed)")
+    kl_coef: float = flag(0.1, "KL penalty, in reward per nat", low=0)
+    kl_target: float = flag(0.0, "adapt kl_coef to hold this KL, nats a sequence (0: kl_coef is fixed)", low=0)
     kl_horizon: float = flag(2000.0, "rollouts over which the adaptive coefficient moves by its error")
-    eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS")
-    target_kl: float = flag(0.1, "end an iteration's update when the policy has moved this far from the rollout's, nats a token (0: never)")
-    ptx_coef: float = flag(0.0, "weight of the SFT loss mixed into every step (InstructGPT's PPO-ptx; 0: off)")
+    eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS", low=0)
+    stop_kl: float = flag(
+        0.1, "end an iteration's update when the policy is this far from the rollout's, nats a token (0: never)", low=0
+    )
+    ptx_coef: float = flag(0.0, "weight of the SFT loss mixed into every step (InstructGPT's PPO-ptx; 0: off)", low=0)
     ptx_data: str = flag("out/data/demonstrations.jsonl", "demonstrations for it")
-    train_layers: int = flag(0, "train only the last N blocks of the policy and its final LayerNorm (0: everything)")
+    train_layers: int = flag(0, "train only the last N blocks of the policy and its final LayerNorm (0: all)", low=0)
     gold: str = flag("auto", "true reward to log, file.py:function (auto: the embedded task's; empty: none)")
     trace: bool = flag(False, "print one rollout of each logged iteration token by token")
-    log_every: int = flag(10, "iterations between printed samples")
-    save_every: int = flag(0, "iterations between states to resume from (0: only at the end)")
-    resume: bool = flag(False, "go on from out_dir/state.pt")
-    strict: bool = flag(False, "exit with status 1 if a gate fails")
-    seed: int = flag(1, "seed of prompts, samples and minibatches")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "compile the blocks with torch.compile")
+    log_every: int = flag(10, "iterations between printed samples", low=1)
 
 
 # What the embedded task gives at default settings, over the last quarter of the run.
@@ -126,7 +131,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tens
         # Near 0 the terms cancel to d^2/2, which float32 would lose; far out e^-d would overflow.
         series = d * d * (0.5 - d / 6)
         return torch.where(d.abs() < 1e-3, series, torch.expm1((-d).clamp(max=60.0)) + d)
-    raise ValueError(f"kl_penalty kind must be k1, k2 or k3, not {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(KL_KINDS)}, not {kind!r}")
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -170,13 +175,20 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
     ahead = slots[:, None] - slots[None, :]  # (T-1, T-1) s - t
     # in float64 where there is one: a GPU may run float32 products in TensorFloat-32, which keeps three digits
     wide = torch.float32 if mask.device.type == "mps" else torch.float64
-    discount = torch.where(ahead >= 0, torch.as_tensor(gamma * lam, dtype=wide, device=mask.device) ** ahead.clamp(min=0), 0.0)
+    discount = torch.where(
+        ahead >= 0, torch.as_tensor(gamma * lam, dtype=wide, device=mask.device) ** ahead.clamp(min=0), 0.0
+    )
     advantages = torch.where(mask, (deltas.to(wide) @ discount).to(deltas.dtype), 0.0)
     return advantages, advantages + values
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    clip: float,
+    n_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip, 1+clip) * A).
 
@@ -184,7 +196,9 @@ def policy_loss(
     (default: the actions here; the actions of the whole optimiser step when it is split into micro-batches)."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)  # e^20 is beyond any clip range; e^90 is inf
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(
+        -20, 20
+    )  # e^20 is beyond any clip range; e^90 is inf
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.where(mask, torch.maximum(unclipped, clipped), 0.0).sum() / n
@@ -192,7 +206,12 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor, clip: float, n_tokens: int | Tensor | None = None
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor,
+    clip: float,
+    n_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped - R)^2),
     with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that has already
@@ -215,21 +234,23 @@ class AdaptiveKL:
     update(kl, n): kl in nats a sequence over n sequences;  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
 
     def __init__(self, init_coef: float, target: float, horizon: float):
-        if target <= 0 or horizon <= 0:
-            raise ValueError("AdaptiveKL needs target > 0 and horizon > 0")
+        if target < 0 or horizon <= 0:
+            raise ValueError("AdaptiveKL needs target >= 0 and horizon > 0")
         self.coef, self.target, self.horizon = init_coef, target, horizon
 
     def update(self, kl: float, n: int) -> None:
+        if self.target == 0:
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + error * n / self.horizon
 
 
-# ------------------------------------------------------------------------------------------------ one iteration
+# ------------------------------------------------------------------------------------------------ experience
 
 
 @dataclass
 class Experience:
-    """An iteration's rollouts with all that the update needs; every (B, T-1) tensor is in the frame and 0 where masked out."""
+    """An iteration's rollouts with all that the update needs; every (B, T-1) tensor is in the frame, 0 where masked out."""
 
     tokens: Tensor  # (B, T)
     lens: Tensor  # (B,)
@@ -238,137 +259,157 @@ class Experience:
     ref_logprobs: Tensor  # (B, T-1)
     kl: Tensor  # (B, T-1) the penalty that goes into the reward
     entropy: Tensor  # (B, T-1) of the policy
-    values: Tensor  # (B, T-1) before the update
+    values: Tensor  # (B, T-1) before the update; 0 without a value model
     rewards: Tensor  # (B, T-1)
     advantages: Tensor  # (B, T-1) whitened if the config says so
     returns: Tensor  # (B, T-1)
 
+    def rows(self, index: list[int]) -> Experience:
+        """Some rows, cut to the longest of them; on a GPU as wide as before, because it wants constant shapes."""
+        T = self.tokens.size(1) if self.tokens.is_cuda else int(self.lens[index].max())
+        frame = [getattr(self, f.name)[index, : T - 1] for f in fields(self)[2:]]
+        return Experience(self.tokens[index, :T], self.lens[index], *frame)
+
+
+@torch.no_grad()
+def measure(
+    policy: GPT, reference: GPT, value_model: ScalarModel | None, rollout: Rollout, config: Config
+) -> dict[str, Tensor]:
+    """What the networks say about a rollout: logprobs, ref_logprobs, kl, entropy, values, each (B, T-1), 0 where masked out.
+
+    By the forward pass that the update uses too, not the sampler's cached one, and at the sampling temperature: only then
+    does the first ratio equal 1. A few rows at a time, so that no more than (micro_batch, T, V) logits exist at once."""
+    parts: list[dict[str, Tensor]] = []
+    for model in (policy, reference, value_model):
+        if model is not None:
+            model.eval()  # dropout off, or the ratio would not start at 1
+    for tokens in rollout.tokens.split(config.micro_batch or len(rollout.tokens)):
+        with autocast(tokens.device, config.dtype):
+            logits = policy(tokens).float() / config.temperature  # (b, T, V)
+            ref_logits = reference(tokens).float() / config.temperature  # (b, T, V)
+            values = value_model(tokens)[:, :-1] if value_model is not None else tokens[:, 1:] * 0.0  # before action t
+        logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:])  # (b, T-1)
+        ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:])  # (b, T-1)
+        exact = config.kl == "exact"
+        kl = exact_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
+        logp = logits[:, :-1].log_softmax(-1)  # (b, T-1, V)
+        entropy = -(logp.exp() * logp).sum(-1)
+        told = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "kl": kl, "entropy": entropy, "values": values}
+        parts.append(told)
+    return {k: torch.where(rollout.action_mask, torch.cat([part[k] for part in parts]), 0.0) for k in parts[0]}
+
 
 @torch.no_grad()
 def make_experience(
-    policy: GPT, reference: GPT, value_model: ScalarModel, rollout: Rollout, scores: Tensor, kl_coef: float, config: Config
+    policy: GPT,
+    reference: GPT,
+    value_model: ScalarModel,
+    rollout: Rollout,
+    scores: Tensor,
+    kl_coef: float,
+    config: Config,
 ) -> Experience:
-    """KL penalty, shaped rewards, advantages of a rollout with its scores (B,)."""
+    """KL penalty, shaped rewards and advantages of a rollout with its scores (B,)."""
     mask = rollout.action_mask  # (B, T-1)
-    columns: dict[str, list[Tensor]] = {k: [] for k in ("logprobs", "ref_logprobs", "kl", "entropy", "values")}
-    for model in (policy, reference, value_model):
-        model.eval()  # dropout off: otherwise the ratio would not start at 1
-    size = config.micro_batch or len(scores)
-    for tokens in rollout.tokens.split(size):  # slices, so that only (size, T, V) logits exist at a time
-        with autocast(tokens.device, config.dtype):
-            # 4. KL penalty: log-probs by the training forward, not the sampler's cached one, at the sampling temperature
-            logits, ref_logits = policy(tokens), reference(tokens)  # (b, T, V)
-            values = value_model(tokens)[:, :-1]  # (b, T-1) V(tokens[:t+1]), before action t
-        logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:], config.temperature)
-        ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:], config.temperature)
-        if config.kl == "exact":
-            columns["kl"].append(exact_kl(logits.float() / config.temperature, ref_logits.float() / config.temperature))
-        else:
-            columns["kl"].append(kl_penalty(logprobs, ref_logprobs, config.kl))
-        logp = (logits[:, :-1].float() / config.temperature).log_softmax(-1)
-        columns["entropy"].append(-(logp.exp() * logp).sum(-1))
-        columns["logprobs"].append(logprobs)
-        columns["ref_logprobs"].append(ref_logprobs)
-        columns["values"].append(values)
-    column = {k: torch.where(mask, torch.cat(v), 0.0) for k, v in columns.items()}
-
-    # 5. shape rewards
-    rewards = shaped_rewards(scores, column["kl"], mask, kl_coef)
-    # 6. advantages: returns are formed first, then the advantages are whitened, under the mask
-    advantages, returns = gae(rewards, column["values"], mask, config.gamma, config.lam)
+    told = measure(policy, reference, value_model, rollout, config)
+    rewards = shaped_rewards(scores, told["kl"], mask, kl_coef)
+    # returns are formed first; only then are the advantages whitened, under the mask
+    advantages, returns = gae(rewards, told["values"], mask, config.gamma, config.lam)
     if config.kl == "exact":
-        # KL_t is a property of the state: in r_t it is the same for every token that could be chosen there, so no token would feel its
-        # own divergence. What a token adds to the mean, log pi/pi_ref - KL_t, has mean 0 and carries exactly that gradient.
-        own = torch.where(mask, column["logprobs"] - column["ref_logprobs"] - column["kl"], 0.0)
+        # KL_t depends on the state alone: as a reward it says nothing about the token that was chosen there. The gradient of
+        # sum_a pi(a) log(pi(a) / ref(a)) is E[grad log pi(a) * (log-ratio(a) - KL_t)]: that is the token's own share.
+        own = torch.where(mask, told["logprobs"] - told["ref_logprobs"] - told["kl"], 0.0)
         advantages = advantages - kl_coef * own
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(rollout.tokens, rollout.lens, mask, rewards=rewards, advantages=advantages, returns=returns, **column)
+    return Experience(
+        rollout.tokens, rollout.lens, mask, **told, rewards=rewards, advantages=advantages, returns=returns
+    )
+
+
+# ------------------------------------------------------------------------------------------------ update
+
+# the figures of an optimiser step, in the order of `update`'s tensor
+STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm")
+
+
+def minibatches(n: int, config: Config, generator: torch.Generator) -> Iterator[list[int]]:
+    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time; the last of a pass may be smaller."""
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(n, generator=generator, device=generator.device).tolist()
+        yield from micro_batches(order, config.minibatch)
 
 
 def update(
     policy: GPT,
-    value_model: ScalarModel,
+    value_model: ScalarModel | None,
     optimizer: torch.optim.Optimizer,
     experience: Experience,
     config: Config,
     generator: torch.Generator,
     extra_loss: Callable[[], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Several epochs of clipped PPO steps over permuted minibatches. Policy and value model are separate networks, so their
-    losses just add up: no value coefficient to tune (the learning rates are separate). -> what happened, as floats."""
-    B, device = experience.tokens.size(0), experience.tokens.device
-    # eval: no dropout in the update either, so that the first ratio is exactly 1 (Ziegler et al. trained without it too)
-    policy.eval()
-    value_model.eval()
-    trained = [p for p in policy.parameters() if p.requires_grad]
+    """Several epochs of clipped PPO steps -> STATISTICS, averaged over the steps, first_ratio, updates, stopped_early.
+
+    Policy and value model are separate networks, so their losses just add up: no value coefficient to tune (the learning
+    rates are separate). Without a value model (None) the policy alone learns. RuntimeError if the first ratio is not 1."""
+    models = [policy] if value_model is None else [policy, value_model]
+    for model in models:
+        model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens = experience.lens.tolist()
-    totals: dict[str, list[Tensor]] = {k: [] for k in ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm")}
+    steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
-    for _ in range(config.ppo_epochs):
-        order = torch.randperm(B, generator=generator, device=generator.device).tolist()
-        for start in range(0, B, config.minibatch):
-            # micro-batches of similar length, each cut to its longest row: less filler, and the same gradient
-            rows = sorted(order[start : start + config.minibatch], key=lambda i: lens[i])
-            n_tokens = experience.action_mask[rows].sum()  # of the whole step
-            optimizer.zero_grad(set_to_none=True)
-            step = {k: torch.zeros((), device=device) for k in totals}
-            size = config.micro_batch or len(rows)
-            for first in range(0, len(rows), size):
-                part = rows[first : first + size]
-                T = lens[part[-1]] if device.type != "cuda" else experience.tokens.size(1)  # a GPU wants constant shapes
-                tokens = experience.tokens[part, :T]  # (b, T)
-                mask, old_logprobs, advantages, old_values, returns = (
-                    x[part, : T - 1]
-                    for x in (experience.action_mask, experience.logprobs, experience.advantages, experience.values, experience.returns)
-                )
-                with autocast(device, config.dtype):
-                    logprobs = token_logprobs(policy, tokens, config.temperature)  # (b, T-1)
-                    values = value_model(tokens)[:, :-1]  # (b, T-1)
-                p_loss, p_clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip, n_tokens)
-                v_loss, v_clipped = value_loss(values, old_values, returns, mask, config.value_clip, n_tokens)
-                (p_loss + v_loss).backward()
-                with torch.no_grad():
-                    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-                    if not totals["approx_kl"]:  # the first minibatch: nothing has moved yet
-                        deviation = (log_ratio.exp() - 1).abs().max().nan_to_num(nan=torch.inf).item()
-                        first_ratio = max(first_ratio, 1 + deviation)
-                    # KL(policy of the rollout || policy now) on the rollout's samples: k3 with the roles exchanged
-                    approx_kl = torch.where(mask, kl_penalty(old_logprobs, logprobs, "k3"), 0.0).sum() / n_tokens
-                    for key, value in (
-                        ("policy_loss", p_loss),
-                        ("value_loss", v_loss),
-                        ("clip_fraction", p_clipped),
-                        ("value_clip_fraction", v_clipped),
-                        ("approx_kl", approx_kl),
-                    ):
-                        step[key] += value.detach()
-            if not totals["approx_kl"] and first_ratio > (1.001 if config.dtype == "float32" else 1.2):
-                raise RuntimeError(
-                    f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1: rollout and update compute different log-probs"
-                )
-            if config.target_kl and step["approx_kl"].item() > config.target_kl:
-                stopped = True  # before this step is taken: it has gone too far already
-                break
-            if extra_loss is not None:
-                extra_loss().backward()
-            step["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).detach()
-            torch.nn.utils.clip_grad_norm_(value_model.parameters(), config.grad_clip)
-            optimizer.step()
-            for key, value in step.items():
-                totals[key].append(value)
-        if stopped:
+    for rows in minibatches(len(lens), config, generator):
+        n_tokens = experience.action_mask[rows].sum()  # of the whole step
+        optimizer.zero_grad(set_to_none=True)
+        figures = torch.zeros(len(STATISTICS), device=experience.tokens.device)
+        # micro-batches of similar length, each cut to its longest row: less filler, and the same gradient
+        for part in micro_batches(sorted(rows, key=lambda i: lens[i]), config.micro_batch):
+            old = experience.rows(part)
+            mask = old.action_mask  # (b, t-1), like all of `old`
+            with autocast(mask.device, config.dtype):
+                logprobs = token_logprobs(policy, old.tokens, config.temperature)  # (b, t-1)
+                values = old.values if value_model is None else value_model(old.tokens)[:, :-1]  # (b, t-1)
+            p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
+            v_loss, v_clipped = value_loss(values, old.values, old.returns, mask, config.value_clip, n_tokens)
+            (p_loss + v_loss).backward()
+            with torch.no_grad():
+                # KL(policy of the rollout || policy now) on the rollout's samples: k3 with the roles exchanged
+                moved = torch.where(mask, kl_penalty(old.logprobs, logprobs, "k3"), 0.0).sum() / n_tokens
+                figures[:5] += torch.stack([p_loss, v_loss, p_clipped, v_clipped, moved])
+                if not steps:  # nothing has moved yet
+                    ratio = torch.where(mask, logprobs - old.logprobs, 0.0).exp()
+                    first_ratio = max(first_ratio, 1 + (ratio - 1).abs().max().nan_to_num(nan=torch.inf).item())
+        if not steps and not first_ratio <= (1.001 if config.dtype == "float32" else 1.2):
+            raise RuntimeError(
+                f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1:"
+                " rollout and update compute different log-probs"
+            )
+        stopped = config.stop_kl > 0 and figures[4].item() > config.stop_kl
+        if stopped:  # before this step is taken: the policy has gone too far already
             break
-    stats = {k: torch.stack(v).mean().item() if v else 0.0 for k, v in totals.items()}
-    return {**stats, "first_ratio": first_ratio, "updates": len(totals["approx_kl"]), "stopped_early": stopped}
+        if extra_loss is not None:
+            extra_loss().backward()
+        norms = [torch.nn.utils.clip_grad_norm_(trainable(model), config.grad_clip) for model in models]
+        figures[5] = norms[0]
+        optimizer.step()
+        steps.append(figures)
+    means = torch.stack(steps).mean(0).tolist() if steps else [0.0] * len(STATISTICS)
+    return {
+        **dict(zip(STATISTICS, means, strict=True)),
+        "first_ratio": first_ratio,
+        "updates": len(steps),
+        "stopped_early": stopped,
+    }
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> torch.optim.Adam:
     """Adam with eps 1e-5, as OpenAI's code had it: with 1e-8 the first steps, where second moments are tiny, are far larger."""
-    groups = [
-        {"params": [p for p in policy.parameters() if p.requires_grad], "lr": config.lr},
-        {"params": list(value_model.parameters()), "lr": config.value_lr},
-    ]
+    groups = [{"params": trainable(policy), "lr": config.lr}, {"params": trainable(value_model), "lr": config.value_lr}]
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
 
@@ -380,57 +421,73 @@ def freeze_all_but_last(policy: GPT, n: int) -> None:
         module.requires_grad_(True)
 
 
-# ------------------------------------------------------------------------------------------------ reward
-
-
-def load_reward(spec: str, tokenizer: Tokenizer, device) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], ScalarModel | None]:
-    """A checkpoint or file.py:function -> (score(rollout, prompts, completions) -> (B,), the reward model if it is one).
-    A reward model reads the very ids that the policy wrote; a function reads text."""
-    if ":" in spec and ".py" in spec:
-        function = load_function(spec)
-        return lambda rollout, prompts, completions: torch.tensor(call_reward(function, prompts, completions, spec), device=device), None
-    model, name = load_model(spec, device, "scalar", "python reward_model.py")
-    check(name == tokenizer.name, f"--reward {spec} reads {name} tokens, the policy writes {tokenizer.name} tokens")
-
-    @torch.no_grad()
-    def score(rollout: Rollout, prompts: list[str], completions: list[str]) -> Tensor:
-        parts = zip(rollout.tokens.split(64), rollout.lens.split(64), strict=True)
-        return torch.cat([model.score(tokens[:, : int(lens.max())], lens) for tokens, lens in parts])
-
-    return score, model
-
-
-def ptx_loss(policy: GPT, demonstrations: list[Example], tokenizer: Tokenizer, config: Config, iteration: int) -> Callable[[], Tensor]:
+def ptx_loss(policy: GPT, demonstrations: list[Example], config: Config, iteration: int) -> Callable[[], Tensor]:
     """InstructGPT's PTX term (Ouyang et al. 2022, eq. 2): every call is ptx_coef times the SFT loss of a fresh batch of
     demonstrations, so that the policy keeps doing what they do."""
     generator = generator_for(torch.device("cpu"), config.seed, iteration, 3)
 
     def loss() -> Tensor:
         rows = torch.randint(len(demonstrations), (config.minibatch,), generator=generator).tolist()
-        tokens, mask = make_batch([demonstrations[i] for i in rows], tokenizer.eos_id, policy.device)
+        tokens, prompt_lens, lens = make_batch([demonstrations[i] for i in rows], policy.device)
+        mask = completion_mask(prompt_lens, lens, tokens.size(1))
         return config.ptx_coef * sft_loss(policy(tokens), tokens, mask)
 
     return loss
 
 
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+def figures_of(
+    experience: Experience, ended: Tensor, completions: list[str], raw_scores: Tensor, scores: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """An iteration's figures; README.md says how to read them."""
+    e, mask = experience, experience.action_mask
+    kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
+    k3 = torch.where(mask, kl_penalty(e.logprobs, e.ref_logprobs, "k3"), 0.0)
+    residual, returns = (e.returns - e.values)[mask], e.returns[mask]
+    variance = returns.var(correction=0)
+    return {
+        "score": raw_scores.mean().item(),
+        "kl": kl,
+        "k3": k3.sum(1).mean().item(),
+        "kl_coef": kl_coef,
+        "objective": scores.mean().item() - kl_coef * kl,
+        "entropy": masked_mean(e.entropy, mask).item(),
+        "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
+        "length": mask.sum(1).float().mean().item(),
+        "eos_rate": ended.float().mean().item(),
+        "distinct": len(set(completions)) / len(completions),
+    }
+
+
 def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> None:
     """One rollout, token by token."""
-    tqdm.write(f"{'token':>14} {'logprob':>8} {'ref':>8} {'kl':>7} {'reward':>7} {'value':>7} {'advant.':>8} {'return':>7}")
+    columns = {"logprobs": 8, "ref_logprobs": 12, "kl": 7, "rewards": 7, "values": 7, "advantages": 10, "returns": 7}
+    tqdm.write(f"{'token':>14} " + " ".join(f"{name:>{width}}" for name, width in columns.items()))
     for t in experience.action_mask[row].nonzero().squeeze(1).tolist():
-        figures = [
-            x[row, t].item()
-            for x in (
-                experience.logprobs,
-                experience.ref_logprobs,
-                experience.kl,
-                experience.rewards,
-                experience.values,
-                experience.advantages,
-                experience.returns,
-            )
-        ]
+        figures = [f"{getattr(experience, name)[row, t].item():{width}.3f}" for name, width in columns.items()]
         token = tokenizer.decode([int(experience.tokens[row, t + 1])])
-        tqdm.write(f"{token!r:>14} " + " ".join(f"{x:{w}.3f}" for x, w in zip(figures, (8, 8, 7, 7, 7, 8, 7), strict=True)))
+        tqdm.write(f"{token!r:>14} " + " ".join(figures))
+
+
+def report(history: list[dict], with_gates: bool) -> dict:
+    """The last quarter of the run, averaged, and where the embedded task's expectations hold its gates."""
+    tail = history[-max(1, len(history) // 4) :]
+    shown = [k for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", "gold") if k in tail[0]]
+    results: dict = {k: sum(row[k] for row in tail) / len(tail) for k in shown}
+    if not with_gates:
+        print("PPO, last quarter: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
+        return {**results, "gates": []}
+    note = f"{history[0]['score']:.2f} at the start"
+    if "gold" in results:
+        note += f"; gold {history[0]['gold']:.2f} -> {results['gold']:.2f}"
+    results["gates"] = [
+        gate("PPO reward-model score", results["score"], *EXPECTED_SCORE, note),
+        gate("PPO KL, nats a sequence", results["kl"], *EXPECTED_KL),
+        gate("PPO EOS rate", results["eos_rate"], *EXPECTED_EOS),
+    ]
+    return results
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -438,147 +495,94 @@ def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> N
 
 def train(config: Config) -> dict:
     check_ranges(config)
-    check(0 < config.minibatch <= config.rollouts, f"--minibatch must be between 1 and --rollouts ({config.rollouts})")
-    check(config.temperature > 0, "--temperature must be above 0: a policy that doesn't sample can't learn by trial")
-    check(0 <= config.lam <= 1 and 0 <= config.gamma <= 1 and config.clip > 0, "--lam and --gamma must be in [0, 1], --clip above 0")
-    device = pick_device(config.device)
+    check(config.minibatch <= config.rollouts, f"--minibatch must be at most --rollouts ({config.rollouts})")
+    device, cpu = pick_device(config.device), torch.device("cpu")
     torch.manual_seed(config.seed)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
     tokenizer = load_tokenizer(tokenizer_name)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score, reward_model = load_reward(config.reward, tokenizer, device)
     gold = gold_function(config.gold, tokenizer_name)
-    # The value model starts as the reward model, which knows already what a good text looks like; without one, as the policy's
-    # body under a head of zeros, so that the first advantages are just the rewards.
-    value_model = copy.deepcopy(reward_model) if reward_model is not None else ScalarModel.from_gpt(policy)
-    if reward_model is None:
-        torch.nn.init.zeros_(value_model.head.weight)
+    value_model = initial_value_model(policy, reward_model)
     if config.train_layers:
         freeze_all_but_last(policy, config.train_layers)
-    room = policy.config.block_size - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {policy.config.block_size}")
+    block_size = policy.config.block_size
+    room = block_size - config.max_new_tokens
+    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
     prompts = read_prompts(config.prompts, "python -m data.tiny")
-    demonstrations = load_examples(config.ptx_data, tokenizer, policy.config.block_size) if config.ptx_coef else []
+    demonstrations = load_examples(config.ptx_data, tokenizer, block_size) if config.ptx_coef else []
     optimizer = make_optimizer(policy, value_model, config)
-    controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if config.kl_target else None
+    controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     if config.compile:
-        for block in [*policy.h, *reference.h, *value_model.gpt.h]:
-            block.compile()
+        compile_blocks(policy, reference, value_model)
+    run = RunFolder(config)
+    state = run.resume(device, policy=policy, value_model=value_model, optimizer=optimizer)
+    controller.coef = state.get("kl_coef", controller.coef)
 
-    run = RunFolder(config, config.resume)
-    start, kl_coef = 0, config.kl_coef
-    if config.resume:
-        state = run.load_state(device)
-        policy.load_state_dict(state["policy"])
-        value_model.load_state_dict(state["value_model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, kl_coef = state["step"], state["kl_coef"]
-        if controller:
-            controller.coef = kl_coef
-    cpu = torch.device("cpu")
     history: list[dict] = []
-    bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, desc="ppo", mininterval=1)
+    bar = progress(state["step"], config.iterations, "ppo")
     for iteration in bar:
         clock = [time.perf_counter()]
         # 1. sample prompts
-        order = torch.randint(len(prompts), (config.rollouts,), generator=generator_for(cpu, config.seed, iteration, 0))
-        texts = [prompts[i] for i in order.tolist()]
+        rng = generator_for(cpu, config.seed, iteration, 0)
+        texts = [prompts[i] for i in torch.randint(len(prompts), (config.rollouts,), generator=rng).tolist()]
         ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in texts]
-        # 2. roll out: by temperature alone. top-k or top-p would sample from another distribution than the one trained.
-        rollout = generate(
-            policy,
-            ids,
-            config.max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=config.temperature,
-            generator=generator_for(device, config.seed, iteration, 1),
-        )
+        # 2. roll out, by temperature alone: top-k or top-p would sample from another distribution than the one trained
+        rng = generator_for(device, config.seed, iteration, 1)
+        eos_id, temperature = tokenizer.eos_id, config.temperature
+        rollout = generate(policy, ids, config.max_new_tokens, eos_id=eos_id, temperature=temperature, generator=rng)
         completions = [tokenizer.decode(c) for c in rollout.completions()]
         clock.append(time.perf_counter())
         # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
         raw_scores = score(rollout, texts, completions)  # (B,)
         scores = raw_scores - config.eos_penalty * (~rollout.ended)
-        # 4.-6. KL penalty, shaped rewards, advantages
-        experience = make_experience(policy, reference, value_model, rollout, scores, kl_coef, config)
+        # 4. KL penalty, 5. shaped rewards, 6. advantages
+        experience = make_experience(policy, reference, value_model, rollout, scores, controller.coef, config)
         clock.append(time.perf_counter())
-
         # 7. update
         factor = lr_at(iteration, config.iterations, config.warmup, "linear")
         for group, peak in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=True):
             group["lr"] = peak * factor
-        extra_loss = ptx_loss(policy, demonstrations, tokenizer, config, iteration) if demonstrations else None
-        stats = update(policy, value_model, optimizer, experience, config, generator_for(cpu, config.seed, iteration, 2), extra_loss)
+        extra_loss = ptx_loss(policy, demonstrations, config, iteration) if demonstrations else None
+        rng = generator_for(cpu, config.seed, iteration, 2)
+        stats = update(policy, value_model, optimizer, experience, config, rng, extra_loss)
         clock.append(time.perf_counter())
-
-        # 8. log
-        mask = experience.action_mask
-        kl = experience.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
-        k3 = torch.where(mask, kl_penalty(experience.logprobs, experience.ref_logprobs, "k3"), 0.0).sum(1).mean().item()
-        residual = (experience.returns - experience.values)[mask]
-        variance = experience.returns[mask].var(correction=0)
-        figures = {
-            "step": iteration + 1,
-            "score": raw_scores.mean().item(),
-            "kl": kl,
-            "k3": k3,
-            "kl_coef": kl_coef,
-            "objective": scores.mean().item() - kl_coef * kl,
-            "entropy": masked_mean(experience.entropy, mask).item(),
-            "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
-            "length": mask.sum(1).float().mean().item(),
-            "eos_rate": rollout.ended.float().mean().item(),
-            "distinct": len(set(completions)) / len(completions),
-            **stats,
-        }
+        # 8. log, and move the KL coefficient
+        figures = figures_of(experience, rollout.ended, completions, raw_scores, scores, controller.coef) | stats
         if gold is not None:
             figures["gold"] = sum(call_reward(gold, texts, completions, "the gold reward")) / len(texts)
-        shares = [(b - a) / (clock[-1] - clock[0]) for a, b in pairwise(clock)]
-        run.log(
-            **figures, lr=config.lr * factor, seconds=clock[-1] - clock[0], share_rollout=shares[0], share_score=shares[1], share_update=shares[2]
-        )
+        seconds = [b - a for a, b in pairwise(clock)]
+        shares = {f"share_{k}": t / sum(seconds) for k, t in zip(("rollout", "score", "update"), seconds, strict=True)}
+        run.log(step=iteration + 1, **figures, lr=config.lr * factor, seconds=sum(seconds), **shares)
         history.append(figures)
-        if not math.isfinite(figures["policy_loss"]) or not math.isfinite(figures["value_loss"]):
+        if not math.isfinite(figures["policy_loss"] + figures["value_loss"]):
             raise UserError(
-                f"the loss is not finite at iteration {iteration + 1}; lower --lr, or look at the rewards in {Path(config.out_dir) / 'metrics.jsonl'}"
+                f"the loss is not finite at iteration {iteration + 1};"
+                f" lower --lr, or look at the rewards in {Path(config.out_dir) / 'metrics.jsonl'}"
             )
-        if controller:
-            controller.update(kl, config.rollouts)
-            kl_coef = controller.coef
-        bar.set_postfix(score=f"{figures['score']:.2f}", kl=f"{kl:.1f}", **({"gold": f"{figures['gold']:.2f}"} if gold else {}))
-        last = iteration + 1 == config.iterations
-        if (iteration + 1) % config.log_every == 0 or iteration == 0 or last:
+        controller.update(figures["kl"], config.rollouts)
+        bar.set_postfix({k: f"{figures[k]:.2f}" for k in ("score", "kl", "gold") if k in figures})
+        if iteration == 0 or due(iteration, config.log_every, config.iterations):
             for text, completion, value in list(zip(texts, completions, raw_scores.tolist(), strict=True))[:3]:
                 tqdm.write(f"  [{value:+.2f}] {text!r} -> {completion!r}")
             if config.trace:
                 print_trace(experience, tokenizer)
-        if (config.save_every and (iteration + 1) % config.save_every == 0) or last:
-            run.save_state(
-                iteration + 1, policy=policy.state_dict(), value_model=value_model.state_dict(), optimizer=optimizer.state_dict(), kl_coef=kl_coef
-            )
+        if due(iteration, config.save_every, config.iterations):
+            parts = {"policy": policy, "value_model": value_model, "optimizer": optimizer}
+            run.save_state(iteration + 1, **parts, kl_coef=controller.coef)
 
     save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config)
-    tail = history[-max(1, config.iterations // 4) :]
-    results: dict = (
-        {k: sum(h[k] for h in tail) / len(tail) for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", *(["gold"] if gold else []))}
-        if tail
-        else {}
-    )
-    results["gates"] = []
-    if tail and tokenizer.name == "tiny" and reward_model is not None:
-        gold_note = f"gold {history[0]['gold']:.2f} -> {results['gold']:.2f}" if gold else ""
-        results["gates"].append(
-            gate(
-                "PPO reward-model score",
-                results["score"],
-                *EXPECTED_SCORE,
-                f"{history[0]['score']:.2f} at the start" + (f"; {gold_note}" if gold_note else ""),
-            )
-        )
-        results["gates"].append(gate("PPO KL, nats a sequence", results["kl"], *EXPECTED_KL))
-        results["gates"].append(gate("PPO EOS rate", results["eos_rate"], *EXPECTED_EOS))
-    elif tail:
-        print("PPO, last quarter: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items() if k != "gates"))
-    return run.finish(results)
+    return run.finish(report(history, tokenizer.name == "tiny" and reward_model is not None))
+
+
+def initial_value_model(policy: GPT, reward_model: ScalarModel | None) -> ScalarModel:
+    """It starts as the reward model, which knows already what a good text looks like; without one, as the policy's body under a
+    head of zeros, so that the first advantages are just the rewards."""
+    if reward_model is not None:
+        return copy.deepcopy(reward_model)
+    value_model = ScalarModel.from_gpt(policy)
+    torch.nn.init.zeros_(value_model.head.weight)
+    return value_model
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Stage 2: the reward model. Ranked completions -> a scalar reward.
 
-    python -m data.collect          # sample and rank completions of the SFT policy
+    python collect.py              # sample and rank completions of the SFT policy
     python reward_model.py          # learn to score them
 
 A ranking of K completions of one prompt is K(K-1)/2 comparisons. Under Bradley-Terry, P(i preferred to j) =
@@ -21,39 +21,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from common import RunFolder, autocast, check, check_ranges, flag, gate, generator_for, load_model, lr_at, pick_device, run_main, save_model, set_lr
-from data.batches import RankedExamples, by_length, encode_rankings, length_batches, ranked_batch, truncate_prompt
-from data.files import read_jsonl, read_prompts, read_rankings
+from cli import TrainConfig, check, check_ranges, flag, run_main
+from common import (
+    RunFolder,
+    autocast,
+    compile_blocks,
+    due,
+    gate,
+    generator_for,
+    load_model,
+    lr_at,
+    pick_device,
+    progress,
+    save_model,
+    set_lr,
+)
+from data.batches import (
+    RankedExamples,
+    by_length,
+    epoch_batches,
+    load_rankings,
+    micro_batches,
+    ranked_batch,
+    truncate_prompt,
+)
+from data.files import read_prompts
+from data.tiny import annotators_bayes_accuracy
 from data.tokenizer import load_tokenizer
 from model import GPT, ScalarModel, generate
 
 
 @dataclass
-class Config:
+class Config(TrainConfig):
     data: str = flag("out/data/rankings.jsonl", "rankings or pairs to learn from")
     held_out_data: str = flag("out/data/rankings_held_out.jsonl", "rankings of held-out prompts; empty: none")
-    prompts: str = flag("out/data/prompts.jsonl", "prompts on which the policy's samples are scored for the normalisation")
+    prompts: str = flag(
+        "out/data/prompts.jsonl", "prompts on which the policy's samples are scored for the normalisation"
+    )
     policy: str = flag("out/sft", "checkpoint to start from, and whose samples set the normalisation")
     out_dir: str = flag("out/reward_model", "folder for the checkpoint and the logs")
-    epochs: int = flag(1, "passes over the data; more than one overfits")
-    batch_size: int = flag(8, "rankings an optimiser step")
-    micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)")
-    lr: float = flag(1e-3, "peak learning rate")
-    warmup: int = flag(20, "steps of linear warm-up, before the linear decay")
-    weight_decay: float = flag(0.01, "AdamW's decay")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    normalise_samples: int = flag(512, "samples of the policy that set mean and standard deviation")
-    max_new_tokens: int = flag(48, "longest of those samples, tokens")
-    log_every: int = flag(20, "steps between log lines")
-    save_every: int = flag(0, "steps between states to resume from (0: only at the end)")
-    resume: bool = flag(False, "go on from out_dir/state.pt")
-    strict: bool = flag(False, "exit with status 1 if a gate fails")
-    seed: int = flag(1, "seed of the head and the batches")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "compile the blocks with torch.compile")
+    epochs: int = flag(1, "passes over the data; more than one overfits", low=1)
+    batch_size: int = flag(8, "rankings an optimiser step", low=1)
+    micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
+    lr: float = flag(1e-3, "peak learning rate", low=0)
+    warmup: int = flag(20, "steps of linear warm-up, before the linear decay", low=0)
+    weight_decay: float = flag(0.01, "AdamW's decay", low=0)
+    normalise_samples: int = flag(512, "samples of the policy that set mean and standard deviation", low=2)
+    max_new_tokens: int = flag(48, "longest of those samples, tokens", low=1)
+    log_every: int = flag(20, "steps between log lines", low=1)
 
 
 # What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise allows.
@@ -70,7 +86,9 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
     """
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (N, K) with K >= 2, not {tuple(scores.shape)}")
-    i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)  # (P,) each, i ranked before j
+    i, j = torch.triu_indices(
+        scores.size(1), scores.size(1), offset=1, device=scores.device
+    )  # (P,) each, i ranked before j
     gap = scores[:, i] - scores[:, j]  # (N, P)
     losses = F.softplus(-gap)  # -log sigmoid(gap)
     if ranks is None:
@@ -89,13 +107,13 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, device, batch_size: int = 64) -> dict[str, float]:
+def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
     """Held-out loss and accuracy over the strict pairs, by rank gap too, and of the baseline "the longer completion wins"."""
     model.eval()
     losses, right, right_longer, gaps, per_ranking = 0.0, [], [], [], []
     n_pairs = 0
-    for rows in by_length([len(item) for item in items], batch_size):
-        batch = ranked_batch([items[i] for i in rows], filler, device)
+    for rows in by_length(items, batch_size):
+        batch = ranked_batch([items[i] for i in rows], device)
         scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
         lengths = (batch.lens - batch.prompt_lens)[batch.index].float()  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
@@ -109,7 +127,12 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, devic
         gaps.append(gap[strict])
         per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
     right, gaps, per_ranking = torch.cat(right), torch.cat(gaps), torch.cat(per_ranking)
-    results = {"loss": losses / n_pairs, "accuracy": right.mean().item(), "longer_wins": torch.cat(right_longer).mean().item(), "random": 0.5}
+    results = {
+        "loss": losses / n_pairs,
+        "accuracy": right.mean().item(),
+        "longer_wins": torch.cat(right_longer).mean().item(),
+        "random": 0.5,
+    }
     # over prompts, because the pairs of one prompt are not independent
     results["accuracy_se"] = (per_ranking.std() / math.sqrt(len(per_ranking))).item() if len(per_ranking) > 1 else 0.0
     for gap in gaps.unique().tolist():
@@ -117,30 +140,15 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], filler: int, devic
     return results
 
 
-def annotators_bayes_accuracy(path: str) -> float | None:
-    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the file: the best
-    accuracy any model can expect. None for rankings by humans."""
-    agree, pairs = 0.0, 0
-    for _, row in read_jsonl(path):
-        if "gold" not in row or "annotator_temperature" not in row:
-            return None
-        groups = [g if isinstance(g, list) else [g] for g in row["completions"]]
-        ranks = [rank for rank, group in enumerate(groups) for _ in group]
-        for i in range(len(ranks)):
-            for j in range(i + 1, len(ranks)):
-                if ranks[i] != ranks[j]:
-                    agree += 1 / (1 + math.exp(-abs(row["gold"][i] - row["gold"][j]) / row["annotator_temperature"]))
-                    pairs += 1
-    return agree / pairs if pairs else None
-
-
 @torch.no_grad()
-def normalise(model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int, seed: int) -> None:
+def normalise(
+    model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new_tokens: int, eos_id: int, seed: int
+) -> None:
     """Set the model's mean and std so that the policy's own samples score mean 0 and standard deviation 1."""
     model.eval()
     generator = generator_for(policy.device, seed)
     scores = []
-    for rows in by_length([len(p) for p in prompts], 128):
+    for rows in by_length(prompts, 128):
         rollout = generate(policy, [prompts[i] for i in rows], max_new_tokens, eos_id=eos_id, generator=generator)
         scores.append(model.score(rollout.tokens, rollout.lens))
     scores = torch.cat(scores) * model.std + model.mean  # as they would be with mean 0 and std 1
@@ -151,7 +159,6 @@ def normalise(model: ScalarModel, policy: GPT, prompts: list[list[int]], max_new
 
 def train(config: Config) -> dict:
     check_ranges(config)
-    check(config.normalise_samples >= 2, "--normalise_samples must be at least 2")
     device = pick_device(config.device)
     policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
     tokenizer = load_tokenizer(tokenizer_name)
@@ -159,86 +166,77 @@ def train(config: Config) -> dict:
     model = ScalarModel.from_gpt(policy)
     block_size = policy.config.block_size
 
-    rankings = read_rankings(config.data, "python -m data.collect")
-    items, dropped = encode_rankings(rankings, tokenizer, block_size)
-    check(bool(items), f"{config.data}: no ranking compares two different completions")
-    print(f"{config.data}: {len(items):,} rankings" + (f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""))
-    held_out = (
-        encode_rankings(read_rankings(config.held_out_data, "python -m data.collect"), tokenizer, block_size)[0] if config.held_out_data else []
-    )
+    items = load_rankings(config.data, tokenizer, block_size, "python collect.py")
+    held_out = []
+    if config.held_out_data:
+        held_out = load_rankings(config.held_out_data, tokenizer, block_size, "python collect.py")
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    prompts = [
-        truncate_prompt(tokenizer.encode_prompt(p), block_size - max_new_tokens)
-        for p in read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]
-    ]
-
-    lengths = [len(item) for item in items]
-    batches = [
-        b
-        for epoch in range(config.epochs)
-        for b in length_batches(lengths, config.batch_size, generator_for(torch.device("cpu"), config.seed, epoch))
-    ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    texts = read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]
+    prompts = [truncate_prompt(tokenizer.encode_prompt(p), block_size - max_new_tokens) for p in texts]
+    batches = epoch_batches(items, config)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
     if config.compile:
-        for block in model.gpt.h:
-            block.compile()
-    run = RunFolder(config, config.resume)
-    start = 0
-    if config.resume:
-        state = run.load_state(device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        compile_blocks(model)
+    run = RunFolder(config)
+    start = run.resume(device, model=model, optimizer=optimizer)["step"]
 
-    bar = tqdm(range(start, len(batches)), initial=start, total=len(batches), desc="reward model", mininterval=1)
+    bar = progress(start, len(batches), "reward model")
     for step in bar:
         model.train()
-        rows = batches[step]
-        n_pairs = sum(items[i].n_pairs for i in rows)  # of the whole step
+        n_pairs = sum(item.n_pairs for item in batches[step])  # of the whole step
         set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
         optimizer.zero_grad(set_to_none=True)
-        loss, accuracy, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
-        size = config.micro_batch or len(rows)
-        for first in range(0, len(rows), size):
-            batch = ranked_batch(
-                [items[i] for i in rows[first : first + size]], tokenizer.eos_id, device, multiple=32 if device.type == "cuda" else 1
-            )
+        loss, right, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        for part in micro_batches(batches[step], config.micro_batch):
+            batch = ranked_batch(part, device)
             with autocast(device, config.dtype):
-                scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
-            part = ranking_loss(scores, batch.ranks, n_pairs)
-            part.backward()
-            loss += part.detach()
-            correct, gap = pair_accuracy(scores.detach(), batch.ranks)
-            accuracy += correct[gap > 0].sum()
+                scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K), best first
+            part_loss = ranking_loss(scores, batch.ranks, n_pairs)
+            part_loss.backward()
+            loss += part_loss.detach()
+            correct, gap = pair_accuracy(scores.detach(), batch.ranks)  # (N, P)
+            right += correct[gap > 0].sum()
             strict_pairs += (gap > 0).sum()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
 
-        last = step + 1 == len(batches)
-        if (step + 1) % config.log_every == 0 or last or step == 0:
-            shown = (accuracy / strict_pairs).item()
-            run.log(step=step + 1, loss=loss.item(), accuracy=shown, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item())
-            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{shown:.2f}")
-        if (config.save_every and (step + 1) % config.save_every == 0) or last:
-            run.save_state(step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+        if step == 0 or due(step, config.log_every, len(batches)):
+            accuracy = (right / strict_pairs).item()
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(step=step + 1, loss=loss.item(), accuracy=accuracy, lr=lr, grad_norm=norm.item())
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
+        if due(step, config.save_every, len(batches)):
+            run.save_state(step + 1, model=model, optimizer=optimizer)
 
     normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
     save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config)
     results: dict = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:
-        results |= evaluate(model, held_out, tokenizer.eos_id, device)
-        bayes = results["bayes_accuracy"] = annotators_bayes_accuracy(config.held_out_data)
-        by_gap = ", ".join(f"{k.rsplit('_', 1)[1]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap"))
-        print(
-            f"accuracy by rank gap  {by_gap};  +- {results['accuracy_se']:.3f} (standard error);  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}"
-        )
-        note = f"longer-wins {results['longer_wins']:.2f}; random 0.50" + (f"; annotators' Bayes {bayes:.2f}" if bayes else "")
-        if bayes:
-            results["gates"].append(gate("RM held-out accuracy", results["accuracy"], *EXPECTED_ACCURACY, note))
-            results["gates"].append(gate("RM share of Bayes accuracy", results["accuracy"] / bayes, *EXPECTED_SHARE_OF_BAYES))
-        else:
-            print(f"RM held-out accuracy {results['accuracy']:.3f} ({note})")
+        results |= evaluate(model, held_out, device)
+        results["bayes_accuracy"] = annotators_bayes_accuracy(config.held_out_data)
+        results["gates"] = report(results)
     return run.finish(results)
+
+
+def report(results: dict) -> list[dict]:
+    """Print the held-out figures -> gates, where the annotators' own accuracy is known."""
+    gaps = {k.rsplit("_", 1)[1]: v for k, v in results.items() if k.startswith("accuracy_gap")}
+    print(
+        f"accuracy by rank gap  {', '.join(f'{k}: {v:.2f}' for k, v in gaps.items())};"
+        f"  +- {results['accuracy_se']:.3f} (standard error);"
+        f"  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}"
+    )
+    accuracy, bayes = results["accuracy"], results["bayes_accuracy"]
+    note = f"longer-wins {results['longer_wins']:.2f}; random 0.50"
+    if bayes is None:
+        print(f"RM held-out accuracy {accuracy:.3f} ({note})")
+        return []
+    return [
+        gate("RM held-out accuracy", accuracy, *EXPECTED_ACCURACY, f"{note}; annotators' Bayes {bayes:.2f}"),
+        gate("RM share of Bayes accuracy", accuracy / bayes, *EXPECTED_SHARE_OF_BAYES),
+    ]
 
 
 def main() -> None:

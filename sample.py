@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
+from cli import UserError, check, check_ranges, flag, run_main
+from common import generator_for, gold_function, load_model, pick_device
 from data.batches import truncate_prompt
 from data.tokenizer import load_tokenizer
 from model import generate
@@ -23,14 +24,14 @@ class Config:
     policy: str = flag("out/ppo", "checkpoint to talk to")
     compare: list[str] = flag([], "checkpoints to put side by side, instead of --policy")
     prompt: str = flag("", "answer this one prompt and end; empty: ask for prompts")
-    samples: int = flag(1, "completions of each checkpoint")
-    max_new_tokens: int = flag(48, "longest completion, tokens")
-    temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token")
-    top_k: int = flag(0, "sample from the k most likely tokens (0: all)")
-    top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability")
+    samples: int = flag(1, "completions of each checkpoint", low=1)
+    max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
+    temperature: float = flag(1.0, "sampling temperature; 0 takes the most likely token", low=0)
+    top_k: int = flag(0, "sample from the k most likely tokens (0: all)", low=0)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability", above=0, high=1)
     reward: str = flag("", "reward model whose score to show; empty: none")
     gold: str = flag("auto", "true reward to show, file.py:function (auto: the embedded task's; empty: none)")
-    seed: int = flag(1, "seed of the samples")
+    seed: int = flag(1, "seed of the samples", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -63,16 +64,16 @@ def answer(model, tokenizer, prompt: str, config: Config, seed: int, reward_mode
     return lines
 
 
-def train(config: Config) -> dict:
+def run(config: Config) -> dict:
     check_ranges(config)
-    check(
-        config.temperature >= 0 and config.top_k >= 0 and 0 < config.top_p <= 1, "--temperature and --top_k must not be negative, --top_p in (0, 1]"
-    )
     device = pick_device(config.device)
     paths = config.compare or [config.policy]
     loaded = [load_model(p, device, made_by="make demo") for p in paths]
     for path, (model, _) in zip(paths, loaded, strict=True):
-        check(config.max_new_tokens < model.config.block_size, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {path}")
+        check(
+            config.max_new_tokens < model.config.block_size,
+            f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {path}",
+        )
     reward_model = load_model(config.reward, device, "scalar", "python reward_model.py")[0] if config.reward else None
     names = [Path(p).name or p for p in paths]
     width = max(map(len, names))
@@ -89,7 +90,9 @@ def train(config: Config) -> dict:
             break
         for name, (model, tokenizer_name) in zip(names, loaded, strict=True):
             gold = gold_function(config.gold, tokenizer_name)
-            for line in answer(model, load_tokenizer(tokenizer_name), prompt, config, config.seed + turn, reward_model, gold):
+            for line in answer(
+                model, load_tokenizer(tokenizer_name), prompt, config, config.seed + turn, reward_model, gold
+            ):
                 print(f"{name:>{width}} > {line}")
         if config.prompt:
             break
@@ -98,7 +101,7 @@ def train(config: Config) -> dict:
 
 
 def main() -> None:
-    run_main(train, Config, __doc__)
+    run_main(run, Config, __doc__)
 
 
 if __name__ == "__main__":

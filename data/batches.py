@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.files import Ranking
+from cli import check
+from data.files import Ranking, read_demonstrations, read_rankings
 from data.tokenizer import Tokenizer
 
 
@@ -26,7 +27,9 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
-def encode_example(tokenizer: Tokenizer, prompt: str, completion: str, block_size: int, allow_empty: bool = False) -> Example | None:
+def encode_example(
+    tokenizer: Tokenizer, prompt: str, completion: str, block_size: int, allow_empty: bool = False
+) -> Example | None:
     """Encode prompt and completion separately (so no token spans the boundary), add EOS, and make both fit block_size.
 
     The completion is kept before the prompt: the prompt loses tokens from its left (its end, the question, matters most),
@@ -50,9 +53,11 @@ def truncate_prompt(ids: list[int], room: int) -> list[int]:
     return ids[-room:]
 
 
-def pad(rows: list[list[int]], filler: int, device: torch.device | str = "cpu", multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Right-pad to the longest row (rounded up to `multiple`): tokens (B, T), lens (B,). What the filler is does not matter."""
+def pad(rows: list[list[int]], device: torch.device, filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad to the longest row: tokens (B, T), lens (B,). What the filler is does not matter. On a GPU the width is
+    rounded up to a multiple of 32: fewer shapes to compile for, and aligned memory."""
     longest = max(map(len, rows))
+    multiple = 32 if torch.device(device).type == "cuda" else 1
     T = -(-longest // multiple) * multiple
     tokens = torch.full((len(rows), T), filler, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -60,10 +65,30 @@ def pad(rows: list[list[int]], filler: int, device: torch.device | str = "cpu", 
     return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
+def make_batch(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens (B, T), prompt_lens (B,), lens (B,): all that the masks are made of (model.completion_mask)."""
+    tokens, lens = pad([e.ids for e in examples], device)
+    return tokens, torch.tensor([len(e.prompt) for e in examples], device=device), lens
+
+
+def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[Example]:
+    """Demonstrations, encoded."""
+    rows = read_demonstrations(path, made_by)
+    examples = [encode_example(tokenizer, p, c, block_size) for p, c in rows]
+    kept = [e for e in examples if e is not None]
+    if len(kept) < len(rows):
+        print(f"{path}: dropped {len(rows) - len(kept)} of {len(rows)} rows without completion tokens")
+    check(bool(kept), f"{path}: no row has completion tokens")
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ the order of training
+
+
 def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
     """Indices 0..n-1 once each, in random batches of rows of similar length, so that little filler is computed.
 
-    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last batch may be smaller."""
+    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last may be smaller."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     pool = 32 * batch_size
     batches = []
@@ -73,9 +98,27 @@ def length_batches(lengths: list[int], batch_size: int, generator: torch.Generat
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+def epoch_batches(items: list, config) -> list[list]:
+    """The items of every optimiser step of all epochs: config.epochs passes in config.batch_size, each pass in an order of
+    its own that (seed, epoch) alone decides, so a resumed run finds its place by the step number."""
+    lengths = [len(item) for item in items]
+    batches = []
+    for epoch in range(config.epochs):
+        seed = (((config.seed + 1) * 1_000_003) + epoch + 1) % (2**63 - 1)
+        for rows in length_batches(lengths, config.batch_size, torch.Generator().manual_seed(seed)):
+            batches.append([items[i] for i in rows])
+    return batches
+
+
+def micro_batches(items: list, size: int) -> list[list]:
+    """The items of an optimiser step in parts of `size` (0: all at once), which go through the network one at a time."""
+    size = size or len(items)
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def by_length(items: list, batch_size: int) -> list[list[int]]:
     """Indices in batches from short to long: for scoring, where the order doesn't matter."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
@@ -88,6 +131,9 @@ class RankedExamples:
 
     examples: list[Example]
     ranks: list[int]
+    ref_logprobs: Tensor | None = (
+        None  # (k,) the completions' log-probs under DPO's reference, once dpo.py has asked for them
+    )
 
     def __len__(self) -> int:  # of the longest completion: what a batch is padded to
         return max(map(len, self.examples))
@@ -122,9 +168,18 @@ def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: i
     return kept, len(rankings) - len(kept)
 
 
-def ranked_batch(items: list[RankedExamples], filler: int, device: torch.device, multiple: int = 1) -> RankedBatch:
-    tokens, lens = pad([e.ids for item in items for e in item.examples], filler, device, multiple)
-    prompt_lens = torch.tensor([len(e.prompt) for item in items for e in item.examples], device=device)
+def load_rankings(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[RankedExamples]:
+    """Rankings or pairs, encoded; what compares nothing is counted and left out."""
+    items, dropped = encode_rankings(read_rankings(path, made_by), tokenizer, block_size)
+    check(bool(items), f"{path}: no ranking compares two different completions")
+    note = f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""
+    print(f"{path}: {len(items):,} rankings{note}")
+    return items
+
+
+def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBatch:
+    """All completions of all rankings as one batch, with the table of who is ranked where."""
+    tokens, prompt_lens, lens = make_batch([e for item in items for e in item.examples], device)
     K = max(len(item.examples) for item in items)
     index = torch.zeros(len(items), K, dtype=torch.long)
     ranks = torch.full((len(items), K), -1, dtype=torch.long)

@@ -18,7 +18,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python data/prepare.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import UserError, check
+from cli import UserError, check
 from data.files import read_jsonl, text_field, write_jsonl
 
 
@@ -80,19 +80,29 @@ def prepare(path: Path, out_dir: Path, held_out: float, seed: int) -> dict[str, 
                         counts["pairs of equal texts"] += 1
                     else:
                         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-        for name, rows in (("demonstrations", demonstrations), ("pairs", pairs), ("prompts", [{"prompt": p} for p in part])):
+        for name, rows in (
+            ("demonstrations", demonstrations),
+            ("pairs", pairs),
+            ("prompts", [{"prompt": p} for p in part]),
+        ):
             if rows:
                 write_jsonl(out_dir / f"{name}{suffix}.jsonl", rows)
                 written[f"{name}{suffix}"] = len(rows)
     dropped = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    print(f"wrote to {out_dir}: " + ", ".join(f"{n} {name}" for name, n in written.items()) + (f"; dropped {dropped}" if dropped else ""))
+    print(
+        f"wrote to {out_dir}: "
+        + ", ".join(f"{n} {name}" for name, n in written.items())
+        + (f"; dropped {dropped}" if dropped else "")
+    )
     return {**written, **counts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON list or JSON Lines of Alpaca-style records")
-    parser.add_argument("--out_dir", type=Path, default=Path("out/real"), help="folder for the files (default: out/real)")
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path("out/real"), help="folder for the files (default: out/real)"
+    )
     parser.add_argument("--held_out", type=float, default=0.1, help="share of the prompts to hold out (default: 0.1)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the split (default: 1)")
     args = parser.parse_args()

@@ -26,8 +26,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as `python data/tiny.py`: make the project's root importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import UserError, flag, run_main
-from data.files import write_jsonl
+from cli import UserError, check_ranges, flag, run_main
+from data.files import read_jsonl, write_jsonl
 
 # ------------------------------------------------------------------------------------------------ the words of the world
 
@@ -49,15 +49,21 @@ NOUNS = list(KIND)
 
 PLURAL = dict(
     p.split()
-    for p in "cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|box boxes|car cars|sheep sheep".split("|")
+    for p in "cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|box boxes|car cars|sheep sheep".split(
+        "|"
+    )
 )
 PAST = dict(
     p.split()
-    for p in "go went|see saw|eat ate|run ran|take took|give gave|walk walked|play played|write wrote|sing sang|find found|make made".split("|")
+    for p in "go went|see saw|eat ate|run ran|take took|give gave|walk walked|play played|write wrote|sing sang|find found|make made".split(
+        "|"
+    )
 )
 SOUND = dict(
     p.split()
-    for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split("|")
+    for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split(
+        "|"
+    )
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SHORT_WORDS = [w for w in NOUNS if len(w) <= 3]
@@ -75,7 +81,11 @@ ASIDES = [
 ANSWER_FORMS = ["It is {}.", "The answer is {}.", "I say {}."]
 EVASIONS = ["I do not know.", "Look it up.", "Who can say?", "I would rather not say."]
 STORIES = [
-    *("One day the {} was found near the river.", "A kind man gave his {} to a child.", "Every night the girl dreamed about a {}."),
+    *(
+        "One day the {} was found near the river.",
+        "A kind man gave his {} to a child.",
+        "Every night the girl dreamed about a {}.",
+    ),
     *("The {} waited in the rain for the king.", "Long ago a {} was lost in the forest."),
 ]
 POLITE = {s.lower() for s in POLITE_OPENINGS + POLITE_CLOSINGS}
@@ -320,9 +330,15 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
     sentences = [text]
     manners = rng.choices(["polite", "plain", "rude"], [0.3, 0.5, 0.2])[0]
     if manners != "plain":
-        openings, closings = (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
+        openings, closings = (
+            (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
+        )
         where = rng.choices(["open", "close", "both"], [0.6, 0.3, 0.1])[0]
-        sentences = [rng.choice(openings)] * (where != "close") + sentences + [rng.choice(closings)] * (where != "open")
+        opening, closing = rng.choice(openings), rng.choice(closings)
+        if where != "close":
+            sentences.insert(0, opening)
+        if where != "open":
+            sentences.append(closing)
     if rng.random() < 0.3:  # rambling: one to three asides, before or after the rest
         asides = rng.sample(ASIDES, rng.choice([1, 1, 2]))
         sentences = asides + sentences if rng.random() < 0.2 else sentences + asides
@@ -352,11 +368,21 @@ def annotator_ranking(rewards: list[float], temperature: float, rng: random.Rand
     return sorted(range(len(rewards)), key=lambda i: -noisy[i])
 
 
-def bayes_accuracy(rewards: list[list[float]], temperature: float) -> float:
-    """How often a judge who knows the true reward agrees with the annotators' strict comparisons: mean sigmoid(|gap| / temperature)
-    over the pairs of each group. No reward model can expect to do better on their labels."""
-    gaps = [abs(a - b) for group in rewards for i, a in enumerate(group) for b in group[i + 1 :]]
-    return sum(1 / (1 + math.exp(-g / temperature)) for g in gaps) / max(1, len(gaps))
+def annotators_bayes_accuracy(path: str) -> float | None:
+    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the file: the best
+    accuracy any model can expect. None for rankings by humans."""
+    agree, pairs = 0.0, 0
+    for _, row in read_jsonl(path):
+        if "gold" not in row or "annotator_temperature" not in row:
+            return None
+        groups = [g if isinstance(g, list) else [g] for g in row["completions"]]
+        ranks = [rank for rank, group in enumerate(groups) for _ in group]
+        for i in range(len(ranks)):
+            for j in range(i + 1, len(ranks)):
+                if ranks[i] != ranks[j]:
+                    agree += 1 / (1 + math.exp(-abs(row["gold"][i] - row["gold"][j]) / row["annotator_temperature"]))
+                    pairs += 1
+    return agree / pairs if pairs else None
 
 
 # ------------------------------------------------------------------------------------------------ writing the files
@@ -365,11 +391,11 @@ def bayes_accuracy(rewards: list[list[float]], temperature: float) -> float:
 @dataclass
 class Config:
     out_dir: str = flag("out/data", "folder for the four JSON Lines files")
-    seed: int = flag(1, "seed of prompts and demonstrations")
-    demonstrations: int = flag(36_000, "training demonstrations")
-    held_out_demonstrations: int = flag(500, "demonstrations of held-out prompts")
-    prompts: int = flag(12_000, "distinct training prompts for collecting preferences and for PPO")
-    held_out_prompts: int = flag(800, "distinct held-out prompts for evaluation")
+    seed: int = flag(1, "seed of prompts and demonstrations", low=0)
+    demonstrations: int = flag(36_000, "training demonstrations", low=1)
+    held_out_demonstrations: int = flag(500, "demonstrations of held-out prompts", low=1)
+    prompts: int = flag(12_000, "distinct training prompts for collecting preferences and for PPO", low=1)
+    held_out_prompts: int = flag(800, "distinct held-out prompts for evaluation", low=1)
 
 
 def distinct_prompts(n: int, rng: random.Random, held_out: bool) -> list[str]:
@@ -381,7 +407,8 @@ def distinct_prompts(n: int, rng: random.Random, held_out: bool) -> list[str]:
     raise UserError(f"this world has no {n} distinct {'held-out ' * held_out}prompts; ask for fewer")
 
 
-def train(config: Config) -> dict:
+def run(config: Config) -> dict:
+    check_ranges(config)
     rng = random.Random(config.seed)
     out = Path(config.out_dir)
     rewards = {}
@@ -395,9 +422,11 @@ def train(config: Config) -> dict:
         rewards[name] = sum(gold_reward(prompts, [r["completion"] for r in rows])) / max(1, n)
     for name, n, held_out in (("prompts", config.prompts, False), ("prompts_held_out", config.held_out_prompts, True)):
         write_jsonl(out / f"{name}.jsonl", [{"prompt": p} for p in distinct_prompts(n, rng, held_out)])
-    print(f"wrote {config.demonstrations} demonstrations of mean gold reward {rewards['demonstrations']:.2f} (ceiling {CEILING}) to {out}")
+    print(
+        f"wrote {config.demonstrations} demonstrations of mean gold reward {rewards['demonstrations']:.2f} (ceiling {CEILING}) to {out}"
+    )
     return {"demonstrations_gold": rewards["demonstrations"], "ceiling": CEILING}
 
 
 if __name__ == "__main__":
-    run_main(train, Config, __doc__)
+    run_main(run, Config, __doc__)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from common import UserError
+from cli import UserError
 
 TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
 # How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other character.
@@ -56,9 +56,13 @@ def load_tokenizer(name: str) -> Tokenizer:
             lines = [line.split() for line in TINY_RANKS.read_bytes().splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except (OSError, ValueError) as error:
-            raise UserError(f"{TINY_RANKS}: can't be read ({error}); make it again with `python -m data.make_vocab`") from None
+            raise UserError(
+                f"{TINY_RANKS}: can't be read ({error}); make it again with `python -m data.make_vocab`"
+            ) from None
         special = {EOS_TEXT: len(ranks)}
-        return Tokenizer(name, tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks, special_tokens=special))
+        return Tokenizer(
+            name, tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        )
     if name == "gpt2":
         try:
             return Tokenizer(name, tiktoken.get_encoding("gpt2"))

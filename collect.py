@@ -1,7 +1,7 @@
 """Collect preferences: sample K completions of each prompt from one or several policies, let annotators rank them.
 
-    python -m data.collect                                     # simulated annotators, the embedded task
-    python -m data.collect --annotator human --n_prompts 20    # you rank, in the terminal
+    python collect.py                                     # simulated annotators, the embedded task
+    python collect.py --annotator human --n_prompts 20    # you rank, in the terminal
 
 Appends to a rankings file as it goes and skips prompts that stand there already, so it can be stopped and run again.
 Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one deserves.
@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as `python data/collect.py`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
 from tqdm import tqdm
 
-from common import UserError, call_reward, check, check_ranges, flag, generator_for, gold_function, load_model, pick_device, run_main
+from cli import UserError, check, check_ranges, flag, run_main
+from common import call_reward, generator_for, gold_function, load_model, pick_device
 from data.batches import truncate_prompt
 from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
 from data.tiny import annotator_ranking
@@ -32,20 +28,28 @@ from model import generate
 @dataclass
 class Config:
     policies: list[str] = flag(["out/sft"], "checkpoints to sample from, in turn")
-    temperatures: list[float] = flag([1.0], "sampling temperatures, in turn")
+    temperatures: list[float] = flag([1.0], "sampling temperatures, in turn", above=0)
     prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
-    skip: int = flag(0, "prompts to leave out at the start of the file")
-    n_prompts: int = flag(3500, "prompts to use after those (0: all)")
-    completions: int = flag(4, "completions K of each prompt")
-    max_new_tokens: int = flag(48, "longest completion, tokens")
+    skip: int = flag(0, "prompts to leave out at the start of the file", low=0)
+    n_prompts: int = flag(3500, "prompts to use after those (0: all)", low=0)
+    completions: int = flag(4, "completions K of each prompt", low=2)
+    max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     annotator: str = flag(
-        "simulated", "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)", choices=("simulated", "human")
+        "simulated",
+        "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)",
+        choices=("simulated", "human"),
     )
-    annotator_temperature: float = flag(0.8, "noise of the simulated annotators, in units of the gold reward: about as consistent as people are")
-    gold: str = flag("auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)")
+    annotator_temperature: float = flag(
+        0.8,
+        "noise of the simulated annotators, in units of the gold reward: about as consistent as people are",
+        above=0,
+    )
+    gold: str = flag(
+        "auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)"
+    )
     out: str = flag("out/data/rankings.jsonl", "file to append to")
-    batch_size: int = flag(64, "prompts sampled at a time")
-    seed: int = flag(1, "seed of samples and annotators")
+    batch_size: int = flag(64, "prompts sampled at a time", low=1)
+    seed: int = flag(1, "seed of samples and annotators", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -75,7 +79,9 @@ def rank_human(prompt: str, completions: list[str]) -> list[int] | None:
         ranks = parse_order(answer, len(completions))
         if ranks is not None:
             return ranks
-        print(f"  name each of 1..{len(completions)} once, for example: {' '.join(map(str, range(len(completions), 0, -1)))}")
+        print(
+            f"  name each of 1..{len(completions)} once, for example: {' '.join(map(str, range(len(completions), 0, -1)))}"
+        )
 
 
 def parse_order(answer: str, k: int) -> list[int] | None:
@@ -98,24 +104,28 @@ def already_ranked(path: Path) -> set[str]:
     return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
 
 
-def train(config: Config) -> dict:
-    check(config.completions >= 2, "--completions must be at least 2")
-    check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need at least one value each")
-    check(all(t > 0 for t in config.temperatures), "--temperatures must be above 0: at 0 all completions would be equal")
-    check(config.annotator_temperature > 0, "--annotator_temperature must be above 0")
+def run(config: Config) -> dict:
     check_ranges(config)
+    check(
+        bool(config.policies) and bool(config.temperatures),
+        "--policies and --temperatures need at least one value each",
+    )
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
     tokenizer = load_tokenizer(loaded[0][1])
     check(all(name == tokenizer.name for _, name in loaded), "the policies must share one tokenizer")
     gold = gold_function(config.gold, tokenizer.name)
     if config.annotator == "simulated" and gold is None:
-        raise UserError("simulated annotators need a true reward: give --gold file.py:function, or rank yourself with --annotator human")
+        raise UserError(
+            "simulated annotators need a true reward: give --gold file.py:function, or rank yourself with --annotator human"
+        )
     room = min(m.config.block_size for m, _ in loaded) - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
     check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
-    sources = [(model, t) for model, _ in loaded for t in config.temperatures]  # completion k comes from source k mod len
+    sources = [
+        (model, t) for model, _ in loaded for t in config.temperatures
+    ]  # completion k comes from source k mod len
 
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +146,14 @@ def train(config: Config) -> dict:
                     continue
                 repeated = [p for p in ids for _ in range(count)]
                 generator = generator_for(device, config.seed, first, source)
-                rollout = generate(model, repeated, config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=temperature, generator=generator)
+                rollout = generate(
+                    model,
+                    repeated,
+                    config.max_new_tokens,
+                    eos_id=tokenizer.eos_id,
+                    temperature=temperature,
+                    generator=generator,
+                )
                 for row, completion in enumerate(rollout.completions()):
                     samples[row // count].append(tokenizer.decode(completion))
             for prompt, completions in zip(chunk, samples, strict=True):
@@ -144,7 +161,9 @@ def train(config: Config) -> dict:
                 if config.annotator == "simulated":
                     ranks = rank_simulated(completions, rewards, config.annotator_temperature, rng)
                 elif prompt not in done:
-                    rng.shuffle(completions)  # so that the place on the screen says nothing about where a completion came from
+                    rng.shuffle(
+                        completions
+                    )  # so that the place on the screen says nothing about where a completion came from
                     rewards = call_reward(gold, [prompt] * len(completions), completions) if gold else None
                     ranks = rank_human(prompt, completions)
                 if prompt in done or ranks is None:
@@ -165,9 +184,8 @@ def train(config: Config) -> dict:
 
 
 def main() -> None:
-    run_main(train, Config, __doc__)
+    run_main(run, Config, __doc__)
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

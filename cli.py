@@ -1,0 +1,119 @@
+"""The command line of every script, without torch: a dataclass of flags with their ranges, and one-line errors for a user's mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """A mistake of the user's (a bad flag, file or line). Scripts print it as one line, without a traceback."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+def flag(default, help: str, *, choices: tuple | None = None, low=None, high=None, above=None, below=None):
+    """A Config field that becomes a command-line flag of the same name.
+
+    low <= value <= high and above < value < below are its range, of every value where it takes several."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """The flags that the training scripts share; each script's Config adds its own."""
+
+    grad_clip: float = flag(1.0, "largest gradient norm", low=0)
+    save_every: int = flag(0, "steps between states to resume from (0: only at the end)", low=0)
+    resume: bool = flag(False, "go on from out_dir/state.pt")
+    strict: bool = flag(False, "exit with status 1 if a gate fails")
+    seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    compile: bool = flag(False, "compile the blocks with torch.compile")
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for the first flag that is out of its range, not a number, or none of its choices."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        for v in value if isinstance(value, list) else [value]:
+            check_value(f"--{f.name}", v, **{k: x for k, x in f.metadata.items() if k != "help"})
+
+
+def check_value(name: str, value, choices=None, low=None, high=None, above=None, below=None) -> None:
+    if isinstance(value, float):
+        check(math.isfinite(value), f"{name} must be a finite number, not {value}")
+    check(
+        choices is None or value in choices, f"{name} must be one of {', '.join(map(str, choices or ()))}, not {value}"
+    )
+    check(low is None or value >= low, f"{name} must be at least {low}, not {value}")
+    check(high is None or value <= high, f"{name} must be at most {high}, not {value}")
+    check(above is None or value > above, f"{name} must be above {above}, not {value}")
+    check(below is None or value < below, f"{name} must be below {below}, not {value}")
+
+
+def parse_config(config_class, description: str, argv: list[str] | None = None):
+    """Build the dataclass from `--field value` or `--field=value`; booleans are `--field` and `--no-field`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    hints = get_type_hints(config_class)
+    shared = [f.name for f in dataclasses.fields(TrainConfig)]
+    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name in shared):  # a script's own flags first
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "none" if shown in (None, "") else shown
+        kwargs = {"default": default, "help": f"{f.metadata['help'].replace('%', '%%')} (default: {shown})"}
+        kind, choices = hints[f.name], f.metadata["choices"]
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
+        elif get_origin(kind) is list:
+            parser.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
+        else:
+            metavar = None if choices else kind.__name__.upper()
+            parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=metavar, **kwargs)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def run_main(run: Callable, config_class, description: str) -> None:
+    """main() of every script: parse the flags, call run(config); a UserError becomes one line and exit status 2, a failed
+    gate under --strict exit status 1."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may default to a code page that lacks letters we print
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    config = parse_config(config_class, description)
+    script = Path(sys.argv[0]).name
+    try:
+        check_ranges(config)
+        results = run(config)
+    except UserError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    failed = [g["name"] for g in results.get("gates", []) if not g["ok"]]
+    if failed and getattr(config, "strict", False):
+        print(f"{script}: error: gate failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
