@@ -1,4 +1,5 @@
-"""The command line of every script, without torch: a dataclass of flags with their ranges, and one-line errors for a user's mistakes."""
+"""The command line of every script, without torch: a dataclass of flags with their ranges, and one-line errors for a
+user's mistakes."""
 
 from __future__ import annotations
 
@@ -97,8 +98,8 @@ def parse_config(config_class, description: str, argv: list[str] | None = None):
 
 
 def run_main(run: Callable, config_class, description: str) -> None:
-    """main() of every script: parse the flags, call run(config); a UserError becomes one line and exit status 2, a failed
-    gate under --strict exit status 1."""
+    """main() of every script: parse the flags, call run(config); a UserError becomes one line and exit status 2, a
+    failed gate under --strict exit status 1."""
     for stream in (sys.stdout, sys.stderr):  # a Windows console may default to a code page that lacks letters we print
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -4,7 +4,8 @@
     python collect.py --annotator human --n_prompts 20    # you rank, in the terminal
 
 Appends to a rankings file as it goes and skips prompts that stand there already, so it can be stopped and run again.
-Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one deserves.
+Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one
+deserves.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def parse_order(answer: str, k: int) -> list[int] | None:
 
 
 def already_ranked(path: Path) -> set[str]:
-    """Prompts in the file. A last line that a crash cut short is taken off, so that appending starts on a fresh line."""
+    """Prompts in the file. A last line that a crash cut short is taken off, so that appending starts on a fresh
+    line."""
     if not path.exists():
         return set()
     content = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Plumbing that every script shares, and nothing about RLHF: device, seed, checkpoints, run folders, rewards, samples, gates."""
+"""Plumbing that every script shares, and nothing about RLHF: device, seed, checkpoints, run folders, rewards, samples,
+gates."""
 
 from __future__ import annotations
 
@@ -160,8 +161,8 @@ def call_reward(function, prompts: list[str], completions: list[str], name: str 
 def load_reward(
     spec: str, tokenizer: Tokenizer, device
 ) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], ScalarModel | None]:
-    """A checkpoint or file.py:function -> (score(rollout, prompts, completions) -> (B,), the reward model if it is one).
-    A reward model reads the very ids that the policy wrote; a function reads text."""
+    """A checkpoint or file.py:function -> (score(rollout, prompts, completions) -> (B,), the reward model if it is
+    one). A reward model reads the very ids that the policy wrote; a function reads text."""
     if ":" in spec and ".py" in spec:
         function = load_function(spec)
         return lambda rollout, prompts, completions: torch.tensor(
@@ -180,7 +181,8 @@ def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tenso
 
 
 def gold_function(spec: str, tokenizer_name: str):
-    """The task's true reward to report beside the trained one. "auto": the embedded task's where its vocabulary is used."""
+    """The task's true reward to report beside the trained one. "auto": the embedded task's where its vocabulary is
+    used."""
     if spec == "auto":
         spec = "data/tiny.py:gold_reward" if tokenizer_name == "tiny" else ""
     return load_function(spec) if spec else None
@@ -190,7 +192,8 @@ def gold_function(spec: str, tokenizer_name: str):
 
 
 class RunFolder:
-    """out/<stage>/: config.json at the start, metrics.jsonl as the run goes, state.pt to resume from, results.json at the end."""
+    """out/<stage>/: config.json at the start, metrics.jsonl as the run goes, state.pt to resume from, results.json at
+    the end."""
 
     def __init__(self, config):
         self.config = config
@@ -210,14 +213,14 @@ class RunFolder:
             f.write(json.dumps(finite(figures)) + "\n")
 
     def save_state(self, step: int, **parts) -> None:
-        """`parts` are models and optimisers, whose state dicts are kept, and plain values. The random streams derive from
-        (seed, step), so the step number is the whole data position; torch's own generator is kept for dropout."""
+        """`parts` are models and optimisers, whose state dicts are kept, and plain values. The random streams derive
+        from (seed, step), so the step number is the whole data position; torch's own generator is kept for dropout."""
         parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
         atomic_save({"step": step, "rng": torch.get_rng_state(), **parts}, self.path / "state.pt")
 
     def resume(self, device, **parts) -> dict:
-        """With --resume: load the saved state into `parts`, cut the log back to it -> {"step": steps done, plain values}.
-        Without: {"step": 0}."""
+        """With --resume: load the saved state into `parts`, cut the log back to it -> {"step": steps done, plain
+        values}. Without: {"step": 0}."""
         if not self.config.resume:
             return {"step": 0}
         state = load_file(self.path / "state.pt", map_location=device)
@@ -235,7 +238,29 @@ class RunFolder:
         return results
 
 
-# ------------------------------------------------------------------------------------------------ training odds and ends
+# ------------------------------------------------------------------------------------------------ training odds and
+# ends
+
+
+def train_last_layers(model: GPT | ScalarModel, n: int) -> None:
+    """Freeze all but the last n blocks, the final LayerNorm and a scalar head (--train_layers; 0: train everything).
+    The token embedding is the output layer too (tied), so it stays."""
+    gpt = model.gpt if isinstance(model, ScalarModel) else model
+    check(n <= len(gpt.h), f"--train_layers {n}: the model has {len(gpt.h)} blocks")
+    if n:
+        gpt.requires_grad_(False)
+        for module in [*gpt.h[-n:], gpt.ln_f]:
+            module.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that --train_layers leaves to the optimiser."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to this norm, all together; 0: leave them -> their norm before."""
+    return nn.utils.clip_grad_norm_(trainable(model), max_norm or math.inf)
 
 
 def lr_at(step: int, total: int, warmup: int, kind: str = "cosine", floor: float = 0.0) -> float:
@@ -255,7 +280,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Is something that happens every `every` steps, and at the end, to be done after step 0..total-1? every 0: at the end."""
+    """Is something that happens every `every` steps, and at the end, to be done after step 0..total-1? every 0: at the
+    end."""
     return step + 1 == total or (every > 0 and (step + 1) % every == 0)
 
 

@@ -4,8 +4,8 @@
     python dpo.py --kind ipo --beta 0.05
 
 The optimum of "reward minus beta * KL" is pi*(y|x) ~ pi_ref(y|x) exp(r(x,y) / beta), so a policy *is* a reward:
-r(x,y) = beta * log(pi(y|x) / pi_ref(y|x)) + a constant of the prompt. Put that into the Bradley-Terry likelihood and the reward
-model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
+r(x,y) = beta * log(pi(y|x) / pi_ref(y|x)) + a constant of the prompt. Put that into the Bradley-Terry likelihood and
+the reward model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
 
     L = - mean of  log sigmoid( beta * [ log pi/pi_ref (y_w|x) - log pi/pi_ref (y_l|x) ] )
 """
@@ -75,8 +75,8 @@ EXPECTED_EOS = (0.98, 1.0)
 def sequence_logprobs(model: nn.Module, tokens: Tensor, completion_mask: Tensor) -> Tensor:
     """log pi(completion | prompt): the sum over completion tokens, EOS included, prompt and filler left out.
 
-    tokens (B, T), completion_mask (B, T) -> (B,) nats. A sum, not a mean: DPO is about the probability of the whole text.
-    Raises ValueError for a row without completion tokens: its log-prob would be 0 whatever the model does."""
+    tokens (B, T), completion_mask (B, T) -> (B,) nats. A sum, not a mean: DPO is about the probability of the whole
+    text. Raises ValueError for a row without completion tokens: its log-prob would be 0 whatever the model does."""
     if not completion_mask[:, 1:].any(1).all():  # position 0 has no context to be predicted from
         raise ValueError("sequence_logprobs: a row has no completion token")
     return torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)
@@ -91,12 +91,14 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     kind: str = "sigmoid",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of preference pairs. All arguments (B,), sequence log-probs in nats -> losses (B,), chosen_rewards (B,), rejected_rewards (B,).
+    """Losses of preference pairs. All arguments (B,), sequence log-probs in nats -> losses (B,), chosen_rewards (B,),
+    rejected_rewards (B,).
 
     With h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected) and e = label_smoothing:
-    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)      Rafailov et al. 2023, eq. 7; e > 0: conservative DPO (Mitchell 2023)
-    ipo       (h - 1 / (2 beta))^2                                     Azar et al. 2023, arXiv:2310.12036, eq. 17
-    The implicit rewards beta * log pi/pi_ref are for logging and carry no gradient. At pi = pi_ref: ln 2, and 1 / (4 beta^2).
+    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)      Rafailov et al. 2023, eq. 7; e > 0: conservative
+    DPO (Mitchell 2023) ipo       (h - 1 / (2 beta))^2                                     Azar et al. 2023,
+    arXiv:2310.12036, eq. 17 The implicit rewards beta * log pi/pi_ref are for logging and carry no gradient. At pi =
+    pi_ref: ln 2, and 1 / (4 beta^2).
     """
     if beta <= 0:
         raise ValueError(f"beta must be above 0, not {beta}: at 0 the loss is constant")
@@ -117,7 +119,8 @@ def dpo_loss(
 
 
 def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """All strict pairs of the rankings: logprobs, ranks (N, K) -> chosen (P,), rejected (P,). Ties and absent completions make no pair."""
+    """All strict pairs of the rankings: logprobs, ranks (N, K) -> chosen (P,), rejected (P,). Ties and absent
+    completions make no pair."""
     i, j = torch.triu_indices(ranks.size(1), ranks.size(1), offset=1, device=ranks.device)
     strict = (ranks[:, i] >= 0) & (ranks[:, i] < ranks[:, j])
     return logprobs[:, i][strict], logprobs[:, j][strict]
@@ -146,8 +149,8 @@ def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: 
 
 
 def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Tensor:
-    """All strict pairs of some rankings -> (5, P): loss, chosen reward, rejected reward, chosen log-prob, rejected log-prob.
-    Only the losses carry a gradient."""
+    """All strict pairs of some rankings -> (5, P): loss, chosen reward, rejected reward, chosen log-prob, rejected
+    log-prob. Only the losses carry a gradient."""
     batch = ranked_batch(items, policy.device)
     with autocast(policy.device, config.dtype):
         logprobs = batch_logprobs(policy, batch)  # (M,)

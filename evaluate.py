@@ -1,11 +1,13 @@
 """Did it work? Compare checkpoints on held-out prompts.
 
     python evaluate.py                                                   # out/sft, out/ppo and out/dpo
-    python evaluate.py --policies out/sft out/ppo out/ppo_no_kl          # any number of them; the first named is the baseline
+    python evaluate.py --policies out/sft out/ppo out/ppo_no_kl          # any number of them; the first named is the
+    baseline
 
-For every policy: the true ("gold") reward and its parts where the task has one, the reward model's score, the exact KL to
-the baseline, length, EOS rate, distinct share, and the win rate against the baseline with a 95% interval. And best-of-n: the
-baseline's n samples, the one that the reward model likes best. It needs no training, so it is what PPO has to beat.
+For every policy: the true ("gold") reward and its parts where the task has one, the reward model's score, the exact KL
+to the baseline, length, EOS rate, distinct share, and the win rate against the baseline with a 95% interval. And
+best-of-n: the baseline's n samples, the one that the reward model likes best. It needs no training, so it is what PPO
+has to beat.
 """
 
 from __future__ import annotations
@@ -63,15 +65,17 @@ class Config:
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share of n independent trials (Wilson 1927): unlike mean +- 1.96 errors, right also near 0 and 1. With ties
-    counted as half, the trials vary less than yes-or-no ones, so the interval is, if anything, too wide."""
+    """95% interval of a share of n independent trials (Wilson 1927): unlike mean +- 1.96 errors, right also near 0 and
+    1. With ties counted as half, the trials vary less than yes-or-no ones, so the interval is, if anything, too
+    wide."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return centre - half, centre + half
 
 
 def win_rate(rewards: list[float], baseline: list[float]) -> tuple[float, float, float]:
-    """(rate, low, high): how often a completion's reward is above the baseline's for the same prompt; a tie is half a win."""
+    """(rate, low, high): how often a completion's reward is above the baseline's for the same prompt; a tie is half a
+    win."""
     wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(rewards, baseline, strict=True))
     return (wins / len(rewards), *wilson_interval(wins / len(rewards), len(rewards)))
 
@@ -86,7 +90,8 @@ def sample_policy(
     config: Config,
     seed: int,
 ) -> dict[str, list]:
-    """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm, ended, length."""
+    """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm, ended,
+    length."""
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
     for number, rows in enumerate(by_length(ids, 128)):
         generator = generator_for(policy.device, seed, number)
@@ -131,7 +136,8 @@ def best_of_n(
     tokenizer: Tokenizer,
     config: Config,
 ) -> dict[str, dict]:
-    """For each n: the gold reward and the reward model's score of the completion it likes best among the first n samples."""
+    """For each n: the gold reward and the reward model's score of the completion it likes best among the first n
+    samples."""
     most = max(config.best_of)
     completions: list[list[str]] = [[] for _ in ids]
     scores: list[list[float]] = [[] for _ in ids]

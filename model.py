@@ -8,8 +8,8 @@ The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on t
     logprobs[t] = log pi(tokens[t+1] | tokens[:t+1])            (B, T-1)
     action_mask    0     0     1     1     1     0              (B, T-1)   1 where tokens[t+1] was sampled, EOS included
 
-Real tokens stand at positions 0..len-1 and attention is causal, so no real token ever sees filler: no attention mask, no
-position trick, and what the filler ids are makes no difference.
+Real tokens stand at positions 0..len-1 and attention is causal, so no real token ever sees filler: no attention mask,
+no position trick, and what the filler ids are makes no difference.
 
 Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S cache slots.
 """
@@ -25,6 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # ------------------------------------------------------------------------------------------------ the network
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass
@@ -44,6 +49,9 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
 
 
 class KVCache:
@@ -123,8 +131,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, output tied to the token embedding. The parameters
-    have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to one."""
+    """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, output tied to the token embedding. The
+    parameters have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -135,8 +143,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2's N(0, 0.02) is made for its 768 channels; scaled so that activations have the same size at any width.
-                # Less where a residual branch ends, so that depth adds no variance.
+                # GPT-2's N(0, 0.02) is made for its 768 channels; scaled so that activations have the same size at any
+                # width. Less where a residual branch ends, so that depth adds no variance.
                 std = 0.02 * math.sqrt(768 / config.n_embd)
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
@@ -153,8 +161,8 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """tokens (B, T) -> (B, T, C) after the final LayerNorm. The other arguments serve `generate`: with `caches` alone the
-        whole sequence fills them; with positions (B,) too, tokens (B, 1) stand at those positions."""
+        """tokens (B, T) -> (B, T, C) after the final LayerNorm. The other arguments serve `generate`: with `caches`
+        alone the whole sequence fills them; with positions (B,) too, tokens (B, 1) stand at those positions."""
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -166,8 +174,11 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), by the transposed token embedding."""
-        return F.linear(hidden, self.wte.weight[: self.config.real_vocab])
+        """hidden (..., C) -> logits (..., V), by the transposed token embedding, never in less than float32: GPT-2's
+        logits stand near -100, where neighbouring bfloat16 numbers are 0.5 apart, and a probability ratio must be right
+        to 0.001."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) of the next token at every position."""
@@ -175,16 +186,17 @@ class GPT(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A GPT whose output is one number a position: the reward model (read at the last real token) and the value model (read
-    before every action). `mean` and `std` are the reward model's normalisation; they are buffers, so they are saved with it
-    and hold wherever it scores, and a value model made from it starts in the same units."""
+    """A GPT whose output is one number a position: the reward model (read at the last real token) and the value model
+    (read before every action). `mean` and `std` are the reward model's normalisation; they are buffers, so they are
+    saved with it and hold wherever it scores, and a value model made from it starts in the same units."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gpt = GPT(config)
         self.head = nn.Linear(config.n_embd, 1)
-        # std 1/sqrt(d+1): outputs of order one from a LayerNormed d-vector (Stiennon et al. 2020, arXiv:2009.01325, appendix)
+        # std 1/sqrt(d+1): outputs of order one from a LayerNormed d-vector (Stiennon et al. 2020, arXiv:2009.01325,
+        # appendix)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(()))
@@ -199,7 +211,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> (B, T) float32."""
-        raw = self.head(self.gpt.hidden(tokens)).squeeze(-1).float()  # (B, T)
+        hidden = self.gpt.hidden(tokens)  # (B, T, C)
+        with torch.autocast(hidden.device.type, enabled=False):
+            raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T)
         return (raw - self.mean) / self.std
 
     def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
@@ -214,18 +228,22 @@ def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Te
     """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32.
 
     As logit minus log-sum-exp, so the full log-softmax is never stored beside the logits."""
-    logits = logits.float() / temperature
+    logits = at_least_float32(logits) / temperature
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def token_logprobs(model: nn.Module, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
+    """How many rows of tokens (B, T) to send through the model at once without gradients: as many as give about 64
+    million logits, 256 MB in float32."""
+    return max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
+
+
+def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature.
 
-    The one function for policy, old policy and reference. Without gradients it works through the rows in slices, so that
-    no more than about 64 million logits (256 MB in float32) exist at a time."""
-    rows = tokens.size(0)
-    if not torch.is_grad_enabled():
-        rows = max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
+    The one function for policy, old policy and reference. Without gradients it works through the rows in slices; with
+    them, what is kept for the backward pass is the caller's business (--micro_batch)."""
+    rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
     return torch.cat([select_logprobs(model(part)[:, :-1], part[:, 1:], temperature) for part in tokens.split(rows)])
 
 
@@ -239,7 +257,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale the masked entries to variance 1 (biased variance) and, unless shift_mean is False, mean 0; 0 where masked out."""
+    """Scale the masked entries to variance 1 (biased variance) and, unless shift_mean is False, mean 0; 0 where masked
+    out."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -247,9 +266,9 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def completion_mask(prompt_lens: Tensor, lens: Tensor, T: int) -> Tensor:
-    """(B, T) bool, True on completion tokens (EOS included): positions prompt_len .. len-1. Built from lengths, never from
-    ids: the filler may be the EOS id, and a mask that hides EOS never teaches a model to stop. The action mask of the frame
-    is this mask shifted by one: completion_mask(...)[:, 1:]."""
+    """(B, T) bool, True on completion tokens (EOS included): positions prompt_len .. len-1. Built from lengths, never
+    from ids: the filler may be the EOS id, and a mask that hides EOS never teaches a model to stop. The action mask of
+    the frame is this mask shifted by one: completion_mask(...)[:, 1:]."""
     where = torch.arange(T, device=lens.device)
     return (where >= prompt_lens[:, None]) & (where < lens[:, None])
 
@@ -277,6 +296,14 @@ class Rollout:
         return [tokens[start : end - stop] for tokens, start, end, stop in rows]
 
 
+def join(rollouts: list[Rollout], filler: int) -> Rollout:
+    """Several rollouts as one, as wide as the widest."""
+    S = max(r.tokens.size(1) for r in rollouts)
+    tokens = torch.cat([F.pad(r.tokens, (0, S - r.tokens.size(1)), value=filler) for r in rollouts])
+    rest = [torch.cat([getattr(r, name) for r in rollouts]) for name in ("prompt_lens", "lens", "ended")]
+    return Rollout(tokens, *rest)
+
+
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
@@ -297,7 +324,8 @@ def sample_token(
 
 
 def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
-    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of the token after each.
+    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of the token
+    after each.
 
     Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
     hidden = model.hidden(tokens, caches)  # (B, T, C)
@@ -306,7 +334,8 @@ def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> 
 
 
 def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache], span: int) -> Tensor:
-    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. `span`: cache slots looked at."""
+    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. `span`: cache slots
+    looked at."""
     slots = torch.arange(span, device=last.device)
     visible = (slots <= positions[:, None])[:, None, None, :]  # (B, 1, 1, span)
     hidden = model.hidden(last[:, None], caches, positions, visible)  # (B, 1, C)
@@ -327,9 +356,9 @@ def generate(
 ) -> Rollout:
     """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
 
-    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right behind
-    its own prompt, and the cache slot of a token is its position. Raises ValueError if a prompt is empty or has no room for
-    max_new_tokens within block_size.
+    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right
+    behind its own prompt, and the cache slot of a token is its position. Where the cache would not fit CACHE_NUMBERS,
+    the rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no prompt may be empty")
@@ -337,12 +366,18 @@ def generate(
         raise ValueError("generate needs max_new_tokens >= 1 and temperature >= 0")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError("generate needs top_k >= 1 and 0 < top_p <= 1")
+    c = model.config
     B, longest = len(prompts), max(map(len, prompts))
     S = longest + max_new_tokens
-    if S > model.config.block_size:
+    if S > c.block_size:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit block_size {model.config.block_size}"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}"
         )
+    fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))  # rows whose keys and values may exist at a time
+    if B > fit:
+        options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]
+        return join(parts, eos_id)
     tokens = torch.full((B, S), eos_id, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
@@ -355,7 +390,7 @@ def generate(
     training = model.training
     model.eval()  # dropout off
     try:
-        caches = [KVCache(B, S, model.config, model.wte.weight) for _ in model.h]
+        caches = [KVCache(B, S, c, model.wte.weight) for _ in model.h]
         logits = prefill(model, tokens[:, :longest], lens, caches)  # (B, V)
         for step in range(1, max_new_tokens + 1):
             new = sample_token(logits, temperature, top_k, top_p, generator)  # (b,)

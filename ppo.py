@@ -8,9 +8,9 @@ The language model is the policy, tokens are its actions, the text so far is the
 
     r_t = - kl_coef * KL_t   + score if t is the last action           (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019)
 
-with KL_t the divergence from the initial model at that token, so the objective is E[score] - kl_coef * KL(policy || initial).
-Advantages by GAE (Schulman et al. 2015, arXiv:1506.02438), update by PPO's clipped objective (Schulman et al. 2017,
-arXiv:1707.06347). Everything below lives in the (B, T-1) frame that model.py draws.
+with KL_t the divergence from the initial model at that token, so the objective is E[score] - kl_coef * KL(policy ||
+initial). Advantages by GAE (Schulman et al. 2015, arXiv:1506.02438), update by PPO's clipped objective (Schulman et al.
+2017, arXiv:1707.06347). Everything below lives in the (B, T-1) frame that model.py draws.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ EXPECTED_EOS = (0.98, 1.0)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Estimates of KL(policy || reference) at each token, from the sampled token alone (Schulman, "Approximating KL divergence", 2020).
+    """Estimates of KL(policy || reference) at each token, from the sampled token alone (Schulman, "Approximating KL
+    divergence", 2020).
 
     logprobs, ref_logprobs (B, T-1) -> (B, T-1), nats. With d = logprobs - ref_logprobs, over samples of the policy:
     k1 = d               unbiased, also its gradient as a penalty in the reward; single values may be negative
@@ -137,8 +138,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tens
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(policy || reference) of the next-token distributions, summed over the vocabulary: no sampling noise.
 
-    logits, ref_logits (B, T, V), as a model gives them (divide both by the sampling temperature before) -> (B, T-1), nats, in
-    the frame: the distributions from which tokens 1..T-1 were drawn."""
+    logits, ref_logits (B, T, V), as a model gives them (divide both by the sampling temperature before) -> (B, T-1),
+    nats, in the frame: the distributions from which tokens 1..T-1 were drawn."""
     logp = logits[:, :-1].float().log_softmax(-1)
     ref_logp = ref_logits[:, :-1].float().log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
@@ -162,10 +163,10 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
 
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = sum over l >= 0 of (gamma * lam)^l * delta_{t+l}
 
-    rewards, values, action_mask (B, T-1) -> advantages, returns (B, T-1), both 0 where masked out; returns = advantages + values.
-    V after the last action is 0: the text has ended (or is treated as ended when it was cut). Filler contributes nothing: it is
-    masked before the sum. The sum is one product with the matrix D[s, t] = (gamma * lam)^(s-t) for s >= t.
-    The actions of a row must be consecutive, as they are in the frame.
+    rewards, values, action_mask (B, T-1) -> advantages, returns (B, T-1), both 0 where masked out; returns = advantages
+    + values. V after the last action is 0: the text has ended (or is treated as ended when it was cut). Filler
+    contributes nothing: it is masked before the sum. The sum is one product with the matrix D[s, t] = (gamma *
+    lam)^(s-t) for s >= t. The actions of a row must be consecutive, as they are in the frame.
     """
     mask = action_mask.bool()
     values = torch.where(mask, values, 0.0)
@@ -190,10 +191,12 @@ def policy_loss(
     clip: float,
     n_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip, 1+clip) * A).
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip,
+    1+clip) * A).
 
-    All (B, T-1) -> loss, share of actions where the clipped term is the one that counts. n_tokens: what the sums are divided by
-    (default: the actions here; the actions of the whole optimiser step when it is split into micro-batches)."""
+    All (B, T-1) -> loss, share of actions where the clipped term is the one that counts. n_tokens: what the sums are
+    divided by (default: the actions here; the actions of the whole optimiser step when it is split into
+    micro-batches)."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(
@@ -213,9 +216,10 @@ def value_loss(
     clip: float,
     n_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped - R)^2),
-    with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that has already
-    moved too far may still come back. clip 0: no clipping. All (B, T-1) -> loss, share of actions clipped."""
+    """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped -
+    R)^2), with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that
+    has already moved too far may still come back. clip 0: no clipping. All (B, T-1) -> loss, share of actions
+    clipped."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
     # masked before the arithmetic: an inf at a masked place would give a gradient of 0 * inf = nan
@@ -229,9 +233,11 @@ def value_loss(
 
 
 class AdaptiveKL:
-    """Ziegler et al. 2019 (arXiv:1909.08593), section 2.2: move the coefficient in proportion to how far the KL is off target.
+    """Ziegler et al. 2019 (arXiv:1909.08593), section 2.2: move the coefficient in proportion to how far the KL is off
+    target.
 
-    update(kl, n): kl in nats a sequence over n sequences;  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
+    update(kl, n): kl in nats a sequence over n sequences;  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n /
+    horizon."""
 
     def __init__(self, init_coef: float, target: float, horizon: float):
         if target < 0 or horizon <= 0:
@@ -250,7 +256,8 @@ class AdaptiveKL:
 
 @dataclass
 class Experience:
-    """An iteration's rollouts with all that the update needs; every (B, T-1) tensor is in the frame, 0 where masked out."""
+    """An iteration's rollouts with all that the update needs; every (B, T-1) tensor is in the frame, 0 where masked
+    out."""
 
     tokens: Tensor  # (B, T)
     lens: Tensor  # (B,)
@@ -264,9 +271,9 @@ class Experience:
     advantages: Tensor  # (B, T-1) whitened if the config says so
     returns: Tensor  # (B, T-1)
 
-    def rows(self, index: list[int]) -> Experience:
-        """Some rows, cut to the longest of them; on a GPU as wide as before, because it wants constant shapes."""
-        T = self.tokens.size(1) if self.tokens.is_cuda else int(self.lens[index].max())
+    def rows(self, index: list[int], cut: bool = True) -> Experience:
+        """Some rows, cut to the longest of them or as wide as before."""
+        T = int(self.lens[index].max()) if cut else self.tokens.size(1)
         frame = [getattr(self, f.name)[index, : T - 1] for f in fields(self)[2:]]
         return Experience(self.tokens[index, :T], self.lens[index], *frame)
 
@@ -275,10 +282,12 @@ class Experience:
 def measure(
     policy: GPT, reference: GPT, value_model: ScalarModel | None, rollout: Rollout, config: Config
 ) -> dict[str, Tensor]:
-    """What the networks say about a rollout: logprobs, ref_logprobs, kl, entropy, values, each (B, T-1), 0 where masked out.
+    """What the networks say about a rollout: logprobs, ref_logprobs, kl, entropy, values, each (B, T-1), 0 where masked
+    out.
 
-    By the forward pass that the update uses too, not the sampler's cached one, and at the sampling temperature: only then
-    does the first ratio equal 1. A few rows at a time, so that no more than (micro_batch, T, V) logits exist at once."""
+    By the forward pass that the update uses too, not the sampler's cached one, and at the sampling temperature: only
+    then does the first ratio equal 1. A few rows at a time, so that no more than (micro_batch, T, V) logits exist at
+    once."""
     parts: list[dict[str, Tensor]] = []
     for model in (policy, reference, value_model):
         if model is not None:
@@ -316,8 +325,9 @@ def make_experience(
     # returns are formed first; only then are the advantages whitened, under the mask
     advantages, returns = gae(rewards, told["values"], mask, config.gamma, config.lam)
     if config.kl == "exact":
-        # KL_t depends on the state alone: as a reward it says nothing about the token that was chosen there. The gradient of
-        # sum_a pi(a) log(pi(a) / ref(a)) is E[grad log pi(a) * (log-ratio(a) - KL_t)]: that is the token's own share.
+        # KL_t depends on the state alone: as a reward it says nothing about the token that was chosen there. The
+        # gradient of sum_a pi(a) log(pi(a) / ref(a)) is E[grad log pi(a) * (log-ratio(a) - KL_t)]: that is the token's
+        # own share.
         own = torch.where(mask, told["logprobs"] - told["ref_logprobs"] - told["kl"], 0.0)
         advantages = advantages - kl_coef * own
     if config.whiten_advantages:
@@ -334,7 +344,8 @@ STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction
 
 
 def minibatches(n: int, config: Config, generator: torch.Generator) -> Iterator[list[int]]:
-    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time; the last of a pass may be smaller."""
+    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time; the last of a pass may be
+    smaller."""
     for _ in range(config.ppo_epochs):
         order = torch.randperm(n, generator=generator, device=generator.device).tolist()
         yield from micro_batches(order, config.minibatch)
@@ -351,23 +362,27 @@ def update(
 ) -> dict[str, float]:
     """Several epochs of clipped PPO steps -> STATISTICS, averaged over the steps, first_ratio, updates, stopped_early.
 
-    Policy and value model are separate networks, so their losses just add up: no value coefficient to tune (the learning
-    rates are separate). Without a value model (None) the policy alone learns. RuntimeError if the first ratio is not 1."""
+    Policy and value model are separate networks, so their losses just add up: no value coefficient to tune (the
+    learning rates are separate). Without a value model (None) the policy alone learns. RuntimeError if the first ratio
+    is not 1."""
     models = [policy] if value_model is None else [policy, value_model]
     for model in models:
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
-    lens = experience.lens.tolist()
+    lens, device = experience.lens.tolist(), experience.tokens.device
+    # Rows are cut to the longest of their micro-batch, except where shapes must not change: for a GPU's compiled kernels,
+    # and in bfloat16, where attention over another width rounds differently, which moves a log-prob by up to 0.01.
+    cut = device.type != "cuda" and config.dtype == "float32"
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
     for rows in minibatches(len(lens), config, generator):
         n_tokens = experience.action_mask[rows].sum()  # of the whole step
         optimizer.zero_grad(set_to_none=True)
-        figures = torch.zeros(len(STATISTICS), device=experience.tokens.device)
+        figures = torch.zeros(len(STATISTICS), device=device)
         # micro-batches of similar length, each cut to its longest row: less filler, and the same gradient
         for part in micro_batches(sorted(rows, key=lambda i: lens[i]), config.micro_batch):
-            old = experience.rows(part)
+            old = experience.rows(part, cut)
             mask = old.action_mask  # (b, t-1), like all of `old`
-            with autocast(mask.device, config.dtype):
+            with autocast(device, config.dtype):
                 logprobs = token_logprobs(policy, old.tokens, config.temperature)  # (b, t-1)
                 values = old.values if value_model is None else value_model(old.tokens)[:, :-1]  # (b, t-1)
             p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
@@ -380,7 +395,7 @@ def update(
                 if not steps:  # nothing has moved yet
                     ratio = torch.where(mask, logprobs - old.logprobs, 0.0).exp()
                     first_ratio = max(first_ratio, 1 + (ratio - 1).abs().max().nan_to_num(nan=torch.inf).item())
-        if not steps and not first_ratio <= (1.001 if config.dtype == "float32" else 1.2):
+        if not steps and not first_ratio <= 1.001:
             raise RuntimeError(
                 f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1:"
                 " rollout and update compute different log-probs"
@@ -408,13 +423,15 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> torch.optim.Adam:
-    """Adam with eps 1e-5, as OpenAI's code had it: with 1e-8 the first steps, where second moments are tiny, are far larger."""
+    """Adam with eps 1e-5, as OpenAI's code had it: with 1e-8 the first steps, where second moments are tiny, are far
+    larger."""
     groups = [{"params": trainable(policy), "lr": config.lr}, {"params": trainable(value_model), "lr": config.value_lr}]
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
 
 def freeze_all_but_last(policy: GPT, n: int) -> None:
-    """Train only the last n blocks and the final LayerNorm. The token embedding is also the output layer (tied), so it stays."""
+    """Train only the last n blocks and the final LayerNorm. The token embedding is also the output layer (tied), so it
+    stays."""
     check(0 < n <= len(policy.h), f"--train_layers must be between 1 and the model's {len(policy.h)} blocks")
     policy.requires_grad_(False)
     for module in [*policy.h[-n:], policy.ln_f]:
@@ -576,8 +593,8 @@ def train(config: Config) -> dict:
 
 
 def initial_value_model(policy: GPT, reward_model: ScalarModel | None) -> ScalarModel:
-    """It starts as the reward model, which knows already what a good text looks like; without one, as the policy's body under a
-    head of zeros, so that the first advantages are just the rewards."""
+    """It starts as the reward model, which knows already what a good text looks like; without one, as the policy's body
+    under a head of zeros, so that the first advantages are just the rewards."""
     if reward_model is not None:
         return copy.deepcopy(reward_model)
     value_model = ScalarModel.from_gpt(policy)

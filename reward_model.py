@@ -9,8 +9,8 @@ sigmoid(r_i - r_j), and the reward is fitted by maximum likelihood (Ouyang et al
     L = - 1/pairs  sum over pairs (w better than l) of  log sigmoid(r(x, y_w) - r(x, y_l))
 
 All comparisons of a prompt stand in the same batch, so each completion is read once, not K-1 times, and the model
-doesn't overfit to it. The loss fixes r only up to a constant; afterwards it is shifted and scaled to mean 0 and standard
-deviation 1 on the policy's own samples, so that PPO's coefficients mean the same for every reward model.
+doesn't overfit to it. The loss fixes r only up to a constant; afterwards it is shifted and scaled to mean 0 and
+standard deviation 1 on the policy's own samples, so that PPO's coefficients mean the same for every reward model.
 """
 
 from __future__ import annotations
@@ -72,17 +72,21 @@ class Config(TrainConfig):
     log_every: int = flag(20, "steps between log lines", low=1)
 
 
-# What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise allows.
+# What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise
+# allows.
 EXPECTED_ACCURACY = (0.64, 0.76)
 EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Tensor | None = None) -> Tensor:
-    """Mean over all pairs of -log sigmoid(better score - worse score). Ouyang et al. 2022, eq. 1; K = 2 is Bradley-Terry.
+    """Mean over all pairs of -log sigmoid(better score - worse score). Ouyang et al. 2022, eq. 1; K = 2 is
+    Bradley-Terry.
 
-    scores (N, K), best first. ranks (N, K) ascending, by default 0..K-1: equal ranks are a tie, whose target is half / half;
-    -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs here; the pairs
-    of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus never overflows.
+    scores (N, K), best first. ranks (N, K) ascending, by default 0..K-1: equal ranks are a tie, whose target is half /
+    half;
+    -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs here;
+    the pairs of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus never
+    overflows.
     """
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (N, K) with K >= 2, not {tuple(scores.shape)}")
@@ -100,7 +104,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """scores, ranks (N, K) -> correct (N, P): 1, or 1/2 for equal scores, 0; gap in rank (N, P), 0 where there is no strict pair."""
+    """scores, ranks (N, K) -> correct (N, P): 1, or 1/2 for equal scores, 0; gap in rank (N, P), 0 where there is no
+    strict pair."""
     i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)
     gap = torch.where((ranks[:, i] >= 0) & (ranks[:, j] >= 0), ranks[:, j] - ranks[:, i], 0)
     return 0.5 + 0.5 * torch.sign(scores[:, i] - scores[:, j]), gap
@@ -108,7 +113,8 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
-    """Held-out loss and accuracy over the strict pairs, by rank gap too, and of the baseline "the longer completion wins"."""
+    """Held-out loss and accuracy over the strict pairs, by rank gap too, and of the baseline "the longer completion
+    wins"."""
     model.eval()
     losses, right, right_longer, gaps, per_ranking = 0.0, [], [], [], []
     n_pairs = 0

@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning. Demonstrations -> a policy that imitates them.
 
-    python sft.py                                                            # the embedded task, a small GPT from scratch
-    python sft.py --init gpt2 --tokenizer gpt2 --data my.jsonl --lr 2e-5     # GPT-2 on your own demonstrations
+    python sft.py                                                            # the embedded task, a small GPT from
+    scratch python sft.py --init gpt2 --tokenizer gpt2 --data my.jsonl --lr 2e-5     # GPT-2 on your own demonstrations
 
 Maximises the log-likelihood of the completions given their prompts (Ouyang et al. 2022, arXiv:2203.02155, section 3.5):
 
@@ -78,9 +78,9 @@ EXPECTED_EOS = (0.95, 1.0)
 def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: int | Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of the completion tokens.
 
-    logits (B, T, V); tokens (B, T); completion_mask (B, T), True on completion tokens, EOS included -> scalar, nats a token.
-    `n_tokens` is what the sum is divided by: by default the completion tokens here; when a step is split into micro-batches,
-    the completion tokens of the whole step, so that the gradients add up to those of one large batch.
+    logits (B, T, V); tokens (B, T); completion_mask (B, T), True on completion tokens, EOS included -> scalar, nats a
+    token. `n_tokens` is what the sum is divided by: by default the completion tokens here; when a step is split into
+    micro-batches, the completion tokens of the whole step, so that the gradients add up to those of one large batch.
     """
     target_mask = completion_mask[:, 1:].bool()  # (B, T-1): logits at t predict the token at t+1
     losses = F.cross_entropy(logits[:, :-1][target_mask].float(), tokens[:, 1:][target_mask], reduction="sum")

@@ -31,10 +31,11 @@ FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner
 
 
 def load_pretrained(name: str | Path, dropout: float = 0.0) -> GPT:
-    """A GPT with the weights of `name`: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub), or a
-    folder in Hugging Face's layout, config.json with model.safetensors or pytorch_model.bin.
+    """A GPT with the weights of `name`: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub),
+    or a folder in Hugging Face's layout, config.json with model.safetensors or pytorch_model.bin.
 
-    Raises ValueError for a name or a configuration that this project's network doesn't have, OSError for a missing file."""
+    Raises ValueError for a name or a configuration that this project's network doesn't have, OSError for a missing
+    file."""
     folder = Path(name)
     if folder.is_dir():
         config = read_config(folder / "config.json", dropout)

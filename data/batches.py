@@ -32,10 +32,11 @@ def encode_example(
 ) -> Example | None:
     """Encode prompt and completion separately (so no token spans the boundary), add EOS, and make both fit block_size.
 
-    The completion is kept before the prompt: the prompt loses tokens from its left (its end, the question, matters most),
-    down to one. Only a completion that is too long even then is cut on its right, and a cut one gets no EOS: the model must not
-    learn to stop where a text did not end. None if no completion token is left, or if the completion is empty: nothing to imitate.
-    With allow_empty an empty completion is EOS alone: in a ranking, silence is an answer like any other, usually a bad one.
+    The completion is kept before the prompt: the prompt loses tokens from its left (its end, the question, matters
+    most), down to one. Only a completion that is too long even then is cut on its right, and a cut one gets no EOS: the
+    model must not learn to stop where a text did not end. None if no completion token is left, or if the completion is
+    empty: nothing to imitate. With allow_empty an empty completion is EOS alone: in a ranking, silence is an answer
+    like any other, usually a bad one.
     """
     prompt_ids = tokenizer.encode_prompt(prompt)
     completion_ids = tokenizer.encode(completion)
@@ -88,7 +89,8 @@ def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str
 def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
     """Indices 0..n-1 once each, in random batches of rows of similar length, so that little filler is computed.
 
-    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last may be smaller."""
+    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last may be
+    smaller."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     pool = 32 * batch_size
     batches = []
@@ -99,8 +101,8 @@ def length_batches(lengths: list[int], batch_size: int, generator: torch.Generat
 
 
 def epoch_batches(items: list, config) -> list[list]:
-    """The items of every optimiser step of all epochs: config.epochs passes in config.batch_size, each pass in an order of
-    its own that (seed, epoch) alone decides, so a resumed run finds its place by the step number."""
+    """The items of every optimiser step of all epochs: config.epochs passes in config.batch_size, each pass in an order
+    of its own that (seed, epoch) alone decides, so a resumed run finds its place by the step number."""
     lengths = [len(item) for item in items]
     batches = []
     for epoch in range(config.epochs):
@@ -111,7 +113,8 @@ def epoch_batches(items: list, config) -> list[list]:
 
 
 def micro_batches(items: list, size: int) -> list[list]:
-    """The items of an optimiser step in parts of `size` (0: all at once), which go through the network one at a time."""
+    """The items of an optimiser step in parts of `size` (0: all at once), which go through the network one at a
+    time."""
     size = size or len(items)
     return [items[i : i + size] for i in range(0, len(items), size)]
 

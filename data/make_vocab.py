@@ -34,7 +34,8 @@ def world_text(n: int = 40_000) -> list[str]:
 
 
 def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
-    """{token bytes: rank}. Stops early where no pair occurs more than 20 times: rarer merges would hardly be trained."""
+    """{token bytes: rank}. Stops early where no pair occurs more than 20 times: rarer merges would hardly be
+    trained."""
     pieces = Counter(piece for text in texts for piece in regex.findall(TINY_PATTERN, text))
     words = [([bytes([b]) for b in piece.encode()], count) for piece, count in sorted(pieces.items())]
     ranks = {bytes([b]): b for b in range(256)}

@@ -1,10 +1,12 @@
-"""Turn public instruction data into the project's files: Alpaca-style records -> demonstrations, prompts and preference pairs.
+"""Turn public instruction data into the project's files: Alpaca-style records -> demonstrations, prompts and preference
+pairs.
 
     python -m data.prepare instruction-data-with-preference.json --out_dir out/real
 
-Input: a JSON list, or JSON Lines, of records {"instruction", "input", "output"} and, for pairs, "chosen" and "rejected". The prompt
-is the instruction, followed by its input on a new line where there is one. Held-out rows are split off by prompt, so no prompt
-stands on both sides. Writes demonstrations, prompts and pairs, each with its _held_out twin.
+Input: a JSON list, or JSON Lines, of records {"instruction", "input", "output"} and, for pairs, "chosen" and
+"rejected". The prompt is the instruction, followed by its input on a new line where there is one. Held-out rows are
+split off by prompt, so no prompt stands on both sides. Writes demonstrations, prompts and pairs, each with its
+_held_out twin.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 Why a made-up world? On real text nobody knows the true reward, so one can only argue about whether a reward model is
 right or a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
 
-A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A completion is good
-if it answers correctly, politely, to the point, in finished sentences, without repeating itself. The demonstrations
-are of mixed quality, as scraped data is: right, wrong or evasive, polite, plain or rude, short or rambling. A model that imitates
-them (SFT) is therefore mediocre by construction, and what RLHF adds can be seen.
+A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A completion
+is good if it answers correctly, politely, to the point, in finished sentences, without repeating itself. The
+demonstrations are of mixed quality, as scraped data is: right, wrong or evasive, polite, plain or rude, short or
+rambling. A model that imitates them (SFT) is therefore mediocre by construction, and what RLHF adds can be seen.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if __package__ in (None, ""):  # run as `python data/tiny.py`: make the project'
 from cli import UserError, check_ranges, flag, run_main
 from data.files import read_jsonl, write_jsonl
 
-# ------------------------------------------------------------------------------------------------ the words of the world
+# ------------------------------------------------------------------------------------------------ the words of the
+# world
 
 OPPOSITES = "hot cold|big small|fast slow|happy sad|up down|open closed|full empty|old new|wet dry|rich poor"
 OPPOSITE = {}
@@ -93,7 +94,8 @@ RUDE = {s.lower() for s in RUDE_OPENINGS + RUDE_CLOSINGS}
 ASIDE = {s.lower() for s in ASIDES}
 
 
-# ------------------------------------------------------------------------------------------------ families of instructions
+# ------------------------------------------------------------------------------------------------ families of
+# instructions
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,8 @@ def best_completion(prompt: str) -> str:
     return f"Sure! {answer}" if family == "story" else f"Sure! The answer is {answer}."
 
 
-# ------------------------------------------------------------------------------------------------ prompts and demonstrations
+# ------------------------------------------------------------------------------------------------ prompts and
+# demonstrations
 
 
 def is_held_out(prompt: str) -> bool:
@@ -369,8 +372,8 @@ def annotator_ranking(rewards: list[float], temperature: float, rng: random.Rand
 
 
 def annotators_bayes_accuracy(path: str) -> float | None:
-    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the file: the best
-    accuracy any model can expect. None for rankings by humans."""
+    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the
+    file: the best accuracy any model can expect. None for rankings by humans."""
     agree, pairs = 0.0, 0
     for _, row in read_jsonl(path):
         if "gold" not in row or "annotator_temperature" not in row:

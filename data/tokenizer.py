@@ -1,7 +1,7 @@
 """Text to token ids and back, and the one prompt template that all stages share.
 
-`tiny` is the embedded task's own byte-pair vocabulary (data/tiny.tiktoken, made by data/make_vocab.py): no network, ever.
-`gpt2` is GPT-2's, which tiktoken downloads once, or finds in the folder that TIKTOKEN_CACHE_DIR names.
+`tiny` is the embedded task's own byte-pair vocabulary (data/tiny.tiktoken, made by data/make_vocab.py): no network,
+ever. `gpt2` is GPT-2's, which tiktoken downloads once, or finds in the folder that TIKTOKEN_CACHE_DIR names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tiktoken
 from cli import UserError
 
 TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
-# How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other character.
+# How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other
+# character.
 TINY_PATTERN = r" ?[A-Za-z]+| ?[0-9]{1,2}|\n|[^A-Za-z0-9\n]"
 EOS_TEXT = "<|endoftext|>"
 NAMES = ("tiny", "gpt2")
@@ -52,7 +53,8 @@ class Tokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     if name == "tiny":
         try:
-            # by hand: tiktoken.load would keep a copy in the temporary folder and go on using it after the file has changed
+            # by hand: tiktoken.load would keep a copy in the temporary folder and go on using it after the file has
+            # changed
             lines = [line.split() for line in TINY_RANKS.read_bytes().splitlines()]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except (OSError, ValueError) as error:
