@@ -24,11 +24,12 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+def one_line(error: Exception) -> str:
+    """An error's kind and message as part of one line. torch puts the useful part of a message on its second line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:240]
 
 
-# ------------------------------------------------------------------------------------------------ flags
+# -------------------------------------------------------------------------------- flags
 
 
 def flag(default, help: str, *, choices: tuple | None = None, low=None, high=None, above=None, below=None):
@@ -45,7 +46,8 @@ def flag(default, help: str, *, choices: tuple | None = None, low=None, high=Non
 class TrainConfig:
     """The flags that the training scripts share; each script's Config adds its own."""
 
-    grad_clip: float = flag(1.0, "largest gradient norm", low=0)
+    train_layers: int = flag(0, "train only the last N blocks, the final LayerNorm and a scalar head (0: all)", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)", low=0)
     save_every: int = flag(0, "steps between states to resume from (0: only at the end)", low=0)
     resume: bool = flag(False, "go on from out_dir/state.pt")
     strict: bool = flag(False, "exit with status 1 if a gate fails")

@@ -11,17 +11,19 @@ deserves.
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import call_reward, generator_for, gold_function, load_model, pick_device
-from data.batches import truncate_prompt
+from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device
+from data.batches import encode_prompts
 from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
-from data.tiny import annotator_ranking
+from data.tiny import annotator_ranking, task_of
 from data.tokenizer import load_tokenizer
 from model import generate
 
@@ -63,26 +65,30 @@ def rank_simulated(completions: list[str], rewards: list[float], temperature: fl
     return [rank_of[c] for c in completions]
 
 
-def rank_human(prompt: str, completions: list[str]) -> list[int] | None:
+class Sample(NamedTuple):
+    text: str
+    ended: bool  # False: cut by --max_new_tokens
+
+
+def rank_human(prompt: str, answers: list[Sample]) -> list[int] | None:
     """Ask for an order such as `2 1=3 4` (best first, = for ties). None to skip the prompt."""
     print(f"\n{prompt}")
-    for number, completion in enumerate(completions, start=1):
-        print(f"  {number}: {completion}")
+    for number, answer in enumerate(answers, start=1):
+        print(f"  {number}: {answer.text}" + ("" if answer.ended else "   [cut]"))
+    example = " ".join(map(str, range(len(answers), 0, -1)))
     while True:
         try:
-            answer = input("best first, = for ties, s to skip, q to stop > ").strip()
+            typed = input("best first, = for ties, s to skip, q to stop > ").strip()
         except EOFError:
-            answer = "q"
-        if answer == "q":
+            typed = "q"
+        if typed == "q":
             raise KeyboardInterrupt
-        if answer == "s":
+        if typed == "s":
             return None
-        ranks = parse_order(answer, len(completions))
+        ranks = parse_order(typed, len(answers))
         if ranks is not None:
             return ranks
-        print(
-            f"  name each of 1..{len(completions)} once, for example: {' '.join(map(str, range(len(completions), 0, -1)))}"
-        )
+        print(f"  name each of 1..{len(answers)} once, for example: {example}")
 
 
 def parse_order(answer: str, k: int) -> list[int] | None:
@@ -102,34 +108,32 @@ def already_ranked(path: Path) -> set[str]:
         return set()
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)  # in place: what stands there may be hours of somebody's work
     return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
 
 
 def run(config: Config) -> dict:
     check_ranges(config)
-    check(
-        bool(config.policies) and bool(config.temperatures),
-        "--policies and --temperatures need at least one value each",
-    )
+    check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need a value each")
+    path = Path(config.out)
+    check(not path.is_dir(), f"--out {path} is a folder; name a file in it")
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
-    tokenizer = load_tokenizer(loaded[0][1])
-    check(all(name == tokenizer.name for _, name in loaded), "the policies must share one tokenizer")
-    gold = gold_function(config.gold, tokenizer.name)
-    if config.annotator == "simulated" and gold is None:
-        raise UserError(
-            "simulated annotators need a true reward: give --gold file.py:function, or rank yourself with --annotator human"
-        )
-    room = min(m.config.block_size for m, _ in loaded) - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
+    tokenizer = load_tokenizer(loaded[0].tokenizer)
+    check(all(c.tokenizer == tokenizer.name for c in loaded), "the policies must share one tokenizer")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
     check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
-    sources = [
-        (model, t) for model, _ in loaded for t in config.temperatures
-    ]  # completion k comes from source k mod len
+    task = task_of(config.prompts)
+    for policy in loaded:
+        note_task(policy, task, config.prompts)
+    gold = gold_function(config.gold, task)
+    if config.annotator == "simulated" and gold is None:
+        raise UserError("simulated annotators need --gold file.py:function; or rank yourself with --annotator human")
+    room = min(c.model.config.block_size for c in loaded) - config.max_new_tokens
+    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
+    ids = encode_prompts(prompts, tokenizer, room, config.prompts)
+    sources = [(c.model, t) for c in loaded for t in config.temperatures]  # completion k comes from source k mod len
 
-    path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     done, written = already_ranked(path), 0
     stood_already = len(done)
@@ -140,48 +144,41 @@ def run(config: Config) -> dict:
                 continue
             # Every chunk has its own random streams, so a run that was stopped goes on as if it had not been.
             rng = random.Random(f"{config.seed} {first}")
-            samples: list[list[str]] = [[] for _ in chunk]
-            ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in chunk]
+            samples: list[list[Sample]] = [[] for _ in chunk]
             for source, (model, temperature) in enumerate(sources):
                 count = len(range(source, config.completions, len(sources)))
                 if not count:
                     continue
-                repeated = [p for p in ids for _ in range(count)]
-                generator = generator_for(device, config.seed, first, source)
-                rollout = generate(
-                    model,
-                    repeated,
-                    config.max_new_tokens,
-                    eos_id=tokenizer.eos_id,
-                    temperature=temperature,
-                    generator=generator,
-                )
-                for row, completion in enumerate(rollout.completions()):
-                    samples[row // count].append(tokenizer.decode(completion))
-            for prompt, completions in zip(chunk, samples, strict=True):
-                rewards = call_reward(gold, [prompt] * len(completions), completions) if gold else None
+                repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
+                options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
+                options["generator"] = generator_for(device, config.seed, first, source)
+                rollout = generate(model, repeated, config.max_new_tokens, **options)
+                for row, (completion, ended) in enumerate(
+                    zip(rollout.completions(), rollout.ended.tolist(), strict=True)
+                ):
+                    samples[row // count].append(Sample(tokenizer.decode(completion), ended))
+            for prompt, answers in zip(chunk, samples, strict=True):
+                rng.shuffle(answers)  # so that the place on the screen says nothing about where a completion came from
+                texts, ended = [s.text for s in answers], [s.ended for s in answers]
+                golds = call_reward(gold, [prompt] * len(texts), texts, ended, "the gold reward") if gold else None
                 if config.annotator == "simulated":
-                    ranks = rank_simulated(completions, rewards, config.annotator_temperature, rng)
-                elif prompt not in done:
-                    rng.shuffle(
-                        completions
-                    )  # so that the place on the screen says nothing about where a completion came from
-                    rewards = call_reward(gold, [prompt] * len(completions), completions) if gold else None
-                    ranks = rank_human(prompt, completions)
+                    ranks = rank_simulated(texts, golds, config.annotator_temperature, rng)
+                else:
+                    ranks = rank_human(prompt, answers) if prompt not in done else None
                 if prompt in done or ranks is None:
                     continue
-                row: dict = {"prompt": prompt, "completions": nest_ties(completions, ranks)}
+                best_first = sorted(range(len(texts)), key=lambda i: ranks[i])
+                row: dict = {"prompt": prompt, "completions": nest_ties(texts, ranks)}
+                row["ended"] = [ended[i] for i in best_first]
                 if config.annotator == "simulated":  # what the annotators knew, for measuring; no stage learns from it
-                    row["gold"] = [round(r, 4) for _, r in sorted(zip(ranks, rewards, strict=True))]
+                    row["gold"] = [round(golds[i], 4) for i in best_first]
                     row["annotator_temperature"] = config.annotator_temperature
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 done.add(prompt)
                 written += 1
-    print(
-        f"wrote {written} rankings of {config.completions} completions to {path}"
-        + (f" ({stood_already} stood there already)" if stood_already else "")
-    )
+    already = f" ({stood_already} stood there already)" if stood_already else ""
+    print(f"wrote {written} rankings of {config.completions} completions to {path}{already}")
     return {"written": written}
 
 

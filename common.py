@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -13,26 +14,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import UserError, check, first_line
+from cli import UserError, check, one_line
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, Rollout, ScalarModel, generate
+from model import GPT, GPTConfig, Rollout, ScalarModel, generate, masked_mean, token_logprobs
 
-# ------------------------------------------------------------------------------------------------ device, dtype, seed
+# -------------------------------------------------------------------------------- device, dtype, seed
 
 
 def pick_device(name: str) -> torch.device:
-    """auto" takes the GPU where there is one, then Apple's, then the CPU."""
+    """ "auto" takes the GPU where there is one, then Apple's, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used here: {first_line(error)}") from None
+        raise UserError(f"--device {name} can't be used here: {one_line(error)}") from None
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the GPU has it; no effect on a CPU
     return torch.device(name)
 
@@ -52,7 +54,7 @@ def generator_for(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------- files
 
 
 def atomic_save(obj, path: Path) -> None:
@@ -86,44 +88,72 @@ def load_file(path: str | Path, map_location="cpu") -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a checkpoint that can be loaded ({first_line(error)})") from None
+        raise UserError(f"{path}: not a checkpoint that can be loaded ({one_line(error)})") from None
 
 
-def save_model(folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str, script: str, config) -> None:
-    """out/<stage>/model.pt: weights, shape, tokenizer and how it was made; tensors and plain Python only."""
-    kind = "scalar" if isinstance(model, ScalarModel) else "gpt"
-    made = {"script": script, "config": dataclasses.asdict(config)}
+def save_model(
+    folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str, script: str, config, task: str = ""
+) -> None:
+    """out/<stage>/model.pt: weights, shape, tokenizer and how it was made; tensors and plain Python only.
+
+    task: "tiny" if it was trained on the embedded task, else "". Weights that are not finite are refused."""
+    weights = model.state_dict()
+    all_finite = all(bool(w.isfinite().all()) for w in weights.values())
+    check(all_finite, f"the trained weights are not finite, so {folder} gets no model; lower --lr")
     content = {
-        "kind": kind,
+        "kind": "scalar" if isinstance(model, ScalarModel) else "gpt",
         "config": dataclasses.asdict(model.config),
         "tokenizer": tokenizer_name,
-        "made": made,
-        "weights": model.state_dict(),
+        "made": {"script": script, "config": dataclasses.asdict(config), "task": task},
+        "weights": weights,
     }
     atomic_save(content, Path(folder) / "model.pt")
 
 
-def load_model(
-    path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = ""
-) -> tuple[GPT | ScalarModel, str]:
-    """A stage's folder, or its model.pt -> (model in eval mode, name of its tokenizer). kind: "gpt" or "scalar"."""
+class Checkpoint(NamedTuple):
+    """What a stage left behind."""
+
+    model: GPT | ScalarModel  # in eval mode
+    tokenizer: str  # the name of its vocabulary
+    task: str  # "tiny" if it was trained on the embedded task, "" on anything else
+
+
+def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> Checkpoint:
+    """A stage's folder, or its model.pt. kind: "gpt" (a policy) or "scalar" (a reward model). Prints what it has
+    read."""
     path = Path(path)
     file = path if path.suffix == ".pt" else path / "model.pt"
-    if not file.exists():
-        raise UserError(f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
+    check(file.exists(), f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
     content = load_file(file)
     try:
         content = dict(content)
         found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
+        made = content["made"]
         if found == kind:
             model = GPT(config) if kind == "gpt" else ScalarModel(config)
             model.load_state_dict(content["weights"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file}: not a checkpoint of this project ({first_line(error)})") from None
-    if found != kind:
-        names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
-        raise UserError(f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
-    return model.to(device).eval(), tokenizer
+        raise UserError(f"{file}: not a checkpoint of this project ({one_line(error)})") from None
+    names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
+    check(found == kind, f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
+    print(f"{file}: made by {made['script']}" + (f" from {made['config']['data']}" if "data" in made["config"] else ""))
+    return Checkpoint(model.to(device).eval(), tokenizer, made.get("task", ""))
+
+
+def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> Checkpoint:
+    """A reward model that can read what the policy writes: the same vocabulary, and texts as long."""
+    scorer = load_model(path, device, "scalar", "python reward_model.py")
+    same = scorer.tokenizer == policy.tokenizer
+    check(same, f"{path} reads {scorer.tokenizer} tokens, the policy writes {policy.tokenizer} tokens")
+    longest, needed = scorer.model.config.block_size, policy.model.config.block_size
+    check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")
+    return scorer
+
+
+def note_task(policy: Checkpoint, task: str, path: str) -> None:
+    """Data of one's own with the demo's policy is rarely meant: say so."""
+    if policy.task == "tiny" and task != "tiny":
+        print(f"NOTE: the policy was trained on the embedded task, but {path} holds other prompts")
 
 
 def load_function(spec: str):
@@ -145,9 +175,19 @@ def load_function(spec: str):
     return getattr(module, name)
 
 
-def call_reward(function, prompts: list[str], completions: list[str], name: str = "the reward function") -> list[float]:
-    """Call reward(prompts, completions) -> list of floats, and check what came back."""
-    returned = function(prompts, completions)  # an error in there is a bug of the function's: its traceback says where
+def call_reward(
+    function: Callable,
+    prompts: list[str],
+    completions: list[str],
+    ended: list[bool] | None = None,
+    name: str = "the reward function",
+) -> list[float]:
+    """Call reward(prompts, completions) -> one number for each completion, and check what came back. A function with a
+    parameter `ended` is also told which completions ended by themselves (None: all) and which were cut."""
+    told = {}
+    if "ended" in inspect.signature(function).parameters:
+        told["ended"] = [True] * len(completions) if ended is None else ended
+    returned = function(prompts, completions, **told)  # an error in there is the function's: its traceback says where
     try:
         rewards = [float(r) for r in returned]
     except (TypeError, ValueError) as error:
@@ -158,21 +198,6 @@ def call_reward(function, prompts: list[str], completions: list[str], name: str 
     return rewards
 
 
-def load_reward(
-    spec: str, tokenizer: Tokenizer, device
-) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], ScalarModel | None]:
-    """A checkpoint or file.py:function -> (score(rollout, prompts, completions) -> (B,), the reward model if it is
-    one). A reward model reads the very ids that the policy wrote; a function reads text."""
-    if ":" in spec and ".py" in spec:
-        function = load_function(spec)
-        return lambda rollout, prompts, completions: torch.tensor(
-            call_reward(function, prompts, completions, spec), device=device
-        ), None
-    model, name = load_model(spec, device, "scalar", "python reward_model.py")
-    check(name == tokenizer.name, f"--reward {spec} reads {name} tokens, the policy writes {tokenizer.name} tokens")
-    return lambda rollout, prompts, completions: score_rollout(model, rollout), model
-
-
 @torch.no_grad()
 def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tensor:
     """The reward model's score of each completion, (B,), `rows` at a time, each slice cut to its longest row."""
@@ -180,66 +205,158 @@ def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tenso
     return torch.cat([model.score(tokens[:, : int(lens.max())], lens) for tokens, lens in parts])
 
 
-def gold_function(spec: str, tokenizer_name: str):
-    """The task's true reward to report beside the trained one. "auto": the embedded task's where its vocabulary is
-    used."""
+def load_reward(
+    specs: list[str],
+    policy: Checkpoint,
+    task: str,
+    device: torch.device,
+    weights: list[float] | None = None,
+    combine: str = "sum",
+) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], list[ScalarModel]]:
+    """Checkpoints of reward models and file.py:function, one or several -> (score, the reward models among them).
+
+    score(rollout, prompts, completions) -> (B,): the weighted "sum" of all, their "mean" (divided by the sum of the
+    weights) or their "min". Weights are 1 if not given. A reward model reads the very ids that the policy wrote; a
+    function reads text. task: what the prompts belong to ("tiny": the embedded task)."""
+    weights = weights or [1.0] * len(specs)
+    check(bool(specs), "--reward needs a reward model's checkpoint or file.py:function")
+    check(len(weights) == len(specs), f"--reward_weights has {len(weights)} values for {len(specs)} rewards")
+    check(combine != "mean" or sum(weights) > 0, "--reward_combine mean needs --reward_weights with a sum above 0")
+    loaded: list[tuple[str, Callable | ScalarModel]] = []
+    for spec in specs:
+        if ":" in spec and ".py" in spec:
+            loaded.append((spec, load_function(spec)))
+            continue
+        scorer = load_scorer(spec, policy, device)
+        if scorer.task == "tiny" and task != "tiny":
+            raise UserError(
+                f"--reward {spec} was trained on the embedded task, and the prompts are not of it; name another"
+            )
+        loaded.append((spec, scorer.model))
+
+    def score(rollout: Rollout, prompts: list[str], completions: list[str]) -> Tensor:
+        rewards = []  # (B,) of each part
+        for (spec, part), weight in zip(loaded, weights, strict=True):
+            if isinstance(part, ScalarModel):
+                rewards.append(weight * score_rollout(part, rollout))
+            else:
+                found = call_reward(part, prompts, completions, rollout.ended.tolist(), spec)
+                rewards.append(weight * torch.tensor(found, device=device))
+        parts = torch.stack(rewards)  # (parts, B)
+        if combine == "min":
+            return parts.amin(0)
+        return parts.sum(0) / (sum(weights) if combine == "mean" else 1.0)
+
+    return score, [part for _, part in loaded if isinstance(part, ScalarModel)]
+
+
+def gold_function(spec: str, task: str) -> Callable | None:
+    """The true reward to report beside the trained one, where it is known. "auto": the embedded task's on its
+    prompts."""
     if spec == "auto":
-        spec = "data/tiny.py:gold_reward" if tokenizer_name == "tiny" else ""
+        spec = "data/tiny.py:gold_reward" if task == "tiny" else ""
     return load_function(spec) if spec else None
 
 
-# ------------------------------------------------------------------------------------------------ run folder
+# -------------------------------------------------------------------------------- run folder
+
+
+# What may differ when a run is resumed: nothing that changes what is learned. More epochs or iterations go on.
+MAY_DIFFER = ("out_dir", "resume", "strict", "trace", "device", "log_every", "save_every")
+MAY_GROW = ("epochs", "iterations")
 
 
 class RunFolder:
-    """out/<stage>/: config.json at the start, metrics.jsonl as the run goes, state.pt to resume from, results.json at
-    the end."""
+    """out/<stage>/: config.json, metrics.jsonl as the run goes, state.pt to resume from, model.pt and results.json at
+    last.
 
-    def __init__(self, config):
-        self.config = config
+    A fresh start removes the state and the results of an earlier run; its model.pt stays until there is a new one. With
+    --resume the state is read first, and refused if it belongs to another configuration, before anything is written.
+    total: the steps of the whole run."""
+
+    def __init__(self, config, total: int):
+        warmup = config.warmup
+        check(warmup <= total, f"--warmup {warmup} is longer than the whole run, which has {total} steps; lower it")
         self.path = Path(config.out_dir)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(dataclasses.asdict(config), self.path / "config.json")
-        self.metrics = self.path / "metrics.jsonl"
+        self.config, self.state = config, None
+        self.done: dict | None = None  # the results, if the run that is to be resumed has ended already
+        self.metrics, self.results = self.path / "metrics.jsonl", self.path / "results.json"
         self.start = time.perf_counter()
-        if not config.resume:
-            self.metrics.write_text("", encoding="utf-8")
-            (self.path / "results.json").unlink(missing_ok=True)
+        if config.resume:
+            self.state = load_file(self.path / "state.pt")
+            refuse_another_config(self.state, config, self.path / "state.pt")
+            if self.state["step"] >= total and self.results.exists():
+                print(f"{self.path}: all {total} steps are done, nothing to resume")
+                self.done = json.loads(self.results.read_text(encoding="utf-8"))
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out_dir {self.path}: can't be made a folder ({error.strerror})") from None
+        for old in (self.path / "state.pt", self.results):
+            old.unlink(missing_ok=True)
+        self.metrics.write_text("", encoding="utf-8")
+        write_json(dataclasses.asdict(config), self.path / "config.json")
 
     def log(self, **figures) -> None:
-        """Append one JSON object; the file is whole after every line."""
+        """Append one JSON object; the file is whole after every line. A loss that is not finite ends the run."""
+        for name in ("loss", "policy_loss", "value_loss"):
+            loss, step = figures.get(name, 0.0), figures["step"]
+            check(math.isfinite(loss), f"the {name} is {loss} at step {step}; lower --lr, or look at {self.metrics}")
         figures = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
-        with open(self.metrics, "a", encoding="utf-8") as f:
+        with open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
             f.write(json.dumps(finite(figures)) + "\n")
 
-    def save_state(self, step: int, **parts) -> None:
-        """`parts` are models and optimisers, whose state dicts are kept, and plain values. The random streams derive
-        from (seed, step), so the step number is the whole data position; torch's own generator is kept for dropout."""
-        parts = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
-        atomic_save({"step": step, "rng": torch.get_rng_state(), **parts}, self.path / "state.pt")
+    def history(self, key: str = "step") -> list[dict]:
+        """What was logged with this key, by this process and by those that it resumes."""
+        rows = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if key in row]
 
-    def resume(self, device, **parts) -> dict:
-        """With --resume: load the saved state into `parts`, cut the log back to it -> {"step": steps done, plain
-        values}. Without: {"step": 0}."""
-        if not self.config.resume:
+    def save_state(self, step: int, **parts) -> None:
+        """All that resuming needs. `parts` are models and optimisers, whose state dicts are kept, and plain values. The
+        random streams derive from (seed, step), so the step number is the whole data position; torch's own generators
+        are kept for dropout."""
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+        state |= {"step": step, "config": dataclasses.asdict(self.config), "logged": self.metrics.stat().st_size}
+        state["rng"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        atomic_save(state, self.path / "state.pt")
+
+    def resume(self, **parts) -> dict:
+        """With --resume: load the saved state into `parts` and cut the log back to it -> {"step": steps that are done,
+        and the plain values}. Without: {"step": 0}."""
+        if self.state is None:
             return {"step": 0}
-        state = load_file(self.path / "state.pt", map_location=device)
         for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
-        torch.set_rng_state(state.pop("rng").cpu())
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-        self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        return state
+            part.load_state_dict(self.state[name])
+        torch.set_rng_state(self.state["rng"][0])
+        if torch.cuda.is_available() and len(self.state["rng"]) > 1:
+            torch.cuda.set_rng_state(self.state["rng"][1])
+        if self.metrics.exists() and self.metrics.stat().st_size > self.state["logged"]:
+            os.truncate(self.metrics, self.state["logged"])  # what was logged after the state was saved comes again
+        write_json(dataclasses.asdict(self.config), self.path / "config.json")
+        return self.state
 
     def finish(self, results: dict) -> dict:
         results["seconds"] = round(time.perf_counter() - self.start, 2)
-        write_json(results, self.path / "results.json")
+        write_json(results, self.results)
         return results
 
 
-# ------------------------------------------------------------------------------------------------ training odds and
-# ends
+def refuse_another_config(state: dict, config, file: Path) -> None:
+    """A state belongs to the run that saved it: under another seed or learning rate the result would be neither
+    run's."""
+    saved = state.get("config", {}) if isinstance(state, dict) else {}
+    for name, value in dataclasses.asdict(config).items():
+        if name in MAY_DIFFER or (name in saved and saved[name] == value):
+            continue
+        if name in MAY_GROW and name in saved and value > saved[name]:
+            continue
+        raise UserError(
+            f"{file} was saved with --{name} {saved.get(name)}, not {value}: resume with that, or start afresh"
+        )
+
+
+# -------------------------------------------------------------------------------- training
 
 
 def train_last_layers(model: GPT | ScalarModel, n: int) -> None:
@@ -297,25 +414,94 @@ def compile_blocks(*models: nn.Module) -> None:
             block.compile()
 
 
-def show_samples(policy: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> float:
-    """Answer the prompts at temperature 1, print three answers -> share that ended in EOS."""
-    block_size = policy.config.block_size
-    max_new_tokens = min(max_new_tokens, block_size - 1)
-    prompts = [p[-(block_size - max_new_tokens) :] for p in prompts]
-    rollout = generate(
-        policy, prompts, max_new_tokens, eos_id=tokenizer.eos_id, generator=generator_for(policy.device, seed)
-    )
-    for prompt, completion in list(zip(prompts, rollout.completions(), strict=True))[:3]:
-        tqdm.write(f"  {tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
-    return rollout.ended.float().mean().item()
+def sample_prompts(
+    policy: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int
+) -> Rollout:
+    """Answer the prompts at temperature 1; the end of each that leaves room for an answer."""
+    max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
+    prompts = [p[-(policy.config.block_size - max_new_tokens) :] for p in prompts]
+    rng = generator_for(policy.device, seed)
+    return generate(policy, prompts, max_new_tokens, eos_id=tokenizer.eos_id, generator=rng)
+
+
+def show_samples(rollout: Rollout, tokenizer: Tokenizer, scores: Tensor | None = None) -> None:
+    """Print three prompts with their completions, and scores if there are any."""
+    for row, completion in enumerate(rollout.completions()[:3]):
+        prompt = rollout.tokens[row, : int(rollout.prompt_lens[row])].tolist()
+        score = "" if scores is None else f"[{scores[row].item():+.2f}] "
+        tqdm.write(f"  {score}{tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
+
+
+@torch.no_grad()
+def compare_samples(
+    policy: GPT, reference: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int
+) -> dict[str, float]:
+    """Sample policy and reference: does the policy still stop as often, and how far has it gone? Prints three samples.
+    KL in nats a sequence, as the mean of log pi/pi_ref over the policy's own samples."""
+    rollout, before = (sample_prompts(m, prompts, tokenizer, max_new_tokens, seed) for m in (policy, reference))
+    show_samples(rollout, tokenizer)
+    log_ratio = token_logprobs(policy, rollout.tokens) - token_logprobs(reference, rollout.tokens)  # (B, T-1)
+    return {
+        "eos_rate": rollout.ended.float().mean().item(),
+        "ref_eos_rate": before.ended.float().mean().item(),
+        "kl": torch.where(rollout.action_mask, log_ratio, 0.0).sum(1).mean().item(),
+    }
 
 
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
-    """Did this stage work? Print the figure beside its expected range."""
+    """Did this stage work? Print the figure beside the range that it has at default settings."""
     ok = low <= value <= high
-    if math.isfinite(low) and math.isfinite(high):
-        expected = f"expected {low:g}-{high:g}"
-    else:
-        expected = f"expected at least {low:g}" if math.isfinite(low) else f"expected at most {high:g}"
-    print(f"GATE {name} {value:.3f} ({expected}{'; ' + note if note else ''})  {'OK' if ok else 'FAILED'}", flush=True)
+    bounds = f"{low:g} to {high:g}"
+    if not math.isfinite(low) or not math.isfinite(high):
+        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+    note = f"; {note}" if note else ""
+    print(
+        f"GATE {name} {value:.3f} (expected at default settings: {bounds}{note})  {'OK' if ok else 'FAILED'}",
+        flush=True,
+    )
     return {"name": name, "value": round(value, 4), "low": finite(low), "high": finite(high), "ok": ok}
+
+
+# -------------------------------------------------------------------------------- what is shown of rollouts
+
+
+def rollout_figures(
+    experience, completions: list[str], raw_scores: Tensor, scores: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """The figures of an iteration, of its ppo.Experience; README.md says how to read them. scores (B,): with the
+    penalty of cut ones."""
+    e, mask = experience, experience.action_mask
+    kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
+    residual, returns = (e.returns - e.values)[mask], e.returns[mask]
+    variance = returns.var(correction=0)
+    return {
+        "score": raw_scores.mean().item(),
+        "kl": kl,
+        "k3": e.k3.sum(1).mean().item(),
+        "kl_coef": kl_coef,
+        "objective": scores.mean().item() - kl_coef * kl,
+        "entropy": masked_mean(e.entropy, mask).item(),
+        "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
+        "length": mask.sum(1).float().mean().item(),
+        "eos_rate": e.ended.float().mean().item(),
+        "distinct": len(set(completions)) / len(completions),
+    }
+
+
+def print_trace(experience, tokenizer: Tokenizer, row: int = 0) -> None:
+    """One rollout of a ppo.Experience, token by token."""
+    columns = {"logprobs": 8, "ref_logprobs": 12, "kl": 7, "rewards": 7, "values": 7, "advantages": 10, "returns": 7}
+    tqdm.write(f"{'token':>14} " + " ".join(f"{name:>{width}}" for name, width in columns.items()))
+    for t in experience.action_mask[row].nonzero().squeeze(1).tolist():
+        figures = [f"{getattr(experience, name)[row, t].item():{width}.3f}" for name, width in columns.items()]
+        token = tokenizer.decode([int(experience.tokens[row, t + 1])])
+        tqdm.write(f"{token!r:>14} " + " ".join(figures))
+
+
+def last_quarter(history: list[dict], expected: tuple) -> dict:
+    """Means over the last quarter of a run, and gates: expected holds (figure, name, from, to)."""
+    tail = history[-max(1, len(history) // 4) :]
+    shown = [k for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", "gold") if k in tail[0]]
+    results = {k: sum(row[k] for row in tail) / len(tail) for k in shown}
+    print("last quarter (first iteration): " + ", ".join(f"{k} {results[k]:.2f} ({history[0][k]:.2f})" for k in shown))
+    return {**results, "gates": [gate(name, results[key], low, high) for key, name, low, high in expected]}

@@ -13,6 +13,7 @@ the reward model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,29 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import (
-    RunFolder,
-    autocast,
-    compile_blocks,
-    due,
-    gate,
-    load_model,
-    lr_at,
-    pick_device,
-    progress,
-    save_model,
-    set_lr,
-    show_samples,
-)
-from data.batches import (
-    RankedBatch,
-    RankedExamples,
-    by_length,
-    epoch_batches,
-    load_rankings,
-    micro_batches,
-    ranked_batch,
-)
+from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate
+from common import load_model, lr_at, note_task, pick_device, progress, save_model, set_lr
+from common import train_last_layers, trainable
+from data.batches import RankedBatch, RankedExamples, by_length, epoch_batches, load_preferences, micro_batches
+from data.batches import ranked_batch
 from data.tokenizer import load_tokenizer
 from model import GPT, completion_mask, token_logprobs
 
@@ -50,7 +33,7 @@ from model import GPT, completion_mask, token_logprobs
 @dataclass
 class Config(TrainConfig):
     data: str = flag("out/data/rankings.jsonl", "rankings or pairs to learn from")
-    held_out_data: str = flag("out/data/rankings_held_out.jsonl", "rankings of held-out prompts; empty: none")
+    held_out_data: str = flag("auto", "rankings of held-out prompts (auto: DATA_held_out.jsonl; empty: none)")
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     out_dir: str = flag("out/dpo", "folder for the checkpoint and the logs")
     beta: float = flag(0.1, "strength of the pull towards the reference, in reward per nat", above=0)
@@ -69,6 +52,7 @@ class Config(TrainConfig):
 
 # What the embedded task gives at default settings.
 EXPECTED_ACCURACY = (0.62, 0.90)
+EXPECTED_LOSS = (0.6, 0.95)
 EXPECTED_EOS = (0.98, 1.0)
 
 
@@ -126,10 +110,6 @@ def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs[:, i][strict], logprobs[:, j][strict]
 
 
-def count_pairs(item: RankedExamples) -> int:
-    return sum(a < b for n, a in enumerate(item.ranks) for b in item.ranks[n + 1 :])
-
-
 def batch_logprobs(model: nn.Module, batch: RankedBatch) -> Tensor:
     """(M,) log-probs of all completions of the batch, chosen and rejected in one forward pass, each text once."""
     return sequence_logprobs(model, batch.tokens, completion_mask(batch.prompt_lens, batch.lens, batch.tokens.size(1)))
@@ -148,15 +128,17 @@ def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: 
             item.ref_logprobs = found
 
 
+PAIR_FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
+
+
 def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Tensor:
-    """All strict pairs of some rankings -> (5, P): loss, chosen reward, rejected reward, chosen log-prob, rejected
-    log-prob. Only the losses carry a gradient."""
+    """PAIR_FIGURES of all P strict pairs of some rankings, (5, P). The losses alone carry a gradient."""
     batch = ranked_batch(items, policy.device)
     with autocast(policy.device, config.dtype):
         logprobs = batch_logprobs(policy, batch)  # (M,)
     ref_logprobs = torch.cat([item.ref_logprobs for item in items])  # (M,)
     chosen, rejected = ranking_pairs(logprobs[batch.index], batch.ranks)  # (P,) each
-    ref_chosen, ref_rejected = ranking_pairs(ref_logprobs[batch.index], batch.ranks)
+    ref_chosen, ref_rejected = ranking_pairs(ref_logprobs[batch.index], batch.ranks)  # (P,) each
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind
     )
@@ -164,19 +146,12 @@ def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Ten
 
 
 def figures_of(pairs: Tensor) -> dict[str, float]:
-    """What to look at, from pair_losses' (5, P). Both log-probs may fall while the margin grows: the loss asks for the
-    margin alone."""
-    losses, chosen_rewards, rejected_rewards, chosen, rejected = pairs
-    margin = chosen_rewards - rejected_rewards
-    return {
-        "loss": losses.mean().item(),
-        "accuracy": (0.5 + 0.5 * torch.sign(margin)).mean().item(),
-        "margin": margin.mean().item(),
-        "chosen_reward": chosen_rewards.mean().item(),
-        "rejected_reward": rejected_rewards.mean().item(),
-        "chosen_logprob": chosen.mean().item(),
-        "rejected_logprob": rejected.mean().item(),
-    }
+    """Means over the pairs, pairs (5, P). Both log-probs may fall while the margin grows: the loss asks for the
+    margin."""
+    margin = pairs[1] - pairs[2]  # (P,)
+    accuracy = (0.5 + 0.5 * torch.sign(margin)).mean().item()  # an equal pair counts as half
+    means = dict(zip(PAIR_FIGURES, pairs.mean(1).tolist(), strict=True))
+    return {**means, "margin": margin.mean().item(), "accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -186,33 +161,55 @@ def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[s
     return figures_of(torch.cat(parts, 1))
 
 
+def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:
+    """Print what the run led to and warn of the ways in which DPO goes wrong -> gates, on the embedded task."""
+    eos, ref_eos, kl = (results[k] for k in ("eos_rate", "ref_eos_rate", "kl"))
+    print(f"DPO samples: EOS rate {eos:.2f} (reference {ref_eos:.2f}), KL to the reference {kl:.1f} nats a sequence")
+    if eos < 0.8 * ref_eos or kl > 25:
+        print("WARNING: the policy has collapsed or is about to; lower --lr, raise --beta, or take fewer --epochs")
+    if "accuracy" not in results:
+        return []
+    accuracy, loss = results["accuracy"], results["loss"]
+    print(f"DPO held-out accuracy {accuracy:.3f} (training {train_accuracy:.3f}), loss {loss:.3f}")
+    if train_accuracy > 0.95 and accuracy < train_accuracy - 0.15:
+        print("WARNING: it knows the training pairs by heart; take fewer --epochs or a lower --lr")
+    if task != "tiny":
+        return []
+    start = math.log(2) if config.kind == "sigmoid" else 1 / (4 * config.beta**2)
+    return [
+        gate("DPO held-out accuracy", accuracy, *EXPECTED_ACCURACY, f"margin {results['margin']:.2f}"),
+        gate("DPO held-out loss, share of the start's", loss / start, *EXPECTED_LOSS),
+        gate("DPO EOS rate", eos, *EXPECTED_EOS),
+    ]
+
+
 def train(config: Config) -> dict:
     check_ranges(config)
     check(config.kind == "sigmoid" or config.label_smoothing == 0, "--label_smoothing belongs to --kind sigmoid")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
-    tokenizer = load_tokenizer(tokenizer_name)
+    start_from = load_model(config.policy, device, made_by="python sft.py")
+    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
     reference = copy.deepcopy(policy).requires_grad_(False)
+    train_last_layers(policy, config.train_layers)
     block_size = policy.config.block_size
-
-    items = load_rankings(config.data, tokenizer, block_size, "python collect.py")
-    held_out = []
-    if config.held_out_data:
-        held_out = load_rankings(config.held_out_data, tokenizer, block_size, "python collect.py")
+    items, held_out, task = load_preferences(config, tokenizer, block_size)
+    note_task(start_from, task, config.data)
     add_reference_logprobs(reference, items, config)
     add_reference_logprobs(reference, held_out, config)
     batches = epoch_batches(items, config)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainable(policy), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if config.compile:
         compile_blocks(policy)
-    run = RunFolder(config)
-    start = run.resume(device, policy=policy, optimizer=optimizer)["step"]
+    run = RunFolder(config, len(batches))
+    if run.done:
+        return run.done
+    start = run.resume(policy=policy, optimizer=optimizer)["step"]
 
     policy.eval()  # no dropout: policy and reference must differ by their weights alone
     bar = progress(start, len(batches), "dpo")
     for step in bar:
-        n_pairs = sum(count_pairs(item) for item in batches[step])  # of the whole step
+        n_pairs = sum(item.n_strict_pairs for item in batches[step])  # of the whole step
         set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
         optimizer.zero_grad(set_to_none=True)
         parts = []
@@ -220,7 +217,7 @@ def train(config: Config) -> dict:
             pairs = pair_losses(policy, part, config)  # (5, P)
             (pairs[0].sum() / n_pairs).backward()
             parts.append(pairs.detach())
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+        norm = clip_gradients(policy, config.grad_clip)
         optimizer.step()
 
         if step == 0 or due(step, config.log_every, len(batches)):
@@ -230,19 +227,13 @@ def train(config: Config) -> dict:
         if due(step, config.save_every, len(batches)):
             run.save_state(step + 1, policy=policy, optimizer=optimizer)
 
-    save_model(config.out_dir, policy, tokenizer.name, "dpo.py", config)
+    save_model(config.out_dir, policy, tokenizer.name, "dpo.py", config, task)
     prompts = [item.examples[0].prompt for item in (held_out or items)[:256]]
-    eos_rate = show_samples(policy, prompts, tokenizer, config.max_new_tokens, config.seed)
-    results: dict = {"gates": [], "eos_rate": eos_rate}
+    results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
     if held_out:
         results |= evaluate(policy, held_out, config)
-        run.log(step=len(batches), **{f"held_out_{k}": v for k, v in results.items() if k != "gates"})
-        note = f"margin {results['margin']:.2f}, loss {results['loss']:.3f} (ln 2 = 0.693 at the start)"
-        if tokenizer.name == "tiny":
-            results["gates"].append(gate("DPO held-out accuracy", results["accuracy"], *EXPECTED_ACCURACY, note))
-            results["gates"].append(gate("DPO EOS rate", eos_rate, *EXPECTED_EOS))
-        else:
-            print(f"DPO held-out accuracy {results['accuracy']:.3f} ({note})")
+    train_accuracy = [row["accuracy"] for row in run.history("accuracy")][-10:]  # of the last logged steps
+    results["gates"] = report(results, sum(train_accuracy) / len(train_accuracy), config, task)
     return run.finish(results)
 
 

@@ -13,54 +13,42 @@ has to beat.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import (
-    call_reward,
-    gate,
-    generator_for,
-    gold_function,
-    load_function,
-    load_model,
-    pick_device,
-    write_json,
-)
-from data.batches import by_length, load_rankings, truncate_prompt
-from data.files import read_demonstrations, read_prompts
-from data.tiny import annotators_bayes_accuracy
+from common import call_reward, gate, generator_for, gold_function, load_model, load_scorer, pick_device
+from common import score_rollout, write_json
+from data.batches import by_length, encode_prompts, load_rankings
+from data.files import read_demonstrations, read_prompts, sibling
+from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, ScalarModel, generate
+from model import GPT, ScalarModel, generate, rows_at_a_time
 from ppo import exact_kl
 from reward_model import evaluate as evaluate_reward_model
 
 
 @dataclass
 class Config:
-    policies: list[str] = flag(
-        ["out/sft", "out/ppo", "out/dpo"],
-        "checkpoints to compare; the first is the baseline of win rate, KL and headroom",
-    )
+    policies: list[str] = flag(["out/sft", "out/ppo", "out/dpo"], "checkpoints to compare; the first is the baseline")
     reward: str = flag("out/reward_model", "reward model that scores them and picks the best of n; empty: none")
     prompts: str = flag("out/data/prompts_held_out.jsonl", "held-out prompts")
     n_prompts: int = flag(512, "prompts to use (0: all)", low=0)
-    rankings: str = flag(
-        "out/data/rankings_held_out.jsonl", "held-out rankings, for the reward model's accuracy; empty: none"
-    )
+    rankings: str = flag("auto", "held-out rankings for the reward model's accuracy (auto: those beside the prompts)")
     demonstrations: str = flag(
-        "out/data/demonstrations_held_out.jsonl", "demonstrations whose mean gold reward is shown beside; empty: none"
+        "auto", "demonstrations to show beside, by the true reward (auto: those beside the prompts)"
     )
     gold: str = flag("auto", "true reward, file.py:function (auto: the embedded task's; empty: none)")
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     temperature: float = flag(1.0, "sampling temperature, also of the KL", above=0)
-    best_of: list[int] = flag([1, 2, 4, 8, 16], "values of n for best-of-n", low=1)
-    best_of_prompts: int = flag(128, "prompts for best-of-n", low=1)
+    best_of: list[int] = flag([1, 2, 4, 8, 16], "values of n for best-of-n; none: leave it out", low=1)
     out_dir: str = flag("out/evaluate", "folder for results.json")
     strict: bool = flag(False, "exit with status 1 if a gate fails")
-    seed: int = flag(1, "seed of the samples", low=0)
+    seed: int = flag(1, "seed of the samples", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -70,7 +58,7 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     wide."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def win_rate(rewards: list[float], baseline: list[float]) -> tuple[float, float, float]:
@@ -93,29 +81,17 @@ def sample_policy(
     """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm, ended,
     length."""
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
+    options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature}
     for number, rows in enumerate(by_length(ids, 128)):
-        generator = generator_for(policy.device, seed, number)
-        rollout = generate(
-            policy,
-            [ids[i] for i in rows],
-            config.max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=config.temperature,
-            generator=generator,
-        )
-        kl = []
-        for tokens in rollout.tokens.split(32):
-            same = policy is reference
-            kl.append(
-                torch.zeros(len(tokens), tokens.size(1) - 1)
-                if same
-                else exact_kl(policy(tokens) / config.temperature, reference(tokens) / config.temperature).cpu()
-            )
-        kl_sum = torch.where(rollout.action_mask.cpu(), torch.cat(kl), 0.0).sum(1)  # (b,)
-        scores = reward_model.score(rollout.tokens, rollout.lens) if reward_model else torch.zeros(len(rows))
+        rng = generator_for(policy.device, seed, number)
+        rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, generator=rng, **options)
+        kl = torch.zeros(rollout.action_mask.shape, device=policy.device)  # (b, T-1)
+        if policy is not reference:
+            kl = token_kl(policy, reference, rollout.tokens, config.temperature)
+        scores = score_rollout(reward_model, rollout) if reward_model else torch.zeros(len(rows))
         batch = {
             "completion": [tokenizer.decode(c) for c in rollout.completions()],
-            "kl": kl_sum.tolist(),
+            "kl": torch.where(rollout.action_mask, kl, 0.0).sum(1).tolist(),
             "rm": scores.tolist(),
             "ended": rollout.ended.tolist(),
             "length": (rollout.lens - rollout.prompt_lens).tolist(),
@@ -126,47 +102,60 @@ def sample_policy(
     return found
 
 
+def token_kl(policy: GPT, reference: GPT, tokens: Tensor, temperature: float) -> Tensor:
+    """exact_kl of the two for tokens (B, T) -> (B, T-1), a few rows at a time: about eight tensors of their logits'
+    size exist at once."""
+    parts = tokens.split(max(1, rows_at_a_time(tokens, policy) // 4))
+    return torch.cat([exact_kl(policy(part) / temperature, reference(part) / temperature) for part in parts])
+
+
 @torch.no_grad()
 def best_of_n(
     policy: GPT,
     reward_model: ScalarModel,
     prompts: list[str],
     ids: list[list[int]],
-    gold,
+    gold: Callable | None,
     tokenizer: Tokenizer,
     config: Config,
 ) -> dict[str, dict]:
-    """For each n: the gold reward and the reward model's score of the completion it likes best among the first n
-    samples."""
+    """For each n: gold reward and reward-model score of the completion that the reward model likes best among n
+    samples, in expectation over all choices of n of the N samples of each prompt (N is the largest n)."""
     most = max(config.best_of)
-    completions: list[list[str]] = [[] for _ in ids]
-    scores: list[list[float]] = [[] for _ in ids]
+    options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature}
+    scores, golds = torch.zeros(len(ids), most), torch.zeros(len(ids), most)  # (P, N)
     for number, rows in enumerate(by_length(ids, max(1, 256 // most))):
         repeated = [ids[i] for i in rows for _ in range(most)]
-        generator = generator_for(policy.device, config.seed, 1000, number)
-        rollout = generate(
-            policy,
-            repeated,
-            config.max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            temperature=config.temperature,
-            generator=generator,
-        )
-        score = reward_model.score(rollout.tokens, rollout.lens).tolist()
-        for k, (completion, value) in enumerate(zip(rollout.completions(), score, strict=True)):
-            completions[rows[k // most]].append(tokenizer.decode(completion))
-            scores[rows[k // most]].append(value)
+        rng = generator_for(policy.device, config.seed, 1000, number)
+        rollout = generate(policy, repeated, config.max_new_tokens, generator=rng, **options)
+        scores[rows] = score_rollout(reward_model, rollout).cpu().view(-1, most)
+        if gold:
+            asked = [prompts[i] for i in rows for _ in range(most)]
+            completions = [tokenizer.decode(c) for c in rollout.completions()]
+            found = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
+            golds[rows] = torch.tensor(found).view(-1, most)
     results = {}
     for n in config.best_of:
-        picks = [max(range(n), key=lambda i, s=s: s[i]) for s in scores]
-        results[str(n)] = {"rm": mean([s[i] for s, i in zip(scores, picks, strict=True)])}
-        # the KL of best-of-n to the policy it samples from, at most (Stiennon et al. 2020, appendix G.3)
+        rm = expected_best(scores, scores, n)  # (P,)
+        results[str(n)] = {"rm": rm.mean().item()}
+        # the KL of best-of-n to the policy it samples from is at most this (Stiennon et al. 2020, appendix G.3)
         results[str(n)]["kl_bound"] = math.log(n) - (n - 1) / n
         if gold:
-            results[str(n)]["gold"] = mean(
-                call_reward(gold, prompts, [c[i] for c, i in zip(completions, picks, strict=True)])
-            )
+            best = expected_best(scores, golds, n).tolist()
+            results[str(n)] |= {"gold": mean(best), "gold_se": standard_error(best)}
     return results
+
+
+def expected_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """The value of the best-scored of n samples, averaged over all subsets of n of the N samples: scores, values (P, N)
+    -> (P,).
+
+    Sorted by score, sample i (from 0) is the best of a subset if the other n - 1 come from the i below it: C(i, n-1) of
+    the C(N, n) subsets (as in Nakano et al. 2021, arXiv:2112.09332, appendix I)."""
+    N = scores.size(1)
+    weights = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)  # (N,)
+    ranked = values.double().gather(1, scores.argsort(1, stable=True))  # (P, N), from the worst score to the best
+    return ranked @ weights
 
 
 def mean(values: list[float]) -> float:
@@ -177,57 +166,43 @@ def standard_error(values: list[float]) -> float:
     return torch.tensor(values).std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def task_ceiling(config: Config, tokenizer_name: str, gold, prompts: list[str]) -> float | None:
-    """Gold reward of the best completions there are, where the task can write them."""
-    if config.gold == "auto" and tokenizer_name == "tiny":
-        best = load_function("data/tiny.py:best_completion")
-        return mean(call_reward(gold, prompts, [best(p) for p in prompts]))
-    return None
+# column, title, format
+COLUMNS = (
+    ("gold", "gold", "{:.3f}"),
+    ("gold_se", "+-", "{:.3f}"),
+    ("rm", "RM score", "{:.2f}"),
+    ("kl", "KL", "{:.2f}"),
+    ("win_rate", "win rate [95% interval]", "{:.3f}"),
+    ("eos_rate", "EOS", "{:.3f}"),
+    ("length", "length", "{:.1f}"),
+    ("distinct", "distinct", "{:.2f}"),
+    ("headroom_closed", "headroom closed", "{:.0%}"),
+)
 
 
 def print_table(results: dict) -> None:
-    columns = {
-        "gold": "{:.3f}",
-        "gold_se": "{:.3f}",
-        "rm": "{:.2f}",
-        "kl": "{:.2f}",
-        "win_rate": "{:.3f}",
-        "eos_rate": "{:.3f}",
-        "length": "{:.1f}",
-        "distinct": "{:.2f}",
-        "headroom_closed": "{:.0%}",
-    }
-    shown = {k: f for k, f in columns.items() if any(p.get(k) is not None for p in results["policies"].values())}
-    titles = {
-        "gold_se": "+-",
-        "win_rate": "win rate [95% interval]",
-        "headroom_closed": "headroom closed",
-        "rm": "RM score",
-        "kl": "KL",
-        "eos_rate": "EOS",
-    }
-    rows = [["policy", *(titles.get(k, k) for k in shown)]]
+    shown = [c for c in COLUMNS if any(p.get(c[0]) is not None for p in results["policies"].values())]
+    rows = [["policy", *(title for _, title, _ in shown)]]
     for name, figures in results["policies"].items():
-        row = [name]
-        for key, template in shown.items():
-            value = figures.get(key)
-            text = "-" if value is None else template.format(value)
-            row.append(
-                f"{text} [{figures['win_low']:.3f}, {figures['win_high']:.3f}]"
-                if key == "win_rate" and value is not None
-                else text
-            )
-        rows.append(row)
+        cells = {key: template.format(figures[key]) for key, _, template in shown if figures[key] is not None}
+        if "win_rate" in cells:
+            cells["win_rate"] += f" [{figures['win_low']:.3f}, {figures['win_high']:.3f}]"
+        rows.append([name, *(cells.get(key, "-") for key, _, _ in shown)])
     for n, figures in results["best_of_n"].items():
-        cells = {"gold": figures.get("gold"), "rm": figures["rm"], "kl": figures["kl_bound"]}
-        rows.append([f"best of {n}", *(columns[k].format(cells[k]) if cells.get(k) is not None else "" for k in shown)])
-    widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
+        cells = {key: template.format(figures[key]) for key, _, template in shown if key in figures}
+        cells["kl"] = f"<={figures['kl_bound']:.2f}"
+        rows.append([f"best of {n}", *(cells.get(key, "") for key, _, _ in shown)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print(
-            "  ".join(
-                cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+
+
+def unique_names(paths: list[str]) -> list[str]:
+    """The folders' names; whole paths where two are the same; numbered where even these are."""
+    names = [Path(p).name for p in paths]
+    names = names if len(set(names)) == len(names) else paths
+    return [name if names.index(name) == i else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def run(config: Config) -> dict:
@@ -235,111 +210,103 @@ def run(config: Config) -> dict:
     check(bool(config.policies), "--policies needs at least one checkpoint")
     device = pick_device(config.device)
     made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "dpo": "python dpo.py"}
-    names = [Path(p).name for p in config.policies]
-    names = (
-        names if len(set(names)) == len(names) else config.policies
-    )  # out/a/ppo and out/b/ppo need their whole paths
-    reference, tokenizer_name = load_model(
-        config.policies[0], device, made_by=made_by.get(Path(config.policies[0]).name, "")
-    )
-    tokenizer = load_tokenizer(tokenizer_name)
-    reward_model = load_model(config.reward, device, "scalar", "python reward_model.py")[0] if config.reward else None
-    gold = gold_function(config.gold, tokenizer_name)
-    if gold is None and reward_model is None:
-        raise UserError("nothing to judge by: give --gold file.py:function or --reward CHECKPOINT")
+    loaded = [load_model(p, device, made_by=made_by.get(Path(p).name, "")) for p in config.policies]
+    baseline = loaded[0]
+    reference, tokenizer = baseline.model, load_tokenizer(baseline.tokenizer)
+    for path, found in zip(config.policies, loaded, strict=True):
+        smaller = found.model.config.block_size < reference.config.block_size
+        check(not smaller, f"{path}: its block_size is smaller than that of {config.policies[0]}")
+        same = found.tokenizer == baseline.tokenizer
+        check(same, f"{path} has the {found.tokenizer} vocabulary, {config.policies[0]} has {baseline.tokenizer}")
+    reward_model = load_scorer(config.reward, baseline, device).model if config.reward else None
     room = reference.config.block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
-    ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in prompts]
+    task = task_of(config.prompts)
+    gold = gold_function(config.gold, task)
+    if gold is None and reward_model is None:
+        raise UserError("nothing to judge by: give --gold file.py:function or --reward CHECKPOINT")
+    ids = encode_prompts(prompts, tokenizer, room, config.prompts)
 
-    ceiling = task_ceiling(config, tokenizer_name, gold, prompts)
-    results: dict = {
-        "ceiling": ceiling,
-        "demonstrations": None,
-        "reward_model": {},
-        "policies": {},
-        "best_of_n": {},
-        "gates": [],
-    }
-    if gold and config.demonstrations:
-        rows = read_demonstrations(config.demonstrations, "python -m data.tiny")
+    ceiling = None
+    if config.gold == "auto" and task == "tiny":
+        ceiling = mean(gold_reward(prompts, [best_completion(p) for p in prompts]))
+    results: dict = {"ceiling": ceiling, "demonstrations": None, "reward_model": {}, "policies": {}, "best_of_n": {}}
+    if gold and (path := beside(config.prompts, config.demonstrations, "demonstrations")):
+        rows = read_demonstrations(path, "python -m data.tiny")
         results["demonstrations"] = mean(call_reward(gold, [p for p, _ in rows], [c for _, c in rows]))
-    if reward_model and config.rankings:
-        items = load_rankings(config.rankings, tokenizer, reference.config.block_size, "python collect.py")
+        print(f"{path}: {len(rows):,} demonstrations")
+    if reward_model and (path := beside(config.prompts, config.rankings, "rankings")):
+        items = load_rankings(path, tokenizer, reference.config.block_size, "python collect.py")
         results["reward_model"] = evaluate_reward_model(reward_model, items, device)
-        results["reward_model"]["bayes_accuracy"] = annotators_bayes_accuracy(config.rankings)
+        results["reward_model"]["bayes_accuracy"] = annotators_bayes_accuracy(path)
 
-    baseline: list[float] = []
-    for number, (name, path) in enumerate(zip(names, config.policies, strict=True)):
-        policy, found = (
-            (reference, tokenizer_name) if number == 0 else load_model(path, device, made_by=made_by.get(name, ""))
-        )
-        check(
-            policy.config.block_size >= reference.config.block_size,
-            f"{path}: its block_size is smaller than that of {config.policies[0]}",
-        )
-        check(found == tokenizer_name, f"{path} has the {found} vocabulary, {config.policies[0]} has {tokenizer_name}")
-        samples = sample_policy(policy, reference, reward_model, ids, tokenizer, config, config.seed * 100 + number)
-        golds = call_reward(gold, prompts, samples["completion"]) if gold else None
+    judged_baseline: list[float] = []
+    for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
+        seed = config.seed * 100 + number
+        samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
+        golds = call_reward(gold, prompts, samples["completion"], samples["ended"], "the gold reward") if gold else None
         judged = golds if golds is not None else samples["rm"]  # by the truth where it is known
-        if number == 0:
-            baseline = judged
-        rate, low, high = win_rate(judged, baseline) if number else (None, None, None)
+        judged_baseline = judged_baseline or judged
+        rate, low, high = win_rate(judged, judged_baseline) if number else (None, None, None)
         figures = {
             "gold": mean(golds) if golds else None,
             "gold_se": standard_error(golds) if golds else None,
             "rm": mean(samples["rm"]) if reward_model else None,
             "kl": mean(samples["kl"]),
-            **{"win_rate": rate, "win_low": low, "win_high": high},
+            "win_rate": rate,
+            "win_low": low,
+            "win_high": high,
             "eos_rate": mean([float(e) for e in samples["ended"]]),
             "length": mean(samples["length"]),
             "distinct": len(set(samples["completion"])) / len(prompts),
-            "headroom_closed": (mean(golds) - mean(baseline)) / (ceiling - mean(baseline))
-            if ceiling is not None
-            else None,
+            "headroom_closed": None,
         }
         if ceiling is not None:
-            parts = load_function("data/tiny.py:gold_parts")
-            each = [parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
-            figures["parts"] = {k: mean([e[k] for e in each]) for k in each[0]}
+            start = mean(judged_baseline)
+            figures["headroom_closed"] = (mean(golds) - start) / (ceiling - start)
+            each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
+            figures["parts"] = {k: mean([e[k] for e in each]) for k in PARTS}
         results["policies"][name] = figures
     if reward_model and config.best_of:
-        n = min(config.best_of_prompts, len(prompts))
-        results["best_of_n"] = best_of_n(reference, reward_model, prompts[:n], ids[:n], gold, tokenizer, config)
+        results["best_of_n"] = best_of_n(reference, reward_model, prompts, ids, gold, tokenizer, config)
 
     print_table(results)
-    if ceiling is not None:
-        print("gold reward, part by part:")
-        for name, figures in results["policies"].items():
-            print(f"  {name:12} " + "  ".join(f"{k} {v:+.2f}" for k, v in figures["parts"].items()))
-        print(
-            f"ceiling {ceiling:.2f}; demonstrations {results['demonstrations'] or 0:.2f}; win rates by the gold reward against {names[0]}"
-        )
-        results["gates"] = gates(results, names[0])
+    print(f"+-: standard error of the mean gold reward over {len(prompts)} prompts; win rates against the first policy")
+    results["gates"] = report_task(results) if ceiling is not None else []
     write_json(results, Path(config.out_dir) / "results.json")
     return results
 
 
-def gates(results: dict, baseline: str) -> list[dict]:
-    """What the embedded task must show."""
-    found = []
+def beside(prompts: str, path: str, kind: str) -> str:
+    """ "auto": prompts_test.jsonl -> rankings_test.jsonl in the same folder, if it is there."""
+    name = Path(prompts).name
+    if path != "auto":
+        return path
+    return sibling(prompts, name.replace("prompts", kind)) if "prompts" in name else ""
+
+
+def report_task(results: dict) -> list[dict]:
+    """What the embedded task shows beyond the table -> its gates."""
+    policies, found = results["policies"], []
+    baseline = next(iter(policies))
+    print("gold reward, part by part:")
+    for name, figures in policies.items():
+        print(f"  {name:12} " + "  ".join(f"{k} {v:+.2f}" for k, v in figures["parts"].items()))
+    shown = "" if results["demonstrations"] is None else f"; demonstrations {results['demonstrations']:.2f}"
+    print(f"ceiling {results['ceiling']:.2f}{shown}; win rates are by the gold reward")
     if results["demonstrations"] is not None:
-        left = (results["ceiling"] - results["policies"][baseline]["gold"]) / (
-            results["ceiling"] - results["demonstrations"]
-        )
-        found.append(
-            gate(f"{baseline}: share of the way from demonstrations to ceiling still open", left, 0.4, math.inf)
-        )
+        left = (results["ceiling"] - policies[baseline]["gold"]) / (results["ceiling"] - results["demonstrations"])
+        name = f"{baseline}: share of the way from demonstrations to ceiling still open"
+        found.append(gate(name, left, 0.4, math.inf))
     if results["reward_model"].get("bayes_accuracy"):
         share = results["reward_model"]["accuracy"] / results["reward_model"]["bayes_accuracy"]
         found.append(gate("reward model: share of the annotators' Bayes accuracy", share, 0.93, 1.03))
     for name, closed in (("ppo", 0.55), ("dpo", 0.40)):
-        if name in results["policies"]:
-            figures = results["policies"][name]
+        if name in policies:
+            figures = policies[name]
             found.append(gate(f"{name}: headroom closed", figures["headroom_closed"], closed, 1.0))
-            found.append(
-                gate(f"{name}: win rate over {baseline}, low end of the interval", figures["win_low"], 0.5, 1.0)
-            )
+            found.append(gate(f"{name}: win rate over {baseline}, low end", figures["win_low"], 0.5, 1.0))
             found.append(gate(f"{name}: exact KL, nats a sequence", figures["kl"], 0.1, 15.0))
             found.append(gate(f"{name}: EOS rate", figures["eos_rate"], 0.98, 1.0))
     return found

@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-# ------------------------------------------------------------------------------------------------ the network
+# -------------------------------------------------------------------------------- the network
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class ScalarModel(nn.Module):
         return self(tokens).gather(1, lens[:, None] - 1).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------ log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -247,7 +247,7 @@ def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0) -> Tens
     return torch.cat([select_logprobs(model(part)[:, :-1], part[:, 1:], temperature) for part in tokens.split(rows)])
 
 
-# ------------------------------------------------------------------------------------------------ masked statistics
+# -------------------------------------------------------------------------------- masked statistics
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def completion_mask(prompt_lens: Tensor, lens: Tensor, T: int) -> Tensor:
     return (where >= prompt_lens[:, None]) & (where < lens[:, None])
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# -------------------------------------------------------------------------------- sampling
 
 
 @dataclass

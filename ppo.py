@@ -16,49 +16,25 @@ initial). Advantages by GAE (Schulman et al. 2015, arXiv:1506.02438), update by 
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
-from common import (
-    RunFolder,
-    autocast,
-    call_reward,
-    compile_blocks,
-    due,
-    gate,
-    generator_for,
-    gold_function,
-    load_model,
-    load_reward,
-    lr_at,
-    pick_device,
-    progress,
-    save_model,
-)
-from data.batches import Example, load_examples, make_batch, micro_batches, truncate_prompt
+from cli import TrainConfig, check, check_ranges, flag, run_main
+from common import RunFolder, autocast, call_reward, clip_gradients, compile_blocks, due, generator_for
+from common import gold_function, last_quarter, load_model, load_reward, lr_at, note_task, pick_device, print_trace
+from common import progress, rollout_figures, save_model, show_samples, train_last_layers, trainable
+from data.batches import Example, encode_prompts, load_examples, make_batch, micro_batches
 from data.files import read_prompts
-from data.tokenizer import Tokenizer, load_tokenizer
-from model import (
-    GPT,
-    Rollout,
-    ScalarModel,
-    completion_mask,
-    generate,
-    masked_mean,
-    select_logprobs,
-    token_logprobs,
-    whiten,
-)
+from data.tiny import task_of
+from data.tokenizer import load_tokenizer
+from model import GPT, Rollout, ScalarModel, at_least_float32, completion_mask, generate
+from model import select_logprobs, token_logprobs, whiten
 from sft import sft_loss
 
 KL_KINDS = ("k1", "k2", "k3")  # estimates from the sampled token alone: kl_penalty
@@ -68,7 +44,9 @@ KL_KINDS = ("k1", "k2", "k3")  # estimates from the sampled token alone: kl_pena
 class Config(TrainConfig):
     prompts: str = flag("out/data/prompts.jsonl", "prompts to practise on")
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
-    reward: str = flag("out/reward_model", "a reward model's checkpoint, or file.py:function of (prompts, completions)")
+    reward: list[str] = flag(["out/reward_model"], "reward models' checkpoints or file.py:function, one or several")
+    reward_weights: list[float] = flag([], "factor of each reward (none: 1 each)")
+    reward_combine: str = flag("sum", "one reward from several, after weighting", choices=("sum", "mean", "min"))
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
     iterations: int = flag(18, "rollout-and-update rounds", low=1)
     rollouts: int = flag(192, "completions sampled each iteration", low=1)
@@ -85,33 +63,31 @@ class Config(TrainConfig):
     clip: float = flag(0.2, "PPO's clip range of the probability ratio", above=0)
     value_clip: float = flag(0.5, "clip range of the value update, in units of the normalised reward (0: off)", low=0)
     whiten_advantages: bool = flag(True, "scale each iteration's advantages to mean 0, variance 1")
-    kl: str = flag(
-        "k1",
-        "per-token penalty: k1, k2, k3 (estimates from the sampled token) or exact (sum over the vocabulary)",
-        choices=(*KL_KINDS, "exact"),
-    )
+    kl: str = flag("k1", "per-token penalty, from the sampled token or exact", choices=(*KL_KINDS, "exact"))
     kl_coef: float = flag(0.1, "KL penalty, in reward per nat", low=0)
     kl_target: float = flag(0.0, "adapt kl_coef to hold this KL, nats a sequence (0: kl_coef is fixed)", low=0)
-    kl_horizon: float = flag(2000.0, "rollouts over which the adaptive coefficient moves by its error")
+    kl_horizon: float = flag(500.0, "rollouts over which the adaptive coefficient moves by its error", above=0)
     eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS", low=0)
-    stop_kl: float = flag(
-        0.1, "end an iteration's update when the policy is this far from the rollout's, nats a token (0: never)", low=0
-    )
+    stop_kl: float = flag(0.1, "end an update this far from the rollout's policy, nats a token (0: never)", low=0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed into every step (InstructGPT's PPO-ptx; 0: off)", low=0)
     ptx_data: str = flag("out/data/demonstrations.jsonl", "demonstrations for it")
-    train_layers: int = flag(0, "train only the last N blocks of the policy and its final LayerNorm (0: all)", low=0)
     gold: str = flag("auto", "true reward to log, file.py:function (auto: the embedded task's; empty: none)")
     trace: bool = flag(False, "print one rollout of each logged iteration token by token")
     log_every: int = flag(10, "iterations between printed samples", low=1)
 
-
-# What the embedded task gives at default settings, over the last quarter of the run.
-EXPECTED_SCORE = (0.9, 2.5)  # the normalised reward: 0 before PPO, in standard deviations of the SFT policy's samples
-EXPECTED_KL = (0.5, 15.0)  # nats a sequence
-EXPECTED_EOS = (0.98, 1.0)
+    def __post_init__(self):
+        self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
 
 
-# ------------------------------------------------------------------------------------------------ the mathematics
+# What the embedded task gives at default settings, over the last quarter of the run: figure, its name, from, to.
+EXPECTED = (
+    ("score", "PPO reward-model score", 0.9, 2.5),  # 0 before PPO, in standard deviations of the SFT policy's samples
+    ("kl", "PPO KL, nats a sequence", 0.5, 15.0),
+    ("eos_rate", "PPO EOS rate", 0.98, 1.0),
+)
+
+
+# -------------------------------------------------------------------------------- the mathematics
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
@@ -140,8 +116,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
     logits, ref_logits (B, T, V), as a model gives them (divide both by the sampling temperature before) -> (B, T-1),
     nats, in the frame: the distributions from which tokens 1..T-1 were drawn."""
-    logp = logits[:, :-1].float().log_softmax(-1)
-    ref_logp = ref_logits[:, :-1].float().log_softmax(-1)
+    logp = at_least_float32(logits[:, :-1]).log_softmax(-1)
+    ref_logp = at_least_float32(ref_logits[:, :-1]).log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
@@ -184,12 +160,7 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    action_mask: Tensor,
-    clip: float,
-    n_tokens: int | Tensor | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, clip: float, n_tokens=None
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip,
     1+clip) * A).
@@ -209,12 +180,7 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    action_mask: Tensor,
-    clip: float,
-    n_tokens: int | Tensor | None = None,
+    values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor, clip: float, n_tokens=None
 ) -> tuple[Tensor, Tensor]:
     """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped -
     R)^2), with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that
@@ -233,25 +199,26 @@ def value_loss(
 
 
 class AdaptiveKL:
-    """Ziegler et al. 2019 (arXiv:1909.08593), section 2.2: move the coefficient in proportion to how far the KL is off
-    target.
+    """The KL coefficient. With a target it moves in proportion to how far the KL is off (Ziegler et al. 2019,
+    arXiv:1909.08593, section 2.2); target 0 leaves it alone.
 
-    update(kl, n): kl in nats a sequence over n sequences;  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n /
-    horizon."""
+    update(kl, n): kl in nats a sequence over n sequences;  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+    n / horizon counts as 1 at most, so that one update changes coef by a fifth at most and never its sign."""
 
     def __init__(self, init_coef: float, target: float, horizon: float):
         if target < 0 or horizon <= 0:
             raise ValueError("AdaptiveKL needs target >= 0 and horizon > 0")
+        if target and init_coef <= 0:
+            raise ValueError("AdaptiveKL needs an init_coef above 0: a product that starts at 0 stays there")
         self.coef, self.target, self.horizon = init_coef, target, horizon
 
     def update(self, kl: float, n: int) -> None:
-        if self.target == 0:
-            return
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * n / self.horizon
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * min(1.0, n / self.horizon)
 
 
-# ------------------------------------------------------------------------------------------------ experience
+# -------------------------------------------------------------------------------- experience
 
 
 @dataclass
@@ -261,10 +228,12 @@ class Experience:
 
     tokens: Tensor  # (B, T)
     lens: Tensor  # (B,)
+    ended: Tensor  # (B,)
     action_mask: Tensor  # (B, T-1)
     logprobs: Tensor  # (B, T-1) of the policy that sampled
     ref_logprobs: Tensor  # (B, T-1)
     kl: Tensor  # (B, T-1) the penalty that goes into the reward
+    k3: Tensor  # (B, T-1) another estimate of it for the log, never negative
     entropy: Tensor  # (B, T-1) of the policy
     values: Tensor  # (B, T-1) before the update; 0 without a value model
     rewards: Tensor  # (B, T-1)
@@ -274,16 +243,18 @@ class Experience:
     def rows(self, index: list[int], cut: bool = True) -> Experience:
         """Some rows, cut to the longest of them or as wide as before."""
         T = int(self.lens[index].max()) if cut else self.tokens.size(1)
-        frame = [getattr(self, f.name)[index, : T - 1] for f in fields(self)[2:]]
-        return Experience(self.tokens[index, :T], self.lens[index], *frame)
+        frame = [getattr(self, f.name)[index, : T - 1] for f in fields(self)[3:]]
+        return Experience(self.tokens[index, :T], self.lens[index], self.ended[index], *frame)
+
+
+MEASURED = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values")
 
 
 @torch.no_grad()
 def measure(
     policy: GPT, reference: GPT, value_model: ScalarModel | None, rollout: Rollout, config: Config
 ) -> dict[str, Tensor]:
-    """What the networks say about a rollout: logprobs, ref_logprobs, kl, entropy, values, each (B, T-1), 0 where masked
-    out.
+    """What the networks say about a rollout: the columns MEASURED of an Experience, 0 where masked out.
 
     By the forward pass that the update uses too, not the sampler's cached one, and at the sampling temperature: only
     then does the first ratio equal 1. A few rows at a time, so that no more than (micro_batch, T, V) logits exist at
@@ -294,8 +265,8 @@ def measure(
             model.eval()  # dropout off, or the ratio would not start at 1
     for tokens in rollout.tokens.split(config.micro_batch or len(rollout.tokens)):
         with autocast(tokens.device, config.dtype):
-            logits = policy(tokens).float() / config.temperature  # (b, T, V)
-            ref_logits = reference(tokens).float() / config.temperature  # (b, T, V)
+            logits = policy(tokens) / config.temperature  # (b, T, V)
+            ref_logits = reference(tokens) / config.temperature  # (b, T, V)
             values = value_model(tokens)[:, :-1] if value_model is not None else tokens[:, 1:] * 0.0  # before action t
         logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:])  # (b, T-1)
         ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:])  # (b, T-1)
@@ -303,9 +274,10 @@ def measure(
         kl = exact_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
         logp = logits[:, :-1].log_softmax(-1)  # (b, T-1, V)
         entropy = -(logp.exp() * logp).sum(-1)
-        told = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "kl": kl, "entropy": entropy, "values": values}
-        parts.append(told)
-    return {k: torch.where(rollout.action_mask, torch.cat([part[k] for part in parts]), 0.0) for k in parts[0]}
+        k3 = kl_penalty(logprobs, ref_logprobs, "k3")
+        told = (logprobs, ref_logprobs, kl, k3, entropy, values)
+        parts.append(dict(zip(MEASURED, told, strict=True)))
+    return {k: torch.where(rollout.action_mask, torch.cat([part[k] for part in parts]), 0.0) for k in MEASURED}
 
 
 @torch.no_grad()
@@ -332,12 +304,11 @@ def make_experience(
         advantages = advantages - kl_coef * own
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(
-        rollout.tokens, rollout.lens, mask, **told, rewards=rewards, advantages=advantages, returns=returns
-    )
+    shaped = {"rewards": rewards, "advantages": advantages, "returns": returns}
+    return Experience(rollout.tokens, rollout.lens, rollout.ended, mask, **told, **shaped)
 
 
-# ------------------------------------------------------------------------------------------------ update
+# -------------------------------------------------------------------------------- update
 
 # the figures of an optimiser step, in the order of `update`'s tensor
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm")
@@ -347,8 +318,8 @@ def minibatches(n: int, config: Config, generator: torch.Generator) -> Iterator[
     """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time; the last of a pass may be
     smaller."""
     for _ in range(config.ppo_epochs):
-        order = torch.randperm(n, generator=generator, device=generator.device).tolist()
-        yield from micro_batches(order, config.minibatch)
+        for rows in torch.randperm(n, generator=generator, device=generator.device).split(config.minibatch):
+            yield rows.tolist()
 
 
 def update(
@@ -358,7 +329,7 @@ def update(
     experience: Experience,
     config: Config,
     generator: torch.Generator,
-    extra_loss: Callable[[], Tensor] | None = None,
+    extra_losses: Callable[[], Iterator[Tensor]] | None = None,
 ) -> dict[str, float]:
     """Several epochs of clipped PPO steps -> STATISTICS, averaged over the steps, first_ratio, updates, stopped_early.
 
@@ -369,8 +340,9 @@ def update(
     for model in models:
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens, device = experience.lens.tolist(), experience.tokens.device
-    # Rows are cut to the longest of their micro-batch, except where shapes must not change: for a GPU's compiled kernels,
-    # and in bfloat16, where attention over another width rounds differently, which moves a log-prob by up to 0.01.
+    # Rows are cut to the longest of their micro-batch, except where shapes must not change: for a GPU's compiled
+    # kernels, and in bfloat16, where attention over another width rounds differently, which moves a log-prob by up to
+    # 0.01.
     cut = device.type != "cuda" and config.dtype == "float32"
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
@@ -379,7 +351,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(len(STATISTICS), device=device)
         # micro-batches of similar length, each cut to its longest row: less filler, and the same gradient
-        for part in micro_batches(sorted(rows, key=lambda i: lens[i]), config.micro_batch):
+        for part in micro_batches(rows, config.micro_batch, length=lambda i: lens[i]):
             old = experience.rows(part, cut)
             mask = old.action_mask  # (b, t-1), like all of `old`
             with autocast(device, config.dtype):
@@ -403,9 +375,9 @@ def update(
         stopped = config.stop_kl > 0 and figures[4].item() > config.stop_kl
         if stopped:  # before this step is taken: the policy has gone too far already
             break
-        if extra_loss is not None:
-            extra_loss().backward()
-        norms = [torch.nn.utils.clip_grad_norm_(trainable(model), config.grad_clip) for model in models]
+        for loss in extra_losses() if extra_losses is not None else ():
+            loss.backward()
+        norms = [clip_gradients(model, config.grad_clip) for model in models]  # one for each network
         figures[5] = norms[0]
         optimizer.step()
         steps.append(figures)
@@ -418,10 +390,6 @@ def update(
     }
 
 
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> torch.optim.Adam:
     """Adam with eps 1e-5, as OpenAI's code had it: with 1e-8 the first steps, where second moments are tiny, are far
     larger."""
@@ -429,129 +397,76 @@ def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> tor
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
 
-def freeze_all_but_last(policy: GPT, n: int) -> None:
-    """Train only the last n blocks and the final LayerNorm. The token embedding is also the output layer (tied), so it
-    stays."""
-    check(0 < n <= len(policy.h), f"--train_layers must be between 1 and the model's {len(policy.h)} blocks")
-    policy.requires_grad_(False)
-    for module in [*policy.h[-n:], policy.ln_f]:
-        module.requires_grad_(True)
+def ptx_losses(
+    policy: GPT, demonstrations: list[Example], config: Config, iteration: int
+) -> Callable[[], Iterator[Tensor]]:
+    """InstructGPT's PTX term (Ouyang et al. 2022, eq. 2), so that the policy keeps doing what the demonstrations do.
+    Every call draws a batch of them and yields its SFT loss times ptx_coef, one micro-batch after the other."""
+    rng = generator_for(torch.device("cpu"), config.seed, iteration, 3)
+
+    def losses() -> Iterator[Tensor]:
+        drawn = torch.randint(len(demonstrations), (config.minibatch,), generator=rng).tolist()
+        batch = [demonstrations[i] for i in drawn]
+        n_tokens = sum(len(e.completion) for e in batch)
+        for part in micro_batches(batch, config.micro_batch):
+            tokens, prompt_lens, lens = make_batch(part, policy.device)
+            with autocast(policy.device, config.dtype):
+                logits = policy(tokens)  # (b, T, V)
+            mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
+            yield config.ptx_coef * sft_loss(logits, tokens, mask, n_tokens)
+
+    return losses
 
 
-def ptx_loss(policy: GPT, demonstrations: list[Example], config: Config, iteration: int) -> Callable[[], Tensor]:
-    """InstructGPT's PTX term (Ouyang et al. 2022, eq. 2): every call is ptx_coef times the SFT loss of a fresh batch of
-    demonstrations, so that the policy keeps doing what they do."""
-    generator = generator_for(torch.device("cpu"), config.seed, iteration, 3)
-
-    def loss() -> Tensor:
-        rows = torch.randint(len(demonstrations), (config.minibatch,), generator=generator).tolist()
-        tokens, prompt_lens, lens = make_batch([demonstrations[i] for i in rows], policy.device)
-        mask = completion_mask(prompt_lens, lens, tokens.size(1))
-        return config.ptx_coef * sft_loss(policy(tokens), tokens, mask)
-
-    return loss
-
-
-# ------------------------------------------------------------------------------------------------ what is shown
-
-
-def figures_of(
-    experience: Experience, ended: Tensor, completions: list[str], raw_scores: Tensor, scores: Tensor, kl_coef: float
-) -> dict[str, float]:
-    """An iteration's figures; README.md says how to read them."""
-    e, mask = experience, experience.action_mask
-    kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
-    k3 = torch.where(mask, kl_penalty(e.logprobs, e.ref_logprobs, "k3"), 0.0)
-    residual, returns = (e.returns - e.values)[mask], e.returns[mask]
-    variance = returns.var(correction=0)
-    return {
-        "score": raw_scores.mean().item(),
-        "kl": kl,
-        "k3": k3.sum(1).mean().item(),
-        "kl_coef": kl_coef,
-        "objective": scores.mean().item() - kl_coef * kl,
-        "entropy": masked_mean(e.entropy, mask).item(),
-        "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
-        "length": mask.sum(1).float().mean().item(),
-        "eos_rate": ended.float().mean().item(),
-        "distinct": len(set(completions)) / len(completions),
-    }
-
-
-def print_trace(experience: Experience, tokenizer: Tokenizer, row: int = 0) -> None:
-    """One rollout, token by token."""
-    columns = {"logprobs": 8, "ref_logprobs": 12, "kl": 7, "rewards": 7, "values": 7, "advantages": 10, "returns": 7}
-    tqdm.write(f"{'token':>14} " + " ".join(f"{name:>{width}}" for name, width in columns.items()))
-    for t in experience.action_mask[row].nonzero().squeeze(1).tolist():
-        figures = [f"{getattr(experience, name)[row, t].item():{width}.3f}" for name, width in columns.items()]
-        token = tokenizer.decode([int(experience.tokens[row, t + 1])])
-        tqdm.write(f"{token!r:>14} " + " ".join(figures))
-
-
-def report(history: list[dict], with_gates: bool) -> dict:
-    """The last quarter of the run, averaged, and where the embedded task's expectations hold its gates."""
-    tail = history[-max(1, len(history) // 4) :]
-    shown = [k for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", "gold") if k in tail[0]]
-    results: dict = {k: sum(row[k] for row in tail) / len(tail) for k in shown}
-    if not with_gates:
-        print("PPO, last quarter: " + ", ".join(f"{k} {v:.3f}" for k, v in results.items()))
-        return {**results, "gates": []}
-    note = f"{history[0]['score']:.2f} at the start"
-    if "gold" in results:
-        note += f"; gold {history[0]['gold']:.2f} -> {results['gold']:.2f}"
-    results["gates"] = [
-        gate("PPO reward-model score", results["score"], *EXPECTED_SCORE, note),
-        gate("PPO KL, nats a sequence", results["kl"], *EXPECTED_KL),
-        gate("PPO EOS rate", results["eos_rate"], *EXPECTED_EOS),
-    ]
-    return results
-
-
-# ------------------------------------------------------------------------------------------------ the loop
+# -------------------------------------------------------------------------------- the loop
 
 
 def train(config: Config) -> dict:
     check_ranges(config)
     check(config.minibatch <= config.rollouts, f"--minibatch must be at most --rollouts ({config.rollouts})")
+    check(not config.kl_target or config.kl_coef > 0, "--kl_target needs a --kl_coef above 0 to start from")
     device, cpu = pick_device(config.device), torch.device("cpu")
     torch.manual_seed(config.seed)
-    policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
-    tokenizer = load_tokenizer(tokenizer_name)
+    start_from = load_model(config.policy, device, made_by="python sft.py")
+    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    score, reward_model = load_reward(config.reward, tokenizer, device)
-    gold = gold_function(config.gold, tokenizer_name)
-    value_model = initial_value_model(policy, reward_model)
-    if config.train_layers:
-        freeze_all_but_last(policy, config.train_layers)
+    texts, task = read_prompts(config.prompts, "python -m data.tiny"), task_of(config.prompts)
+    note_task(start_from, task, config.prompts)
+    mix = {"weights": config.reward_weights, "combine": config.reward_combine}
+    score, reward_models = load_reward(config.reward, start_from, task, device, **mix)
+    gold = gold_function(config.gold, task)
+    value_model = initial_value_model(policy, reward_models, config)
+    train_last_layers(policy, config.train_layers)
     block_size = policy.config.block_size
     room = block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
-    prompts = read_prompts(config.prompts, "python -m data.tiny")
-    demonstrations = load_examples(config.ptx_data, tokenizer, block_size) if config.ptx_coef else []
+    prompts = encode_prompts(texts, tokenizer, room, config.prompts)
+    demonstrations = load_examples(config.ptx_data if config.ptx_coef else "", tokenizer, block_size)
     optimizer = make_optimizer(policy, value_model, config)
     controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     if config.compile:
         compile_blocks(policy, reference, value_model)
-    run = RunFolder(config)
-    state = run.resume(device, policy=policy, value_model=value_model, optimizer=optimizer)
+    run = RunFolder(config, config.iterations)
+    if run.done:
+        return run.done
+    state = run.resume(policy=policy, value_model=value_model, optimizer=optimizer)
     controller.coef = state.get("kl_coef", controller.coef)
 
-    history: list[dict] = []
     bar = progress(state["step"], config.iterations, "ppo")
     for iteration in bar:
         clock = [time.perf_counter()]
         # 1. sample prompts
         rng = generator_for(cpu, config.seed, iteration, 0)
-        texts = [prompts[i] for i in torch.randint(len(prompts), (config.rollouts,), generator=rng).tolist()]
-        ids = [truncate_prompt(tokenizer.encode_prompt(p), room) for p in texts]
+        drawn = torch.randint(len(prompts), (config.rollouts,), generator=rng).tolist()
+        asked = [texts[i] for i in drawn]
         # 2. roll out, by temperature alone: top-k or top-p would sample from another distribution than the one trained
         rng = generator_for(device, config.seed, iteration, 1)
-        eos_id, temperature = tokenizer.eos_id, config.temperature
-        rollout = generate(policy, ids, config.max_new_tokens, eos_id=eos_id, temperature=temperature, generator=rng)
+        options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
+        rollout = generate(policy, [prompts[i] for i in drawn], config.max_new_tokens, **options)
         completions = [tokenizer.decode(c) for c in rollout.completions()]
         clock.append(time.perf_counter())
         # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
-        raw_scores = score(rollout, texts, completions)  # (B,)
+        raw_scores = score(rollout, asked, completions)  # (B,)
         scores = raw_scores - config.eos_penalty * (~rollout.ended)
         # 4. KL penalty, 5. shaped rewards, 6. advantages
         experience = make_experience(policy, reference, value_model, rollout, scores, controller.coef, config)
@@ -560,44 +475,42 @@ def train(config: Config) -> dict:
         factor = lr_at(iteration, config.iterations, config.warmup, "linear")
         for group, peak in zip(optimizer.param_groups, (config.lr, config.value_lr), strict=True):
             group["lr"] = peak * factor
-        extra_loss = ptx_loss(policy, demonstrations, config, iteration) if demonstrations else None
+        extra_losses = ptx_losses(policy, demonstrations, config, iteration) if demonstrations else None
         rng = generator_for(cpu, config.seed, iteration, 2)
-        stats = update(policy, value_model, optimizer, experience, config, rng, extra_loss)
+        stats = update(policy, value_model, optimizer, experience, config, rng, extra_losses)
         clock.append(time.perf_counter())
         # 8. log, and move the KL coefficient
-        figures = figures_of(experience, rollout.ended, completions, raw_scores, scores, controller.coef) | stats
+        figures = rollout_figures(experience, completions, raw_scores, scores, controller.coef) | stats
         if gold is not None:
-            figures["gold"] = sum(call_reward(gold, texts, completions, "the gold reward")) / len(texts)
+            golds = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
+            figures["gold"] = sum(golds) / len(golds)
         seconds = [b - a for a, b in pairwise(clock)]
         shares = {f"share_{k}": t / sum(seconds) for k, t in zip(("rollout", "score", "update"), seconds, strict=True)}
         run.log(step=iteration + 1, **figures, lr=config.lr * factor, seconds=sum(seconds), **shares)
-        history.append(figures)
-        if not math.isfinite(figures["policy_loss"] + figures["value_loss"]):
-            raise UserError(
-                f"the loss is not finite at iteration {iteration + 1};"
-                f" lower --lr, or look at the rewards in {Path(config.out_dir) / 'metrics.jsonl'}"
-            )
         controller.update(figures["kl"], config.rollouts)
         bar.set_postfix({k: f"{figures[k]:.2f}" for k in ("score", "kl", "gold") if k in figures})
         if iteration == 0 or due(iteration, config.log_every, config.iterations):
-            for text, completion, value in list(zip(texts, completions, raw_scores.tolist(), strict=True))[:3]:
-                tqdm.write(f"  [{value:+.2f}] {text!r} -> {completion!r}")
+            show_samples(rollout, tokenizer, raw_scores)
             if config.trace:
                 print_trace(experience, tokenizer)
         if due(iteration, config.save_every, config.iterations):
             parts = {"policy": policy, "value_model": value_model, "optimizer": optimizer}
             run.save_state(iteration + 1, **parts, kl_coef=controller.coef)
 
-    save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config)
-    return run.finish(report(history, tokenizer.name == "tiny" and reward_model is not None))
+    save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config, task)
+    return run.finish(last_quarter(run.history("score"), EXPECTED if task == "tiny" and reward_models else ()))
 
 
-def initial_value_model(policy: GPT, reward_model: ScalarModel | None) -> ScalarModel:
-    """It starts as the reward model, which knows already what a good text looks like; without one, as the policy's body
-    under a head of zeros, so that the first advantages are just the rewards."""
-    if reward_model is not None:
-        return copy.deepcopy(reward_model)
-    value_model = ScalarModel.from_gpt(policy)
+def initial_value_model(policy: GPT, reward_models: list[ScalarModel], config: Config) -> ScalarModel:
+    """It starts as the reward model, which knows already what a good text looks like, in the units of its weight. Where
+    a function has a part in the reward, its units are not known: then the head starts at 0, on the reward model's body
+    or the policy's, so that the first advantages are just the rewards."""
+    if reward_models and len(reward_models) == len(config.reward):
+        value_model = copy.deepcopy(reward_models[0])
+        weights = config.reward_weights or [1.0] * len(config.reward)
+        value_model.std /= sum(weights) if config.reward_combine == "sum" else 1.0
+        return value_model
+    value_model = ScalarModel.from_gpt(reward_models[0].gpt if reward_models else policy)
     torch.nn.init.zeros_(value_model.head.weight)
     return value_model
 

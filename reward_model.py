@@ -23,30 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import (
-    RunFolder,
-    autocast,
-    compile_blocks,
-    due,
-    gate,
-    generator_for,
-    load_model,
-    lr_at,
-    pick_device,
-    progress,
-    save_model,
-    set_lr,
-)
-from data.batches import (
-    RankedExamples,
-    by_length,
-    epoch_batches,
-    load_rankings,
-    micro_batches,
-    ranked_batch,
-    truncate_prompt,
-)
-from data.files import read_prompts
+from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
+from common import generator_for, load_model, lr_at, note_task, pick_device, progress, save_model, set_lr
+from common import train_last_layers, trainable
+from data.batches import RankedExamples, by_length, encode_prompts, epoch_batches, load_preferences, micro_batches
+from data.batches import ranked_batch
+from data.files import held_out_twin, read_prompts, sibling
 from data.tiny import annotators_bayes_accuracy
 from data.tokenizer import load_tokenizer
 from model import GPT, ScalarModel, generate
@@ -55,10 +37,8 @@ from model import GPT, ScalarModel, generate
 @dataclass
 class Config(TrainConfig):
     data: str = flag("out/data/rankings.jsonl", "rankings or pairs to learn from")
-    held_out_data: str = flag("out/data/rankings_held_out.jsonl", "rankings of held-out prompts; empty: none")
-    prompts: str = flag(
-        "out/data/prompts.jsonl", "prompts on which the policy's samples are scored for the normalisation"
-    )
+    held_out_data: str = flag("auto", "rankings of held-out prompts (auto: DATA_held_out.jsonl; empty: none)")
+    prompts: str = flag("auto", "prompts for the normalisation (auto: prompts.jsonl beside the data, or the data's)")
     policy: str = flag("out/sft", "checkpoint to start from, and whose samples set the normalisation")
     out_dir: str = flag("out/reward_model", "folder for the checkpoint and the logs")
     epochs: int = flag(1, "passes over the data; more than one overfits", low=1)
@@ -113,37 +93,33 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
-    """Held-out loss and accuracy over the strict pairs, by rank gap too, and of the baseline "the longer completion
-    wins"."""
+    """Held-out loss; accuracy over the strict pairs, by rank gap too; and how far one gets by length alone."""
     model.eval()
-    losses, right, right_longer, gaps, per_ranking = 0.0, [], [], [], []
-    n_pairs = 0
+    loss, pairs, per_ranking = 0.0, [], []
     for rows in by_length(items, batch_size):
         batch = ranked_batch([items[i] for i in rows], device)
         scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
         lengths = (batch.lens - batch.prompt_lens)[batch.index].float()  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
-        longer, _ = pair_accuracy(lengths, batch.ranks)
+        longer, _ = pair_accuracy(lengths, batch.ranks)  # (N, P)
         strict = gap > 0
-        pairs = sum(items[i].n_pairs for i in rows)
-        losses += ranking_loss(scores, batch.ranks, n_pairs=1).item()
-        n_pairs += pairs
-        right.append(correct[strict])
-        right_longer.append(longer[strict])
-        gaps.append(gap[strict])
+        loss += ranking_loss(scores, batch.ranks, n_pairs=1).item()
+        pairs.append(torch.stack([correct[strict], longer[strict], gap[strict]]))  # (3, strict pairs)
         per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
-    right, gaps, per_ranking = torch.cat(right), torch.cat(gaps), torch.cat(per_ranking)
+    right, longer, gaps = torch.cat(pairs, 1)
+    per_ranking = torch.cat(
+        per_ranking
+    )  # the pairs of one prompt are not independent, so the error is taken over prompts
+    longer_wins = longer.mean().item()
     results = {
-        "loss": losses / n_pairs,
+        "loss": loss / sum(item.n_pairs for item in items),
         "accuracy": right.mean().item(),
-        "longer_wins": torch.cat(right_longer).mean().item(),
+        "accuracy_se": (per_ranking.std() / math.sqrt(len(per_ranking))).item() if len(per_ranking) > 1 else 0.0,
+        "longer_wins": longer_wins,
+        "length_alone": max(longer_wins, 1 - longer_wins),  # a judge may just as well prefer the shorter
         "random": 0.5,
     }
-    # over prompts, because the pairs of one prompt are not independent
-    results["accuracy_se"] = (per_ranking.std() / math.sqrt(len(per_ranking))).item() if len(per_ranking) > 1 else 0.0
-    for gap in gaps.unique().tolist():
-        results[f"accuracy_gap_{gap}"] = right[gaps == gap].mean().item()
-    return results
+    return results | {f"accuracy_gap_{int(g)}": right[gaps == g].mean().item() for g in gaps.unique().tolist()}
 
 
 @torch.no_grad()
@@ -163,30 +139,41 @@ def normalise(
     model.std.copy_(scores.std())
 
 
+def normalisation_prompts(config: Config) -> list[str]:
+    """The last prompts of the file: rankings are collected from its start, and on texts that it has learned from the
+    reward model is too sure of itself. Where there is no such file, the prompts of the rankings have to do."""
+    path = config.prompts
+    if path == "auto":
+        path = sibling(config.data, "prompts.jsonl")
+    if not path:
+        print(f"normalised on the prompts of {config.data}, which it learns from; --prompts names others")
+        path = config.data
+    return read_prompts(path, "python -m data.tiny")[-config.normalise_samples :]
+
+
 def train(config: Config) -> dict:
     check_ranges(config)
     device = pick_device(config.device)
-    policy, tokenizer_name = load_model(config.policy, device, made_by="python sft.py")
-    tokenizer = load_tokenizer(tokenizer_name)
+    start_from = load_model(config.policy, device, made_by="python sft.py")
+    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
     torch.manual_seed(config.seed)
     model = ScalarModel.from_gpt(policy)
+    train_last_layers(model, config.train_layers)
     block_size = policy.config.block_size
-
-    items = load_rankings(config.data, tokenizer, block_size, "python collect.py")
-    held_out = []
-    if config.held_out_data:
-        held_out = load_rankings(config.held_out_data, tokenizer, block_size, "python collect.py")
+    items, held_out, task = load_preferences(config, tokenizer, block_size)
+    note_task(start_from, task, config.data)
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    texts = read_prompts(config.prompts, "python -m data.tiny")[-config.normalise_samples :]
-    prompts = [truncate_prompt(tokenizer.encode_prompt(p), block_size - max_new_tokens) for p in texts]
+    prompts = encode_prompts(normalisation_prompts(config), tokenizer, block_size - max_new_tokens, "normalisation")
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
     if config.compile:
         compile_blocks(model)
-    run = RunFolder(config)
-    start = run.resume(device, model=model, optimizer=optimizer)["step"]
+    run = RunFolder(config, len(batches))
+    if run.done:
+        return run.done
+    start = run.resume(model=model, optimizer=optimizer)["step"]
 
     bar = progress(start, len(batches), "reward model")
     for step in bar:
@@ -205,7 +192,7 @@ def train(config: Config) -> dict:
             correct, gap = pair_accuracy(scores.detach(), batch.ranks)  # (N, P)
             right += correct[gap > 0].sum()
             strict_pairs += (gap > 0).sum()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = clip_gradients(model, config.grad_clip)
         optimizer.step()
 
         if step == 0 or due(step, config.log_every, len(batches)):
@@ -217,25 +204,21 @@ def train(config: Config) -> dict:
             run.save_state(step + 1, model=model, optimizer=optimizer)
 
     normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
-    save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config)
-    results: dict = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
+    save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config, task)
+    results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:
         results |= evaluate(model, held_out, device)
-        results["bayes_accuracy"] = annotators_bayes_accuracy(config.held_out_data)
+        results["bayes_accuracy"] = annotators_bayes_accuracy(held_out_twin(config.data, config.held_out_data))
         results["gates"] = report(results)
     return run.finish(results)
 
 
 def report(results: dict) -> list[dict]:
     """Print the held-out figures -> gates, where the annotators' own accuracy is known."""
-    gaps = {k.rsplit("_", 1)[1]: v for k, v in results.items() if k.startswith("accuracy_gap")}
-    print(
-        f"accuracy by rank gap  {', '.join(f'{k}: {v:.2f}' for k, v in gaps.items())};"
-        f"  +- {results['accuracy_se']:.3f} (standard error);"
-        f"  raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}"
-    )
+    gaps = ", ".join(f"{k[13:]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap_"))
+    print(f"raw scores: mean {results['mean']:.2f}, std {results['std']:.2f};  held-out accuracy by rank gap  {gaps}")
     accuracy, bayes = results["accuracy"], results["bayes_accuracy"]
-    note = f"longer-wins {results['longer_wins']:.2f}; random 0.50"
+    note = f"standard error {results['accuracy_se']:.3f}; length alone {results['length_alone']:.2f}; random 0.50"
     if bayes is None:
         print(f"RM held-out accuracy {accuracy:.3f} ({note})")
         return []

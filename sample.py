@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import generator_for, gold_function, load_model, pick_device
-from data.batches import truncate_prompt
+from common import Checkpoint, call_reward, generator_for, gold_function, load_model, load_scorer, pick_device
+from common import score_rollout
+from data.batches import encode_prompts
 from data.tokenizer import load_tokenizer
 from model import generate
 
@@ -35,28 +36,29 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
-def answer(model, tokenizer, prompt: str, config: Config, seed: int, reward_model=None, gold=None) -> list[str]:
+def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: Checkpoint | None) -> list[str]:
     """Completions of one prompt, each as a line with its scores."""
-    room = model.config.block_size - config.max_new_tokens
-    ids = truncate_prompt(tokenizer.encode_prompt(prompt), room)
+    tokenizer, gold = load_tokenizer(policy.tokenizer), gold_function(config.gold, policy.task)
+    room = policy.model.config.block_size - config.max_new_tokens
+    ids = encode_prompts([prompt], tokenizer, room, "prompt")[0]
     rollout = generate(
-        model,
+        policy.model,
         [ids] * config.samples,
         config.max_new_tokens,
         eos_id=tokenizer.eos_id,
         temperature=config.temperature,
         top_k=config.top_k or None,
         top_p=config.top_p if config.top_p < 1 else None,
-        generator=generator_for(model.device, seed),
+        generator=generator_for(policy.model.device, seed),
     )
-    scores = reward_model.score(rollout.tokens, rollout.lens).tolist() if reward_model else [None] * config.samples
+    scores = score_rollout(scorer.model, rollout).tolist() if scorer else [None] * config.samples
     lines = []
-    for ids, ended, score in zip(rollout.completions(), rollout.ended.tolist(), scores, strict=True):
-        text = tokenizer.decode(ids)
+    for completion, ended, score in zip(rollout.completions(), rollout.ended.tolist(), scores, strict=True):
+        text = tokenizer.decode(completion)
         notes = [] if score is None else [f"reward {score:+.2f}"]
         if gold:
             try:
-                notes.append(f"gold {gold([prompt], [text])[0]:+.2f}")
+                notes.append(f"gold {call_reward(gold, [prompt], [text], [ended])[0]:+.2f}")
             except UserError:  # not a prompt of the task: its truth is not known
                 notes.append("gold unknown for this prompt")
         notes += [] if ended else ["cut"]
@@ -69,30 +71,24 @@ def run(config: Config) -> dict:
     device = pick_device(config.device)
     paths = config.compare or [config.policy]
     loaded = [load_model(p, device, made_by="make demo") for p in paths]
-    for path, (model, _) in zip(paths, loaded, strict=True):
-        check(
-            config.max_new_tokens < model.config.block_size,
-            f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {path}",
-        )
-    reward_model = load_model(config.reward, device, "scalar", "python reward_model.py")[0] if config.reward else None
+    for path, policy in zip(paths, loaded, strict=True):
+        fits = config.max_new_tokens < policy.model.config.block_size
+        check(fits, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {path}")
+    scorers = [load_scorer(config.reward, policy, device) if config.reward else None for policy in loaded]
     names = [Path(p).name or p for p in paths]
     width = max(map(len, names))
     turn = 0
     while True:
-        if config.prompt:
-            prompt = config.prompt
-        else:
+        prompt = config.prompt
+        if not prompt:
             try:
                 prompt = input("you > ").strip()
             except EOFError:
                 break
         if not prompt:
             break
-        for name, (model, tokenizer_name) in zip(names, loaded, strict=True):
-            gold = gold_function(config.gold, tokenizer_name)
-            for line in answer(
-                model, load_tokenizer(tokenizer_name), prompt, config, config.seed + turn, reward_model, gold
-            ):
+        for name, policy, scorer in zip(names, loaded, scorers, strict=True):
+            for line in answer(policy, prompt, config, config.seed + turn, scorer):
                 print(f"{name:>{width}} > {line}")
         if config.prompt:
             break

@@ -21,24 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import TrainConfig, UserError, check, check_ranges, first_line, flag, run_main
-from common import (
-    RunFolder,
-    autocast,
-    compile_blocks,
-    due,
-    gate,
-    load_model,
-    lr_at,
-    pick_device,
-    progress,
-    save_model,
-    set_lr,
-    show_samples,
-)
+from cli import TrainConfig, UserError, check, check_ranges, flag, one_line, run_main
+from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
+from common import load_model, lr_at, pick_device, progress, sample_prompts, save_model, set_lr, show_samples
+from common import train_last_layers, trainable
 from data.batches import Example, by_length, epoch_batches, load_examples, make_batch, micro_batches
+from data.files import held_out_twin
+from data.tiny import task_of
 from data.tokenizer import NAMES, load_tokenizer
-from model import GPT, GPTConfig, completion_mask
+from model import GPT, GPTConfig, at_least_float32, completion_mask
 from weights import GPT2_SIZES, load_pretrained
 
 
@@ -56,7 +47,7 @@ class Config(TrainConfig):
     n_layer: int = flag(3, "blocks (from scratch)", low=1)
     n_head: int = flag(4, "attention heads (from scratch)", low=1)
     n_embd: int = flag(128, "channels (from scratch)", low=1)
-    block_size: int = flag(96, "longest sequence, tokens (from scratch)", low=1)
+    block_size: int = flag(0, "longest sequence, tokens (0: 96, or with --init the model's own)", low=0)
     dropout: float = flag(0.0, "dropout probability while training", low=0, below=1)
     epochs: int = flag(1, "passes over the data", low=1)
     batch_size: int = flag(16, "demonstrations an optimiser step", low=1)
@@ -83,55 +74,62 @@ def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: 
     micro-batches, the completion tokens of the whole step, so that the gradients add up to those of one large batch.
     """
     target_mask = completion_mask[:, 1:].bool()  # (B, T-1): logits at t predict the token at t+1
-    losses = F.cross_entropy(logits[:, :-1][target_mask].float(), tokens[:, 1:][target_mask], reduction="sum")
+    picked = at_least_float32(logits[:, :-1][target_mask])  # (tokens, V)
+    losses = F.cross_entropy(picked, tokens[:, 1:][target_mask], reduction="sum")
     return losses / (target_mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
 
 
 def initial_model(config: Config, n_vocab: int, device) -> GPT:
-    """From scratch, from GPT-2's weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
+    """From scratch, from published weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
     if not config.init:
+        sizes = (n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
         try:
-            shape = GPTConfig(n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+            return GPT(GPTConfig(*sizes, config.dropout)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-        return GPT(shape).to(device)
-    check(0 <= config.dropout < 1, f"--dropout must be in [0, 1), not {config.dropout}")
+    for name in ("n_layer", "n_head", "n_embd"):
+        own = getattr(config, name) != getattr(Config, name)
+        check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
     folder = Path(config.init)
     if config.init in GPT2_SIZES or ((folder / "config.json").exists() and not (folder / "model.pt").exists()):
         try:
-            model = load_pretrained(config.init, dropout=config.dropout)
+            model = load_pretrained(config.init, block_size=config.block_size)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"--init {config.init}: can't be loaded ({first_line(error)})") from None
-        check(
-            model.config.vocab_size >= n_vocab,
-            f"--init {config.init}: {model.config.vocab_size} token ids, but {config.tokenizer} has {n_vocab}",
-        )
-        if model.config.vocab_size > n_vocab:  # a padded table: its extra rows are no tokens
+            raise UserError(f"--init {config.init}: can't be loaded ({one_line(error)})") from None
+        rows = model.config.vocab_size
+        check(rows >= n_vocab, f"--init {config.init}: {rows} token ids, but {config.tokenizer} has {n_vocab}")
+        if rows > n_vocab:  # a padded table: its extra rows are no tokens
             model.config.real_vocab = n_vocab
-        return model.to(device)
-    model, tokenizer_name = load_model(config.init, device)
-    check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {tokenizer_name}")
+    else:
+        model, tokenizer_name, _ = load_model(config.init, device)
+        check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {tokenizer_name}")
+        own = model.config.block_size
+        check(
+            config.block_size in (0, own), f"--block_size {config.block_size}: {config.init} has a block size of {own}"
+        )
     for part in [model.config, *(m for m in model.modules() if hasattr(m, "dropout"))]:
         part.dropout = config.dropout
-    return model
+    return model.to(device)
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, examples: list[Example], batch_size: int, device) -> float:
+def held_out_loss(model: GPT, examples: list[Example], config: Config) -> float:
     """Mean over all completion tokens, nats a token."""
     model.eval()
-    total = torch.zeros((), device=device)
-    for rows in by_length(examples, batch_size):
-        tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], device)
-        total += sft_loss(model(tokens), tokens, completion_mask(prompt_lens, lens, tokens.size(1)), n_tokens=1)
+    total = torch.zeros((), device=model.device)
+    for rows in by_length(examples, config.micro_batch or config.batch_size):
+        tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], model.device)
+        mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
+        total += sft_loss(model(tokens), tokens, mask, n_tokens=1)
     return total.item() / sum(len(e.completion) for e in examples)
 
 
 def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices only; biases and LayerNorm gains are left alone."""
+    matrices, vectors = ([p for p in trainable(model) if (p.dim() >= 2) == yes] for yes in (True, False))
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
@@ -142,21 +140,23 @@ def train(config: Config) -> dict:
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)  # weights and dropout
     model = initial_model(config, tokenizer.n_vocab, device)
+    train_last_layers(model, config.train_layers)
     examples = load_examples(config.data, tokenizer, model.config.block_size, "python -m data.tiny")
-    held_out = []
-    if config.held_out_data:
-        held_out = load_examples(config.held_out_data, tokenizer, model.config.block_size, "python -m data.tiny")
+    held_out_data = held_out_twin(config.data, config.held_out_data)
+    held_out = load_examples(held_out_data, tokenizer, model.config.block_size, "python -m data.tiny")
     batches = epoch_batches(examples, config)
     optimizer = make_optimizer(model, config)
     if config.compile:
         compile_blocks(model)
-    run = RunFolder(config)
-    start = run.resume(device, model=model, optimizer=optimizer)["step"]
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"SFT: {n_parameters:,} parameters, {len(examples):,} demonstrations, {len(batches)} steps on {device}")
+    run = RunFolder(config, len(batches))
+    if run.done:
+        return run.done
+    start = run.resume(model=model, optimizer=optimizer)["step"]
+    n_parameters = sum(p.numel() for p in trainable(model))
+    print(f"SFT: {n_parameters:,} parameters to train in {len(batches)} steps on {device}")
+    if held_out and start == 0:
+        run.log(step=0, held_out_loss=held_out_loss(model, held_out, config))
 
-    first_loss = held_out_loss(model, held_out, config.batch_size, device) if held_out else math.nan
-    loss_now = first_loss
     bar = progress(start, len(batches), "sft")
     clock, tokens_seen = time.perf_counter(), 0
     for step in bar:
@@ -173,39 +173,35 @@ def train(config: Config) -> dict:
             part_loss = sft_loss(logits, tokens, mask, n_tokens)
             part_loss.backward()
             loss += part_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = clip_gradients(model, config.grad_clip)
         optimizer.step()
 
         tokens_seen += sum(map(len, batches[step]))
-        last = step + 1 == len(batches)
         if due(step, config.log_every, len(batches)):
-            run.log(
-                step=step + 1,
-                loss=loss.item(),
-                lr=optimizer.param_groups[0]["lr"],
-                grad_norm=norm.item(),
-                tokens_per_s=round(tokens_seen / (time.perf_counter() - clock)),
-            )
-            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{loss_now:.3f}")
+            speed = round(tokens_seen / (time.perf_counter() - clock))
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
         if held_out and due(step, config.eval_every, len(batches)):
-            loss_now = held_out_loss(model, held_out, config.batch_size, device)
-            run.log(step=step + 1, held_out_loss=loss_now)
-            if not last:
-                show_samples(model, [e.prompt for e in held_out[:256]], tokenizer, 48, config.seed)
+            run.log(step=step + 1, held_out_loss=held_out_loss(model, held_out, config))
+            show_samples(sample_prompts(model, [e.prompt for e in held_out[:3]], tokenizer, 48, config.seed), tokenizer)
         if due(step, config.save_every, len(batches)):
             run.save_state(step + 1, model=model, optimizer=optimizer)
 
-    save_model(config.out_dir, model, tokenizer.name, "sft.py", config)
-    results: dict = {"gates": []}
+    task = task_of(config.data)
+    save_model(config.out_dir, model, tokenizer.name, "sft.py", config, task)
+    results = {"gates": []}
     if held_out:
-        eos_rate = show_samples(model, [e.prompt for e in held_out[:256]], tokenizer, 48, config.seed)
-        results |= {"held_out_loss": loss_now, "first_loss": first_loss, "eos_rate": eos_rate}
-        if tokenizer.name == "tiny":
-            note = f"before training {first_loss:.2f}; ln V {math.log(tokenizer.n_vocab):.2f}"
-            results["gates"].append(gate("SFT held-out loss", loss_now, *EXPECTED_LOSS, note))
+        losses = [row["held_out_loss"] for row in run.history("held_out_loss")]
+        rollout = sample_prompts(model, [e.prompt for e in held_out[:256]], tokenizer, 48, config.seed)
+        show_samples(rollout, tokenizer)
+        eos_rate = rollout.ended.float().mean().item()
+        results |= {"held_out_loss": losses[-1], "first_loss": losses[0], "eos_rate": eos_rate}
+        print(f"SFT held-out loss {losses[-1]:.3f} (before training {losses[0]:.3f}), EOS rate {eos_rate:.2f}")
+        if task == "tiny":
+            note = f"ln V = {math.log(tokenizer.n_vocab):.2f} is a guess"
+            results["gates"].append(gate("SFT held-out loss", losses[-1], *EXPECTED_LOSS, note))
             results["gates"].append(gate("SFT EOS rate", eos_rate, *EXPECTED_EOS))
-        else:
-            print(f"SFT held-out loss {loss_now:.3f} (before training {first_loss:.3f}), EOS rate {eos_rate:.2f}")
     return run.finish(results)
 
 

@@ -30,7 +30,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
 
 
-def load_pretrained(name: str | Path, dropout: float = 0.0) -> GPT:
+def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0) -> GPT:
     """A GPT with the weights of `name`: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub),
     or a folder in Hugging Face's layout, config.json with model.safetensors or pytorch_model.bin.
 
@@ -50,6 +50,9 @@ def load_pretrained(name: str | Path, dropout: float = 0.0) -> GPT:
         )
     else:
         raise ValueError(f"{name!r} is neither a directory nor one of {', '.join(GPT2_SIZES)}")
+    if block_size > config.block_size:
+        raise ValueError(f"block_size {block_size}: {name} has {config.block_size} positions")
+    config.block_size = block_size or config.block_size
     model = GPT(config)
     state = {}
     for key, value in weights.items():
@@ -57,6 +60,7 @@ def load_pretrained(name: str | Path, dropout: float = 0.0) -> GPT:
         if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the output layer is tied to wte; causal masks were kept as buffers
         state[key] = value.float().t().contiguous() if key.endswith(TRANSPOSED) else value.float()
+    state["wpe.weight"] = state["wpe.weight"][: config.block_size]
     model.load_state_dict(state)
     return model
 
@@ -75,6 +79,12 @@ def read_config(path: Path, dropout: float) -> GPTConfig:
 def save_pretrained(model: GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors in Hugging Face's GPT-2 layout."""
     folder, c = Path(folder), model.config
+    block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    layers = [f"h.{i}.{name}" for i in range(c.n_layer) for name in block] + ["ln_f"]
+    gpt2 = {"wte.weight", "wpe.weight", *(f"{name}.{kind}" for name in layers for kind in ("weight", "bias"))}
+    if set(model.state_dict()) != gpt2:  # a network that somebody has changed must not be passed off as GPT-2
+        changed = ", ".join(sorted(gpt2 ^ set(model.state_dict()))[:3])
+        raise ValueError(f"this network's parameters are not GPT-2's ({changed}, ...), so its layout can't hold them")
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
     config = {

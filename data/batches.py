@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cli import check
-from data.files import Ranking, read_demonstrations, read_rankings
+from data.files import Ranking, held_out_twin, read_demonstrations, read_rankings
+from data.tiny import task_of
 from data.tokenizer import Tokenizer
 
 
@@ -18,6 +21,7 @@ class Example:
 
     prompt: list[int]
     completion: list[int]  # EOS included, unless the completion was cut
+    shortened: bool = False  # did not fit block_size
 
     @property
     def ids(self) -> list[int]:
@@ -28,30 +32,43 @@ class Example:
 
 
 def encode_example(
-    tokenizer: Tokenizer, prompt: str, completion: str, block_size: int, allow_empty: bool = False
+    tokenizer: Tokenizer, prompt: str, completion: str, block_size: int, ended: bool = True, allow_empty: bool = False
 ) -> Example | None:
-    """Encode prompt and completion separately (so no token spans the boundary), add EOS, and make both fit block_size.
-
-    The completion is kept before the prompt: the prompt loses tokens from its left (its end, the question, matters
-    most), down to one. Only a completion that is too long even then is cut on its right, and a cut one gets no EOS: the
-    model must not learn to stop where a text did not end. None if no completion token is left, or if the completion is
-    empty: nothing to imitate. With allow_empty an empty completion is EOS alone: in a ranking, silence is an answer
-    like any other, usually a bad one.
-    """
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    completion_ids = tokenizer.encode(completion)
-    if not completion_ids and not allow_empty:
+    """Encode prompt and completion separately (so no token spans the boundary), add EOS if the completion ended by
+    itself, and make both fit block_size. None if the completion is empty: nothing to imitate. With allow_empty an empty
+    one is EOS alone: in a ranking, silence is an answer like any other, usually a bad one."""
+    if not tokenizer.encode(completion) and not (allow_empty and ended):
         return None
-    completion_ids.append(tokenizer.eos_id)
-    room = max(1, block_size - len(completion_ids))
-    prompt_ids = prompt_ids[-room:]
-    completion_ids = completion_ids[: block_size - len(prompt_ids)]  # cuts the EOS first
-    return Example(prompt_ids, completion_ids) if completion_ids else None
+    example = encode_group(tokenizer, prompt, [completion], [ended], block_size)[0]
+    return example if example.completion else None
 
 
-def truncate_prompt(ids: list[int], room: int) -> list[int]:
-    """The last `room` tokens of a prompt: its end, the question, matters most."""
-    return ids[-room:]
+def encode_group(
+    tokenizer: Tokenizer, prompt: str, completions: list[str], ended: list[bool], block_size: int
+) -> list[Example]:
+    """Completions of one prompt. They are kept before the prompt, which loses tokens from its left (its end, the
+    question, matters most), down to one, and the same ones for all. Only a completion that is too long even then is cut
+    on its right, and loses its EOS: the model must not learn to stop where a text did not end."""
+    ids = [tokenizer.encode(c) + [tokenizer.eos_id] * e for c, e in zip(completions, ended, strict=True)]
+    room = max(1, block_size - max(map(len, ids)))
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    kept = prompt_ids[-room:]
+    return [Example(kept, c[: block_size - len(kept)], len(prompt_ids) + len(c) > block_size) for c in ids]
+
+
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, room: int, what: str) -> list[list[int]]:
+    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most); says how many were cut."""
+    ids = [tokenizer.encode_prompt(p) for p in prompts]
+    cut = sum(len(p) > room for p in ids)
+    note_cut(
+        what, cut, len(ids), f"prompts cut to their last {room} tokens", "raise --block_size or lower --max_new_tokens"
+    )
+    return [p[-room:] for p in ids]
+
+
+def note_cut(what: str, cut: int, total: int, how: str, advice: str) -> None:
+    if cut:
+        print(f"{what}: {cut:,} of {total:,} {how}; {advice}")
 
 
 def pad(rows: list[list[int]], device: torch.device, filler: int = 0) -> tuple[Tensor, Tensor]:
@@ -73,49 +90,46 @@ def make_batch(examples: list[Example], device: torch.device) -> tuple[Tensor, T
 
 
 def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[Example]:
-    """Demonstrations, encoded."""
+    """Demonstrations, encoded; what is empty, or was cut, is counted. No path: none."""
+    if not path:
+        return []
     rows = read_demonstrations(path, made_by)
     examples = [encode_example(tokenizer, p, c, block_size) for p, c in rows]
     kept = [e for e in examples if e is not None]
-    if len(kept) < len(rows):
-        print(f"{path}: dropped {len(rows) - len(kept)} of {len(rows)} rows without completion tokens")
     check(bool(kept), f"{path}: no row has completion tokens")
+    dropped = len(rows) - len(kept)
+    print(
+        f"{path}: {len(kept):,} demonstrations" + (f", dropped {dropped} without completion tokens" if dropped else "")
+    )
+    shortened = sum(e.shortened for e in kept)
+    note_cut(path, shortened, len(kept), f"demonstrations cut to {block_size} tokens", "raise --block_size of sft.py")
     return kept
 
 
-# ------------------------------------------------------------------------------------------------ the order of training
-
-
-def length_batches(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """Indices 0..n-1 once each, in random batches of rows of similar length, so that little filler is computed.
-
-    Shuffle; sort within pools of 32 batches by length; cut into batches; shuffle the batches. The last may be
-    smaller."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    pool = 32 * batch_size
-    batches = []
-    for start in range(0, len(order), pool):
-        ranked = sorted(order[start : start + pool], key=lambda i: lengths[i])
-        batches += [ranked[i : i + batch_size] for i in range(0, len(ranked), batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+# -------------------------------------------------------------------------------- the order of training
 
 
 def epoch_batches(items: list, config) -> list[list]:
-    """The items of every optimiser step of all epochs: config.epochs passes in config.batch_size, each pass in an order
-    of its own that (seed, epoch) alone decides, so a resumed run finds its place by the step number."""
-    lengths = [len(item) for item in items]
+    """The items of every optimiser step of all epochs: config.epochs passes, each in a random order of its own that
+    (seed, epoch) alone decides, so that a resumed run finds its place by the step number. The last batch of a pass may
+    be smaller.
+
+    Random, not sorted by length: a batch of short texts has few tokens, so each of them would weigh more in its
+    step."""
     batches = []
     for epoch in range(config.epochs):
-        seed = (((config.seed + 1) * 1_000_003) + epoch + 1) % (2**63 - 1)
-        for rows in length_batches(lengths, config.batch_size, torch.Generator().manual_seed(seed)):
-            batches.append([items[i] for i in rows])
+        order = list(items)
+        random.Random(f"{config.seed} {epoch}").shuffle(order)
+        batches += [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     return batches
 
 
-def micro_batches(items: list, size: int) -> list[list]:
-    """The items of an optimiser step in parts of `size` (0: all at once), which go through the network one at a
-    time."""
+def micro_batches(items: list, size: int, length: Callable = len) -> list[list]:
+    """The items of an optimiser step in parts of `size` (0: all at once) that go through the network one after the
+    other. Sorted by length first: parts of similar length need little filler, and the gradient of the whole is the
+    same."""
     size = size or len(items)
+    items = sorted(items, key=length)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -125,7 +139,7 @@ def by_length(items: list, batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-# ------------------------------------------------------------------------------------------------ rankings
+# -------------------------------------------------------------------------------- rankings
 
 
 @dataclass
@@ -146,6 +160,11 @@ class RankedExamples:
         """All comparisons, ties included."""
         return len(self.ranks) * (len(self.ranks) - 1) // 2
 
+    @property
+    def n_strict_pairs(self) -> int:
+        """The comparisons that are no ties."""
+        return sum(a < b for n, a in enumerate(self.ranks) for b in self.ranks[n + 1 :])
+
 
 @dataclass
 class RankedBatch:
@@ -156,28 +175,50 @@ class RankedBatch:
     ranks: Tensor  # (N, K) its rank: ascending, equal for ties, -1 where absent
 
 
-def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> tuple[list[RankedExamples], int]:
-    """(kept, dropped). A completion that became equal to another of its ranking by truncation says nothing about their
-    order, so it is dropped, and so is a ranking that is left with fewer than two different ranks."""
+def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> list[RankedExamples]:
+    """Those that compare something. A text that stands in several places of its ranking (written twice, or made equal
+    by truncation) contradicts itself: it takes the mean of its places. A ranking that is left without two different
+    ranks is dropped."""
     kept = []
-    for ranking in rankings:
-        found: dict[tuple, int] = {}
-        for completion, rank in zip(ranking.completions, ranking.ranks, strict=True):
-            example = encode_example(tokenizer, ranking.prompt, completion, block_size, allow_empty=True)
-            if example is not None:
-                found.setdefault((tuple(example.prompt), tuple(example.completion)), rank)
-        if len(set(found.values())) > 1:
-            kept.append(RankedExamples([Example(list(p), list(c)) for p, c in found], list(found.values())))
-    return kept, len(rankings) - len(kept)
+    for r in rankings:
+        places: dict[tuple, list[int]] = {}
+        examples = encode_group(tokenizer, r.prompt, r.completions, r.ended, block_size)
+        for example, rank in zip(examples, r.ranks, strict=True):
+            if example.completion:  # an empty text that was cut has nothing to read
+                places.setdefault(tuple(example.completion), []).append(rank)
+        means = {c: sum(ranks) / len(ranks) for c, ranks in places.items()}
+        order = sorted(set(means.values()))
+        if len(order) > 1:
+            best_first = sorted(means, key=means.get)
+            shortened = any(e.shortened for e in examples)
+            texts = [Example(examples[0].prompt, list(c), shortened) for c in best_first]
+            kept.append(RankedExamples(texts, [order.index(means[c]) for c in best_first]))
+    return kept
 
 
 def load_rankings(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[RankedExamples]:
-    """Rankings or pairs, encoded; what compares nothing is counted and left out."""
-    items, dropped = encode_rankings(read_rankings(path, made_by), tokenizer, block_size)
+    """Rankings or pairs, encoded; what compares nothing, or was cut, is counted. No path: none."""
+    if not path:
+        return []
+    rankings = read_rankings(path, made_by)
+    items = encode_rankings(rankings, tokenizer, block_size)
     check(bool(items), f"{path}: no ranking compares two different completions")
+    dropped = len(rankings) - len(items)
     note = f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""
     print(f"{path}: {len(items):,} rankings{note}")
+    shortened = sum(any(e.shortened for e in item.examples) for item in items)
+    note_cut(path, shortened, len(items), f"rankings cut to {block_size} tokens a text", "raise --block_size of sft.py")
     return items
+
+
+def load_preferences(
+    config, tokenizer: Tokenizer, block_size: int
+) -> tuple[list[RankedExamples], list[RankedExamples], str]:
+    """What a stage learns from: the rankings of config.data, those that are held out, and the task they belong to."""
+    made_by = "python collect.py"
+    items = load_rankings(config.data, tokenizer, block_size, made_by)
+    held_out = load_rankings(held_out_twin(config.data, config.held_out_data), tokenizer, block_size, made_by)
+    return items, held_out, task_of(config.data)
 
 
 def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBatch:

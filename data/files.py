@@ -5,7 +5,8 @@
     pairs            {"prompt": "...", "chosen": "...", "rejected": "..."}
     rankings         {"prompt": "...", "completions": ["best", ["tied", "tied"], "worst"]}
 
-A pair is a ranking of two, so `read_rankings` reads both.
+A pair is a ranking of two, so `read_rankings` reads both. Beside the completions of either, "ended": [true, false, ...]
+says in the same order which ended by themselves and which were cut; absent: all ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Ranking:
     prompt: str
     completions: list[str]
     ranks: list[int]
+    ended: list[bool]  # False: cut before it ended, so no EOS follows
 
 
 def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]]:
@@ -59,7 +61,34 @@ def text_field(where: str, row: dict, key: str) -> str:
         raise UserError(f'{where}: no "{key}" (found: {", ".join(row) or "nothing"})')
     if not isinstance(row[key], str):
         raise UserError(f'{where}: "{key}" must be a string, not {type(row[key]).__name__}')
-    return row[key]
+    return sound_text(where, key, row[key])
+
+
+def sound_text(where: str, key: str, text: str) -> str:
+    """JSON can spell half a character (a lone surrogate), which no file and no vocabulary can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f'{where}: "{key}" holds half a character at {error.start} (a lone surrogate)') from None
+    return text
+
+
+def sibling(path: str | Path, new_name: str) -> str:
+    """The file of that name in the same folder, "" if there is none."""
+    found = Path(path).with_name(new_name)
+    return str(found) if found.exists() else ""
+
+
+def held_out_twin(data: str, held_out: str) -> str:
+    """Where a stage's held-out data is. "auto": beside the data, mine.jsonl -> mine_held_out.jsonl, if there is one; so
+    data of one's own is never judged by the demo's."""
+    if held_out != "auto":
+        return held_out
+    name = f"{Path(data).stem}_held_out{Path(data).suffix}"
+    found = sibling(data, name)
+    if not found:
+        print(f"no held-out data: there is no {name} beside {data}")
+    return found
 
 
 def _not_empty(path, rows: list) -> list:
@@ -83,19 +112,25 @@ def read_rankings(path: str | Path, made_by: str = "") -> list[Ranking]:
 
 
 def parse_ranking(where: str, row: dict) -> Ranking:
+    """A ranking or a pair."""
     prompt = text_field(where, row, "prompt")
-    if "completions" not in row:
-        return Ranking(prompt, [text_field(where, row, "chosen"), text_field(where, row, "rejected")], [0, 1])
-    groups = row["completions"]
-    if not isinstance(groups, list):
-        raise UserError(f'{where}: "completions" must be a list, best first')
-    groups = [g if isinstance(g, list) else [g] for g in groups]  # a tie is a nested list
-    if any(not g or not all(isinstance(c, str) for c in g) for g in groups):
-        raise UserError(f'{where}: "completions" must hold strings, or lists of strings for ties')
-    ranks = [rank for rank, group in enumerate(groups) for _ in group]
+    if "completions" in row:
+        groups = row["completions"]
+        if not isinstance(groups, list):
+            raise UserError(f'{where}: "completions" must be a list, best first')
+        groups = [g if isinstance(g, list) else [g] for g in groups]  # a tie is a nested list
+        if any(not g or not all(isinstance(c, str) for c in g) for g in groups):
+            raise UserError(f'{where}: "completions" must hold strings, or lists of strings for ties')
+        completions = [sound_text(where, "completions", c) for group in groups for c in group]
+        ranks = [rank for rank, group in enumerate(groups) for _ in group]
+    else:
+        completions, ranks = [text_field(where, row, "chosen"), text_field(where, row, "rejected")], [0, 1]
     if len(ranks) < 2:
         raise UserError(f"{where}: a ranking needs at least two completions")
-    return Ranking(prompt, [c for group in groups for c in group], ranks)
+    ended = row.get("ended", [True] * len(ranks))
+    if not isinstance(ended, list) or len(ended) != len(ranks) or not all(isinstance(e, bool) for e in ended):
+        raise UserError(f'{where}: "ended" must be a list of {len(ranks)} times true or false')
+    return Ranking(prompt, completions, ranks, ended)
 
 
 def nest_ties(completions: list[str], ranks: list[int]) -> list:
@@ -107,7 +142,10 @@ def nest_ties(completions: list[str], ranks: list[int]) -> list:
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write to a temporary name, then rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: can't be made a folder ({error.strerror})") from None
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "w", encoding="utf-8", newline="\n") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

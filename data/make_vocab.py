@@ -29,7 +29,7 @@ MAX_TOKENS = 1023  # plus EOS: 1,024
 def world_text(n: int = 40_000) -> list[str]:
     """Prompts and demonstrations of the world: enough of them that every word occurs."""
     rng = random.Random(0)
-    prompts = [sample_prompt(rng, held_out=False) for _ in range(n)]
+    prompts = [sample_prompt(rng, "train") for _ in range(n)]
     return [format_prompt(p) + demonstrate(p, rng) for p in prompts] + NOUNS
 
 

@@ -13,6 +13,7 @@ rambling. A model that imitates them (SFT) is therefore mediocre by construction
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -29,13 +30,12 @@ if __package__ in (None, ""):  # run as `python data/tiny.py`: make the project'
 from cli import UserError, check_ranges, flag, run_main
 from data.files import read_jsonl, write_jsonl
 
-# ------------------------------------------------------------------------------------------------ the words of the
-# world
+# -------------------------------------------------------------------------------- the words of the world
 
 OPPOSITES = "hot cold|big small|fast slow|happy sad|up down|open closed|full empty|old new|wet dry|rich poor"
 OPPOSITE = {}
-for pair in OPPOSITES.split("|"):
-    OPPOSITE[pair.split()[0]], OPPOSITE[pair.split()[1]] = pair.split()[1], pair.split()[0]
+for one, other in map(str.split, OPPOSITES.split("|")):
+    OPPOSITE[one], OPPOSITE[other] = other, one
 
 KINDS = {
     "animal": "cat dog cow fox",
@@ -48,23 +48,23 @@ KINDS = {
 KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
 NOUNS = list(KIND)
 
-PLURAL = dict(
-    p.split()
-    for p in "cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|man men|child children|mouse mice|box boxes|car cars|sheep sheep".split(
-        "|"
-    )
+
+def _lookup(text: str) -> dict[str, str]:
+    """ "a b|c d" -> {"a": "b", "c": "d"}"""
+    return dict(pair.split() for pair in text.split("|"))
+
+
+PLURAL = _lookup(
+    "cat cats|dog dogs|fox foxes|bus buses|foot feet|tooth teeth|"
+    "man men|child children|mouse mice|box boxes|car cars|sheep sheep"
 )
-PAST = dict(
-    p.split()
-    for p in "go went|see saw|eat ate|run ran|take took|give gave|walk walked|play played|write wrote|sing sang|find found|make made".split(
-        "|"
-    )
+PAST = _lookup(
+    "go went|see saw|eat ate|run ran|take took|give gave|"
+    "walk walked|play played|write wrote|sing sang|find found|make made"
 )
-SOUND = dict(
-    p.split()
-    for p in "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak".split(
-        "|"
-    )
+SOUND = _lookup(
+    "cat meow|dog woof|cow moo|sheep baa|pig oink|duck quack|"
+    "lion roar|bee buzz|snake hiss|owl hoot|mouse squeak|frog croak"
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SHORT_WORDS = [w for w in NOUNS if len(w) <= 3]
@@ -94,8 +94,7 @@ RUDE = {s.lower() for s in RUDE_OPENINGS + RUDE_CLOSINGS}
 ASIDE = {s.lower() for s in ASIDES}
 
 
-# ------------------------------------------------------------------------------------------------ families of
-# instructions
+# -------------------------------------------------------------------------------- families of instructions
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,10 @@ def _difference(rng):
     return {"a": str(a), "b": str(rng.randint(1, a - 1))}
 
 
+def _sum(rng):
+    return {"a": str(rng.randint(1, 5)), "b": str(rng.randint(1, 5))}
+
+
 def _odd_one(rng):
     kind, other = rng.sample(list(KINDS), 2)
     words = [*rng.sample(KINDS[kind].split(), 2), rng.choice(KINDS[other].split())]
@@ -153,44 +156,78 @@ _digits = [str(i) for i in range(1, 10)]
 
 # fmt: off
 FAMILIES: dict[str, Family] = {
-    "opposite": Family(["What is the opposite of {w}?", "Give the opposite of {w}.", "Name the word that is the opposite of {w}."],
-                       _word(OPPOSITE), lambda s: OPPOSITE.get(s["w"], "")),
-    "plural": Family(["What is the plural of {w}?", "Give the plural of {w}.", "One {w}, many what?"],
-                     _word(PLURAL), lambda s: PLURAL.get(s["w"], "")),
-    "past": Family(["What is the past tense of {w}?", "Give the past tense of {w}.", "Today I {w}. What is it in the past?"],
-                   _word(PAST), lambda s: PAST.get(s["w"], "")),
-    "kind": Family(["What kind of thing is {w}?", "To which group does {w} belong?", "Name the group of {w}."],
-                   _word(NOUNS), lambda s: KIND.get(s["w"], "")),
-    "sound": Family(["What sound does the {w} make?", "Name the sound of the {w}.", "What does the {w} say?"],
-                    _word(SOUND), lambda s: SOUND.get(s["w"], "")),
-    "odd_one": Family(["Which word does not belong: {list}?", "Find the odd one out: {list}."], _odd_one, _solve_odd_one),
-    "day_after": Family(["What day comes after {w}?", "Name the day after {w}."],
-                        _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) + 1) % 7]),
-    "sum": Family(["What is {a} plus {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}."],
-                  lambda rng: {"a": str(rng.randint(1, 5)), "b": str(rng.randint(1, 5))},
-                  lambda s: str(int(s["a"]) + int(s["b"]))),
-    "difference": Family(["What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."],
-                         _difference, lambda s: str(int(s["a"]) - int(s["b"]))),
-    "next": Family(["What number comes after {a}?", "Name the number after {a}."], _number(1, 10), lambda s: str(int(s["a"]) + 1)),
-    "previous": Family(["What number comes before {a}?", "Name the number before {a}."], _number(1, 10), lambda s: str(int(s["a"]) - 1)),
-    "even": Family(["Is {a} even or odd?", "Say if {a} is even or odd."], _number(1, 10), lambda s: "odd" if int(s["a"]) % 2 else "even"),
-    "larger": Family(["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}."],
-                     _two_numbers(1, 10), lambda s: str(max(int(s["a"]), int(s["b"])))),
-    "smaller": Family(["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}."],
-                      _two_numbers(1, 10), lambda s: str(min(int(s["a"]), int(s["b"])))),
-    "largest": Family(["What is the largest of these: {list}?", "Find the largest number: {list}."],
-                      _list(3, 3, _digits), lambda s: str(max(_numbers(s)))),
-    "sort": Family(["Sort these numbers: {list}.", "Put in order: {list}."],
-                   _list(3, 3, _digits), lambda s: " ".join(map(str, sorted(_numbers(s))))),
-    "count": Family(["How many words are here: {list}?", "Count these words: {list}."], _list(1, 5), lambda s: str(len(s["list"].split()))),
-    "repeat": Family(["Say {w} {a} times.", "Repeat the word {w} {a} times."],
-                     _repeat, lambda s: " ".join([s["w"]] * TIMES.get(s["a"], 0))),
-    "spell": Family(["Spell the word {w}.", "How do you spell {w}?"], _word(SHORT_WORDS), lambda s: " ".join(s["w"])),
-    "first_letter": Family(["What is the first letter of {w}?", "Name the first letter in {w}."], _word(NOUNS), lambda s: s["w"][0]),
-    "copy": Family(["Copy these words: {list}.", "Say after me: {list}."], _list(2, 3), lambda s: s["list"]),
-    "first_word": Family(["What is the first word of: {list}?", "Name the first one of: {list}."], _list(2, 3), lambda s: s["list"].split()[0]),
-    "last_word": Family(["What is the last word of: {list}?", "Name the last one of: {list}."], _list(2, 3), lambda s: s["list"].split()[-1]),
-    "story": Family(["Tell a short story with the word {w}.", "Write one line about a {w}."], _word(NOUNS), lambda s: STORIES[0].format(s["w"])),
+    "opposite": Family(
+        ["What is the opposite of {w}?", "Give the opposite of {w}.", "Name the word that is the opposite of {w}."],
+        _word(OPPOSITE), lambda s: OPPOSITE.get(s["w"], "")),
+    "plural": Family(
+        ["What is the plural of {w}?", "Give the plural of {w}.", "One {w}, many what?"],
+        _word(PLURAL), lambda s: PLURAL.get(s["w"], "")),
+    "past": Family(
+        ["What is the past tense of {w}?", "Give the past tense of {w}.", "Today I {w}. What is it in the past?"],
+        _word(PAST), lambda s: PAST.get(s["w"], "")),
+    "kind": Family(
+        ["What kind of thing is {w}?", "To which group does {w} belong?", "Name the group of {w}."],
+        _word(NOUNS), lambda s: KIND.get(s["w"], "")),
+    "sound": Family(
+        ["What sound does the {w} make?", "Name the sound of the {w}.", "What does the {w} say?"],
+        _word(SOUND), lambda s: SOUND.get(s["w"], "")),
+    "odd_one": Family(
+        ["Which word does not belong: {list}?", "Find the odd one out: {list}."],
+        _odd_one, _solve_odd_one),
+    "day_after": Family(
+        ["What day comes after {w}?", "Name the day after {w}."],
+        _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) + 1) % 7]),
+    "sum": Family(
+        ["What is {a} plus {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}."],
+        _sum, lambda s: str(int(s["a"]) + int(s["b"]))),
+    "difference": Family(
+        ["What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."],
+        _difference, lambda s: str(int(s["a"]) - int(s["b"]))),
+    "next": Family(
+        ["What number comes after {a}?", "Name the number after {a}."],
+        _number(1, 10), lambda s: str(int(s["a"]) + 1)),
+    "previous": Family(
+        ["What number comes before {a}?", "Name the number before {a}."],
+        _number(1, 10), lambda s: str(int(s["a"]) - 1)),
+    "even": Family(
+        ["Is {a} even or odd?", "Say if {a} is even or odd."],
+        _number(1, 10), lambda s: "odd" if int(s["a"]) % 2 else "even"),
+    "larger": Family(
+        ["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}."],
+        _two_numbers(1, 10), lambda s: str(max(int(s["a"]), int(s["b"])))),
+    "smaller": Family(
+        ["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}."],
+        _two_numbers(1, 10), lambda s: str(min(int(s["a"]), int(s["b"])))),
+    "largest": Family(
+        ["What is the largest of these: {list}?", "Find the largest number: {list}."],
+        _list(3, 3, _digits), lambda s: str(max(_numbers(s)))),
+    "sort": Family(
+        ["Sort these numbers: {list}.", "Put in order: {list}."],
+        _list(3, 3, _digits), lambda s: " ".join(map(str, sorted(_numbers(s))))),
+    "count": Family(
+        ["How many words are here: {list}?", "Count these words: {list}."],
+        _list(1, 5), lambda s: str(len(s["list"].split()))),
+    "repeat": Family(
+        ["Say {w} {a} times.", "Repeat the word {w} {a} times."],
+        _repeat, lambda s: " ".join([s["w"]] * TIMES.get(s["a"], 0))),
+    "spell": Family(
+        ["Spell the word {w}.", "How do you spell {w}?"],
+        _word(SHORT_WORDS), lambda s: " ".join(s["w"])),
+    "first_letter": Family(
+        ["What is the first letter of {w}?", "Name the first letter in {w}."],
+        _word(NOUNS), lambda s: s["w"][0]),
+    "copy": Family(
+        ["Copy these words: {list}.", "Say after me: {list}."],
+        _list(2, 3), lambda s: s["list"]),
+    "first_word": Family(
+        ["What is the first word of: {list}?", "Name the first one of: {list}."],
+        _list(2, 3), lambda s: s["list"].split()[0]),
+    "last_word": Family(
+        ["What is the last word of: {list}?", "Name the last one of: {list}."],
+        _list(2, 3), lambda s: s["list"].split()[-1]),
+    "story": Family(
+        ["Tell a short story with the word {w}.", "Write one line about a {w}."],
+        _word(NOUNS), lambda s: STORIES[0].format(s["w"])),
 }
 # fmt: on
 
@@ -223,7 +260,7 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ the gold reward
+# -------------------------------------------------------------------------------- the gold reward
 
 # What each part can contribute. The ceiling is 2: right (+1) and polite (+1), and nothing taken off.
 PARTS = ("correct", "polite", "to_the_point", "ended", "not_repeated")
@@ -285,21 +322,31 @@ def best_completion(prompt: str) -> str:
     return f"Sure! {answer}" if family == "story" else f"Sure! The answer is {answer}."
 
 
-# ------------------------------------------------------------------------------------------------ prompts and
-# demonstrations
+# -------------------------------------------------------------------------------- prompts and demonstrations
 
 
-def is_held_out(prompt: str) -> bool:
-    """One prompt in ten is kept for evaluation, for every seed the same: decided by the text alone."""
-    return zlib.crc32(prompt.encode()) % 10 == 0
+def split_of(prompt: str) -> str:
+    """The split, "train", "dev" or "test" (8 : 1 : 1), that a prompt belongs to for every seed: decided by the text of
+    its question alone, so that a held-out question never occurs in training, whoever asks it. Defaults and gates are
+    chosen on dev; test is for the results alone."""
+    question = prompt.partition(": ")[2]
+    # of the ten possible remainders these two leave questions of all 24 families in each split
+    return {4: "test", 6: "dev"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
-def sample_prompt(rng: random.Random, held_out: bool) -> str:
+def sample_prompt(rng: random.Random, split: str) -> str:
     while True:
         family = FAMILIES[rng.choice(list(FAMILIES))]
         prompt = f"{rng.choice(NAMES)}: {rng.choice(family.phrasings).format(**family.draw(rng))}"
-        if is_held_out(prompt) == held_out:
+        if split_of(prompt) == split:
             return prompt
+
+
+def task_of(path: str | Path) -> str:
+    """The task of a file's prompts (its first 200 lines): "tiny" if all are the embedded task's, so that its truth and
+    its gates hold, whatever the vocabulary; otherwise ""."""
+    rows = itertools.islice(read_jsonl(path), 200)
+    return "tiny" if all(parse_prompt(str(row.get("prompt"))) for _, row in rows) else ""
 
 
 def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
@@ -358,7 +405,7 @@ def _story_word(answer: str) -> str:
     return re.fullmatch(re.escape(STORIES[0]).replace(r"\{\}", "(.+)"), answer).group(1)
 
 
-# ------------------------------------------------------------------------------------------------ simulated annotators
+# -------------------------------------------------------------------------------- simulated annotators
 
 
 def annotator_ranking(rewards: list[float], temperature: float, rng: random.Random) -> list[int]:
@@ -388,47 +435,49 @@ def annotators_bayes_accuracy(path: str) -> float | None:
     return agree / pairs if pairs else None
 
 
-# ------------------------------------------------------------------------------------------------ writing the files
+# -------------------------------------------------------------------------------- writing the files
+
+
+SUFFIX = {"train": "", "dev": "_held_out", "test": "_test"}  # of the files of each split
 
 
 @dataclass
 class Config:
-    out_dir: str = flag("out/data", "folder for the four JSON Lines files")
+    out_dir: str = flag("out/data", "folder for the JSON Lines files")
     seed: int = flag(1, "seed of prompts and demonstrations", low=0)
     demonstrations: int = flag(36_000, "training demonstrations", low=1)
-    held_out_demonstrations: int = flag(500, "demonstrations of held-out prompts", low=1)
+    held_out_demonstrations: int = flag(500, "demonstrations of held-out questions, for dev and for test each", low=1)
     prompts: int = flag(12_000, "distinct training prompts for collecting preferences and for PPO", low=1)
-    held_out_prompts: int = flag(800, "distinct held-out prompts for evaluation", low=1)
+    held_out_prompts: int = flag(800, "distinct prompts with held-out questions, for dev and for test each", low=1)
 
 
-def distinct_prompts(n: int, rng: random.Random, held_out: bool) -> list[str]:
+def distinct_prompts(n: int, rng: random.Random, split: str) -> list[str]:
     prompts: dict[str, None] = {}  # a dict keeps the order of insertion
     for _ in range(200 * n):
         if len(prompts) == n:
             return list(prompts)
-        prompts[sample_prompt(rng, held_out)] = None
-    raise UserError(f"this world has no {n} distinct {'held-out ' * held_out}prompts; ask for fewer")
+        prompts[sample_prompt(rng, split)] = None
+    raise UserError(f"this world has no {n} distinct prompts for {split}; ask for fewer")
 
 
 def run(config: Config) -> dict:
     check_ranges(config)
-    rng = random.Random(config.seed)
-    out = Path(config.out_dir)
-    rewards = {}
-    for name, n, held_out in (
-        ("demonstrations", config.demonstrations, False),
-        ("demonstrations_held_out", config.held_out_demonstrations, True),
-    ):
-        prompts = [sample_prompt(rng, held_out) for _ in range(n)]
-        rows = [{"prompt": p, "completion": demonstrate(p, rng)} for p in prompts]
-        write_jsonl(out / f"{name}.jsonl", rows)
-        rewards[name] = sum(gold_reward(prompts, [r["completion"] for r in rows])) / max(1, n)
-    for name, n, held_out in (("prompts", config.prompts, False), ("prompts_held_out", config.held_out_prompts, True)):
-        write_jsonl(out / f"{name}.jsonl", [{"prompt": p} for p in distinct_prompts(n, rng, held_out)])
-    print(
-        f"wrote {config.demonstrations} demonstrations of mean gold reward {rewards['demonstrations']:.2f} (ceiling {CEILING}) to {out}"
-    )
-    return {"demonstrations_gold": rewards["demonstrations"], "ceiling": CEILING}
+    out, golds = Path(config.out_dir), {}
+    for split, suffix in SUFFIX.items():
+        # each split has a stream of its own: the size of one doesn't change the others
+        rng = random.Random(f"{config.seed} {split}")
+        n_demonstrations, n_prompts = config.held_out_demonstrations, config.held_out_prompts
+        if split == "train":
+            n_demonstrations, n_prompts = config.demonstrations, config.prompts
+        prompts = [sample_prompt(rng, split) for _ in range(n_demonstrations)]
+        completions = [demonstrate(p, rng) for p in prompts]
+        golds[split] = sum(gold_reward(prompts, completions)) / n_demonstrations
+        rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+        write_jsonl(out / f"demonstrations{suffix}.jsonl", rows)
+        write_jsonl(out / f"prompts{suffix}.jsonl", [{"prompt": p} for p in distinct_prompts(n_prompts, rng, split)])
+    gold = golds["train"]
+    print(f"{out}: {config.demonstrations:,} demonstrations of mean gold reward {gold:.2f} (ceiling {CEILING})")
+    return {"demonstrations_gold": gold, "ceiling": CEILING}
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             return Tokenizer(name, tiktoken.get_encoding("gpt2"))
         except Exception as error:  # requests raises many kinds; importing it to name them would be one more dependency
             raise UserError(
-                "the gpt2 vocabulary is not on this machine and can't be downloaded "
-                f"({type(error).__name__}). Set TIKTOKEN_CACHE_DIR to a folder that holds GPT-2's vocab.bpe and encoder.json under tiktoken's names "
-                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6, or use --tokenizer tiny"
+                f"the gpt2 vocabulary is not on this machine and can't be downloaded ({type(error).__name__}). Set"
+                " TIKTOKEN_CACHE_DIR to a folder that holds GPT-2's vocab.bpe and encoder.json under tiktoken's names"
+                " 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6,"
+                " or use --tokenizer tiny"
             ) from None
     raise UserError(f"unknown tokenizer {name!r}; choose from {', '.join(NAMES)}")
