@@ -436,16 +436,19 @@ def show_samples(rollout: Rollout, tokenizer: Tokenizer, scores: Tensor | None =
 def compare_samples(
     policy: GPT, reference: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int
 ) -> dict[str, float]:
-    """Sample policy and reference: does the policy still stop as often, and how far has it gone? Prints three samples.
-    KL in nats a sequence, as the mean of log pi/pi_ref over the policy's own samples."""
+    """Sample policy and reference: does the policy still stop as often, and how far has it gone? Prints three samples
+    and a warning of collapse. KL in nats a sequence, as the mean of log pi/pi_ref over the policy's own samples."""
     rollout, before = (sample_prompts(m, prompts, tokenizer, max_new_tokens, seed) for m in (policy, reference))
     show_samples(rollout, tokenizer)
     log_ratio = token_logprobs(policy, rollout.tokens) - token_logprobs(reference, rollout.tokens)  # (B, T-1)
-    return {
-        "eos_rate": rollout.ended.float().mean().item(),
-        "ref_eos_rate": before.ended.float().mean().item(),
-        "kl": torch.where(rollout.action_mask, log_ratio, 0.0).sum(1).mean().item(),
-    }
+    kl = torch.where(rollout.action_mask, log_ratio, 0.0).sum(1).mean().item()
+    eos_rate, ref_eos_rate = (r.ended.float().mean().item() for r in (rollout, before))
+    print(
+        f"samples: EOS rate {eos_rate:.2f} (reference {ref_eos_rate:.2f}), KL to the reference {kl:.1f} nats a sequence"
+    )
+    if eos_rate < 0.8 * ref_eos_rate or kl > 25:
+        print("WARNING: the policy has collapsed, or is about to; lower --lr, take fewer --epochs, or hold it closer")
+    return {"eos_rate": eos_rate, "ref_eos_rate": ref_eos_rate, "kl": kl}
 
 
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:

@@ -17,13 +17,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate
-from common import load_model, lr_at, note_task, pick_device, progress, save_model, set_lr
-from common import train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate, load_model, lr_at
+from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
 from data.batches import RankedBatch, RankedExamples, by_length, epoch_batches, load_preferences, micro_batches
 from data.batches import ranked_batch
 from data.tokenizer import load_tokenizer
@@ -38,9 +37,7 @@ class Config(TrainConfig):
     out_dir: str = flag("out/dpo", "folder for the checkpoint and the logs")
     beta: float = flag(0.1, "strength of the pull towards the reference, in reward per nat", above=0)
     kind: str = flag("sigmoid", "loss: sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
-    label_smoothing: float = flag(
-        0.0, "probability that a label is wrong (conservative DPO), for --kind sigmoid", low=0, below=0.5
-    )
+    label_smoothing: float = flag(0.0, "probability that a label is wrong (sigmoid only)", low=0, below=0.5)
     epochs: int = flag(1, "passes over the data; DPO overfits soon", low=1)
     batch_size: int = flag(12, "rankings an optimiser step; all pairs of a ranking are used", low=1)
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
@@ -50,13 +47,11 @@ class Config(TrainConfig):
     log_every: int = flag(20, "steps between log lines", low=1)
 
 
-# What the embedded task gives at default settings.
-EXPECTED_ACCURACY = (0.62, 0.90)
-EXPECTED_LOSS = (0.6, 0.95)
-EXPECTED_EOS = (0.98, 1.0)
+# What the embedded task gives at default settings; the loss as a share of what it is before training.
+EXPECTED_ACCURACY, EXPECTED_LOSS, EXPECTED_EOS = (0.62, 0.90), (0.6, 0.95), (0.98, 1.0)
 
 
-def sequence_logprobs(model: nn.Module, tokens: Tensor, completion_mask: Tensor) -> Tensor:
+def sequence_logprobs(model: GPT, tokens: Tensor, completion_mask: Tensor) -> Tensor:
     """log pi(completion | prompt): the sum over completion tokens, EOS included, prompt and filler left out.
 
     tokens (B, T), completion_mask (B, T) -> (B,) nats. A sum, not a mean: DPO is about the probability of the whole
@@ -75,44 +70,40 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     kind: str = "sigmoid",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of preference pairs. All arguments (B,), sequence log-probs in nats -> losses (B,), chosen_rewards (B,),
-    rejected_rewards (B,).
+    """Losses of preference pairs: sequence log-probs in nats, (B,) -> losses, chosen_rewards, rejected_rewards, (B,).
 
     With h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected) and e = label_smoothing:
-    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)      Rafailov et al. 2023, eq. 7; e > 0: conservative
-    DPO (Mitchell 2023) ipo       (h - 1 / (2 beta))^2                                     Azar et al. 2023,
-    arXiv:2310.12036, eq. 17 The implicit rewards beta * log pi/pi_ref are for logging and carry no gradient. At pi =
-    pi_ref: ln 2, and 1 / (4 beta^2).
-    """
+    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)     Rafailov et al. 2023, eq. 7; e > 0 Mitchell 2023
+    ipo       (h - 1 / (2 beta))^2                                    Azar et al. 2023, arXiv:2310.12036, eq. 17
+    At pi = pi_ref: ln 2, and 1 / (4 beta^2). The implicit rewards beta * log pi/pi_ref are for logging: no gradient."""
     if beta <= 0:
         raise ValueError(f"beta must be above 0, not {beta}: at 0 the loss is constant")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
-    chosen_ratio = policy_chosen - ref_chosen  # (B,)
-    rejected_ratio = policy_rejected - ref_rejected  # (B,)
+    if kind not in ("sigmoid", "ipo") or (kind == "ipo" and label_smoothing):
+        raise ValueError(f"kind must be 'sigmoid', or 'ipo' without label_smoothing, not {kind!r}")
+    chosen_ratio, rejected_ratio = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,)
     h = chosen_ratio - rejected_ratio
+    losses = (h - 1 / (2 * beta)) ** 2
     if kind == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-    elif kind == "ipo":
-        if label_smoothing:
-            raise ValueError("label_smoothing belongs to kind 'sigmoid'")
-        losses = (h - 1 / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"kind must be 'sigmoid' or 'ipo', not {kind!r}")
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
 def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """All strict pairs of the rankings: logprobs, ranks (N, K) -> chosen (P,), rejected (P,). Ties and absent
-    completions make no pair."""
+    """All strict pairs of the rankings: logprobs, ranks (N, K) -> chosen, rejected (P,). Ties and gaps make no pair."""
     i, j = torch.triu_indices(ranks.size(1), ranks.size(1), offset=1, device=ranks.device)
     strict = (ranks[:, i] >= 0) & (ranks[:, i] < ranks[:, j])
     return logprobs[:, i][strict], logprobs[:, j][strict]
 
 
-def batch_logprobs(model: nn.Module, batch: RankedBatch) -> Tensor:
-    """(M,) log-probs of all completions of the batch, chosen and rejected in one forward pass, each text once."""
-    return sequence_logprobs(model, batch.tokens, completion_mask(batch.prompt_lens, batch.lens, batch.tokens.size(1)))
+def ranking_logprobs(model: GPT, items: list[RankedExamples], dtype: str) -> tuple[Tensor, RankedBatch]:
+    """(M,) log-probs of all completions of the rankings, each text read once, and the batch they stand in. Policy and
+    reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
+    batch = ranked_batch(items, model.device)
+    mask = completion_mask(batch.prompt_lens, batch.lens, batch.tokens.size(1))  # (M, T)
+    with autocast(model.device, dtype):
+        return sequence_logprobs(model, batch.tokens, mask), batch
 
 
 @torch.no_grad()
@@ -120,10 +111,7 @@ def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: 
     """The reference never changes: one pass over the data before training gives each ranking its ref_logprobs, (k,)."""
     for rows in by_length(items, 64):
         part = [items[i] for i in rows]
-        with autocast(
-            reference.device, config.dtype
-        ):  # as the policy in training: only then does the loss start at ln 2
-            logprobs = batch_logprobs(reference, ranked_batch(part, reference.device))  # (M,)
+        logprobs, _ = ranking_logprobs(reference, part, config.dtype)
         for item, found in zip(part, logprobs.split([len(item.ranks) for item in part]), strict=True):
             item.ref_logprobs = found
 
@@ -133,15 +121,12 @@ PAIR_FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logprob", "r
 
 def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Tensor:
     """PAIR_FIGURES of all P strict pairs of some rankings, (5, P). The losses alone carry a gradient."""
-    batch = ranked_batch(items, policy.device)
-    with autocast(policy.device, config.dtype):
-        logprobs = batch_logprobs(policy, batch)  # (M,)
+    logprobs, batch = ranking_logprobs(policy, items, config.dtype)  # (M,)
     ref_logprobs = torch.cat([item.ref_logprobs for item in items])  # (M,)
     chosen, rejected = ranking_pairs(logprobs[batch.index], batch.ranks)  # (P,) each
     ref_chosen, ref_rejected = ranking_pairs(ref_logprobs[batch.index], batch.ranks)  # (P,) each
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind
-    )
+    told = (chosen, rejected, ref_chosen, ref_rejected)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*told, config.beta, config.label_smoothing, config.kind)
     return torch.stack([losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach()])
 
 
@@ -162,11 +147,7 @@ def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[s
 
 
 def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:
-    """Print what the run led to and warn of the ways in which DPO goes wrong -> gates, on the embedded task."""
-    eos, ref_eos, kl = (results[k] for k in ("eos_rate", "ref_eos_rate", "kl"))
-    print(f"DPO samples: EOS rate {eos:.2f} (reference {ref_eos:.2f}), KL to the reference {kl:.1f} nats a sequence")
-    if eos < 0.8 * ref_eos or kl > 25:
-        print("WARNING: the policy has collapsed or is about to; lower --lr, raise --beta, or take fewer --epochs")
+    """Print the held-out figures, warn of overfitting -> gates, on the embedded task."""
     if "accuracy" not in results:
         return []
     accuracy, loss = results["accuracy"], results["loss"]
@@ -179,7 +160,7 @@ def report(results: dict, train_accuracy: float, config: Config, task: str) -> l
     return [
         gate("DPO held-out accuracy", accuracy, *EXPECTED_ACCURACY, f"margin {results['margin']:.2f}"),
         gate("DPO held-out loss, share of the start's", loss / start, *EXPECTED_LOSS),
-        gate("DPO EOS rate", eos, *EXPECTED_EOS),
+        gate("DPO EOS rate", results["eos_rate"], *EXPECTED_EOS),
     ]
 
 
@@ -232,8 +213,8 @@ def train(config: Config) -> dict:
     results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
     if held_out:
         results |= evaluate(policy, held_out, config)
-    train_accuracy = [row["accuracy"] for row in run.history("accuracy")][-10:]  # of the last logged steps
-    results["gates"] = report(results, sum(train_accuracy) / len(train_accuracy), config, task)
+    last = [row["accuracy"] for row in run.history("accuracy")[-10:]]  # on the training pairs of the last logged steps
+    results["gates"] = report(results, sum(last) / len(last), config, task)
     return run.finish(results)
 
 

@@ -154,7 +154,7 @@ def expected_best(scores: Tensor, values: Tensor, n: int) -> Tensor:
     the C(N, n) subsets (as in Nakano et al. 2021, arXiv:2112.09332, appendix I)."""
     N = scores.size(1)
     weights = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)  # (N,)
-    ranked = values.double().gather(1, scores.argsort(1, stable=True))  # (P, N), from the worst score to the best
+    ranked = values.double().gather(1, scores.argsort(dim=1, stable=True))  # (P, N), from the worst score to the best
     return ranked @ weights
 
 

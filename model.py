@@ -1,5 +1,4 @@
-"""The network all stages share: a GPT-2 in plain PyTorch, the scalar head of reward and value models, cached sampling,
-token log-probabilities.
+"""The network all stages share: a GPT-2, the scalar head of reward and value models, sampling, token log-probabilities.
 
 The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on the right:
 
@@ -51,9 +50,6 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
 
-CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
-
-
 class KVCache:
     """Keys and values of one layer for a batch of rows: (B, H, S, D) each, allocated once."""
 
@@ -62,16 +58,16 @@ class KVCache:
         self.k = torch.zeros(shape, device=like.device, dtype=like.dtype)
         self.v = torch.zeros(shape, device=like.device, dtype=like.dtype)
 
-    def prefill(self, k: Tensor, v: Tensor) -> None:
-        """Write the keys and values of positions 0..T-1 of every row."""
-        self.k[:, :, : k.size(2)] = k
-        self.v[:, :, : v.size(2)] = v
-
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write one position per row, k, v (B, H, 1, D), each at that row's own place, positions (B,)."""
+    def write(self, k: Tensor, v: Tensor, positions: Tensor | None, span: int) -> tuple[Tensor, Tensor]:
+        """k, v (B, H, T, D) of positions 0..T-1, or (B, H, 1, D) at each row's own of positions (B,) -> the keys and
+        values to look at: those given, or the first `span` slots."""
+        if positions is None:
+            self.k[:, :, : k.size(2)], self.v[:, :, : v.size(2)] = k, v
+            return k, v
         rows = torch.arange(k.size(0), device=k.device)
         self.k[rows, :, positions] = k[:, :, 0].to(self.k.dtype)
         self.v[rows, :, positions] = v[:, :, 0].to(self.v.dtype)
+        return self.k[:, :, :span].to(k.dtype), self.v[:, :, :span].to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -87,20 +83,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
-        if positions is None:  # whole sequences: training, scoring, and the prefill of a cache
-            if cache is not None:
-                cache.prefill(k, v)
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-            )
-        else:  # one new token a row, against the cache; visible (B, 1, 1, S') is True on slots 0..position
-            cache.append(k, v, positions)
-            span = visible.size(-1)
-            y = F.scaled_dot_product_attention(
-                q, cache.k[:, :, :span].to(q.dtype), cache.v[:, :, :span].to(q.dtype), attn_mask=visible
-            )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return F.dropout(y, self.dropout, self.training)
+        if cache is not None:
+            k, v = cache.write(k, v, positions, visible.size(-1) if visible is not None else T)
+        # visible (B, 1, 1, S') is True on slots 0..position of the one new token a row; else whole sequences, causal
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -111,8 +99,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -143,8 +130,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2's N(0, 0.02) is made for its 768 channels; scaled so that activations have the same size at any
-                # width. Less where a residual branch ends, so that depth adds no variance.
+                # GPT-2's N(0, 0.02) is for 768 channels; scaled so that activations have the same size at any width,
+                # and less where a residual branch ends, so that depth adds no variance.
                 std = 0.02 * math.sqrt(768 / config.n_embd)
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
@@ -167,16 +154,14 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         where = torch.arange(T, device=tokens.device) if positions is None else positions[:, None]  # (T,) or (B, 1)
-        x = self.wte(tokens) + self.wpe(where)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.wte(tokens) + self.wpe(where), self.config.dropout, self.training)  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None, positions, visible)
         return self.ln_f(x)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), by the transposed token embedding, never in less than float32: GPT-2's
-        logits stand near -100, where neighbouring bfloat16 numbers are 0.5 apart, and a probability ratio must be right
-        to 0.001."""
+        """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in less than float32: GPT-2's
+        logits stand near -100, where bfloat16 numbers are 0.5 apart, and a probability ratio must be right to 0.001."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))
 
@@ -195,8 +180,7 @@ class ScalarModel(nn.Module):
         self.config = config
         self.gpt = GPT(config)
         self.head = nn.Linear(config.n_embd, 1)
-        # std 1/sqrt(d+1): outputs of order one from a LayerNormed d-vector (Stiennon et al. 2020, arXiv:2009.01325,
-        # appendix)
+        # std 1/sqrt(d+1): outputs of order one from a LayerNormed d-vector (Stiennon et al. 2020, arXiv:2009.01325)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros(()))
@@ -225,24 +209,21 @@ class ScalarModel(nn.Module):
 
 
 def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32.
-
-    As logit minus log-sum-exp, so the full log-softmax is never stored beside the logits."""
+    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32. As logit minus log-sum-exp,
+    so that the full log-softmax is never stored beside the logits."""
     logits = at_least_float32(logits) / temperature
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
-    """How many rows of tokens (B, T) to send through the model at once without gradients: as many as give about 64
-    million logits, 256 MB in float32."""
+    """Rows of tokens (B, T) to send through the model at once without gradients: about 64 million logits, 256 MB."""
     return max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
 
 
 def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature.
-
-    The one function for policy, old policy and reference. Without gradients it works through the rows in slices; with
-    them, what is kept for the backward pass is the caller's business (--micro_batch)."""
+    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. The one
+    function for policy, old policy and reference. Without gradients it works through the rows in slices; with them,
+    what is kept for the backward pass is the caller's business (--micro_batch)."""
     rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
     return torch.cat([select_logprobs(model(part)[:, :-1], part[:, 1:], temperature) for part in tokens.split(rows)])
 
@@ -257,8 +238,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale the masked entries to variance 1 (biased variance) and, unless shift_mean is False, mean 0; 0 where masked
-    out."""
+    """Scale the masked entries to (biased) variance 1 and, unless shift_mean is False, mean 0; 0 where masked out."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -290,9 +270,7 @@ class Rollout:
 
     def completions(self) -> list[list[int]]:
         """Ids of each completion without its EOS."""
-        rows = zip(
-            self.tokens.tolist(), self.prompt_lens.tolist(), self.lens.tolist(), self.ended.tolist(), strict=True
-        )
+        rows = zip(*(x.tolist() for x in (self.tokens, self.prompt_lens, self.lens, self.ended)), strict=True)
         return [tokens[start : end - stop] for tokens, start, end, stop in rows]
 
 
@@ -308,10 +286,9 @@ def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """logits (B, V) -> ids (B,). Temperature 0 takes the most likely token."""
-    logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = at_least_float32(logits) / temperature
     if top_k is not None:
         best = logits.topk(min(top_k, logits.size(-1)))  # by place, not by value: a tie must not let a k+1st token in
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
@@ -324,22 +301,20 @@ def sample_token(
 
 
 def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
-    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of the token
-    after each.
-
+    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of what follows.
     Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
     hidden = model.hidden(tokens, caches)  # (B, T, C)
-    rows = torch.arange(len(lens), device=lens.device)
-    return model.lm_head(hidden[rows, lens - 1])
+    return model.lm_head(hidden[torch.arange(len(lens), device=lens.device), lens - 1])
 
 
 def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache], span: int) -> Tensor:
-    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. `span`: cache slots
-    looked at."""
-    slots = torch.arange(span, device=last.device)
-    visible = (slots <= positions[:, None])[:, None, None, :]  # (B, 1, 1, span)
-    hidden = model.hidden(last[:, None], caches, positions, visible)  # (B, 1, C)
+    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. span: slots looked at."""
+    visible = torch.arange(span, device=last.device) <= positions[:, None]  # (B, span)
+    hidden = model.hidden(last[:, None], caches, positions, visible[:, None, None])  # (B, 1, C)
     return model.lm_head(hidden[:, 0])
+
+
+CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
 
 
 @torch.no_grad()
@@ -357,24 +332,19 @@ def generate(
     """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
 
     Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right
-    behind its own prompt, and the cache slot of a token is its position. Where the cache would not fit CACHE_NUMBERS,
-    the rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size.
-    """
+    behind its own prompt, and the cache slot of a token is its position. If the cache would exceed CACHE_NUMBERS, the
+    rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size."""
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no prompt may be empty")
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError("generate needs max_new_tokens >= 1 and temperature >= 0")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("generate needs top_k >= 1 and 0 < top_p <= 1")
-    c = model.config
+    bad_cut = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
+    if max_new_tokens < 1 or temperature < 0 or bad_cut:
+        raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
     B, longest = len(prompts), max(map(len, prompts))
-    S = longest + max_new_tokens
+    S, c = longest + max_new_tokens, model.config
     if S > c.block_size:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}"
-        )
+        raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
     fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))  # rows whose keys and values may exist at a time
-    if B > fit:
+    if fit < B:
         options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]
         return join(parts, eos_id)

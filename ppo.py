@@ -1,8 +1,9 @@
 """Stage 3a: PPO. The policy writes, the reward model scores, a KL penalty holds the policy near its start.
 
-    python ppo.py                                             # the embedded task, after sft.py and reward_model.py
-    python ppo.py --reward my_reward.py:function              # any function (prompts, completions) -> list of floats
-    python ppo.py --trace                                     # print one rollout token by token
+    python ppo.py                                      # the embedded task, after sft.py and reward_model.py
+    python ppo.py --reward my_reward.py:function       # any function (prompts, completions) -> list of floats
+    python ppo.py --reward out/reward_model my_reward.py:function --reward_weights 0.5 0.5
+    python ppo.py --trace                              # print one rollout token by token
 
 The language model is the policy, tokens are its actions, the text so far is the state. The reward of one step is
 
@@ -139,11 +140,10 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
 
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = sum over l >= 0 of (gamma * lam)^l * delta_{t+l}
 
-    rewards, values, action_mask (B, T-1) -> advantages, returns (B, T-1), both 0 where masked out; returns = advantages
-    + values. V after the last action is 0: the text has ended (or is treated as ended when it was cut). Filler
-    contributes nothing: it is masked before the sum. The sum is one product with the matrix D[s, t] = (gamma *
-    lam)^(s-t) for s >= t. The actions of a row must be consecutive, as they are in the frame.
-    """
+    rewards, values, action_mask (B, T-1) -> advantages, returns = advantages + values (B, T-1), 0 where masked out.
+    V after the last action is 0: the text has ended (or is treated as ended when it was cut). Filler contributes
+    nothing: it is masked before the sum. The sum is one product with a matrix D, D[s, t] = (gamma * lam)^(s-t) for
+    s >= t. The actions of a row must be consecutive, as they are in the frame."""
     mask = action_mask.bool()
     values = torch.where(mask, values, 0.0)
     next_values = F.pad(values[:, 1:], (0, 1))  # (B, T-1) V_{t+1}; 0 after the last action
@@ -152,9 +152,8 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
     ahead = slots[:, None] - slots[None, :]  # (T-1, T-1) s - t
     # in float64 where there is one: a GPU may run float32 products in TensorFloat-32, which keeps three digits
     wide = torch.float32 if mask.device.type == "mps" else torch.float64
-    discount = torch.where(
-        ahead >= 0, torch.as_tensor(gamma * lam, dtype=wide, device=mask.device) ** ahead.clamp(min=0), 0.0
-    )
+    base = torch.tensor(gamma * lam, dtype=wide, device=mask.device)
+    discount = torch.where(ahead >= 0, base ** ahead.clamp(min=0), 0.0)  # D
     advantages = torch.where(mask, (deltas.to(wide) @ discount).to(deltas.dtype), 0.0)
     return advantages, advantages + values
 
@@ -162,18 +161,16 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, clip: float, n_tokens=None
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated:  -mean of min(ratio * A, clip(ratio, 1-clip,
-    1+clip) * A).
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: with ratio = pi / pi_old
+
+        L = -mean of  min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)
 
     All (B, T-1) -> loss, share of actions where the clipped term is the one that counts. n_tokens: what the sums are
-    divided by (default: the actions here; the actions of the whole optimiser step when it is split into
-    micro-batches)."""
+    divided by (default: the actions here; those of the whole optimiser step when it goes in micro-batches)."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(
-        -20, 20
-    )  # e^20 is beyond any clip range; e^90 is inf
-    ratio = log_ratio.exp()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.clamp(-20, 20).exp()  # e^20 is beyond any clip range; e^90 is inf
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.where(mask, torch.maximum(unclipped, clipped), 0.0).sum() / n
     return loss, ((clipped > unclipped) & mask).sum() / n
@@ -182,10 +179,12 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor, clip: float, n_tokens=None
 ) -> tuple[Tensor, Tensor]:
-    """Half the mean squared error to the returns, pessimistically clipped:  0.5 * mean of max((V - R)^2, (V_clipped -
-    R)^2), with V_clipped within `clip` of the old value, so one iteration can't move it far. max, not min: a value that
-    has already moved too far may still come back. clip 0: no clipping. All (B, T-1) -> loss, share of actions
-    clipped."""
+    """Half the mean squared error to the returns, pessimistically clipped:
+
+        L = 1/2 mean of  max((V - R)^2, (V_clipped - R)^2),     V_clipped = V_old + clip(V - V_old, -clip, clip)
+
+    so that one iteration can't move V far. max, not min: a value that has moved too far already may still come back.
+    clip 0: no clipping. All (B, T-1) -> loss, share of actions clipped."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
     # masked before the arithmetic: an inf at a masked place would give a gradient of 0 * inf = nan
@@ -315,8 +314,7 @@ STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction
 
 
 def minibatches(n: int, config: Config, generator: torch.Generator) -> Iterator[list[int]]:
-    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time; the last of a pass may be
-    smaller."""
+    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time (the last may be smaller)."""
     for _ in range(config.ppo_epochs):
         for rows in torch.randperm(n, generator=generator, device=generator.device).split(config.minibatch):
             yield rows.tolist()
@@ -333,16 +331,15 @@ def update(
 ) -> dict[str, float]:
     """Several epochs of clipped PPO steps -> STATISTICS, averaged over the steps, first_ratio, updates, stopped_early.
 
-    Policy and value model are separate networks, so their losses just add up: no value coefficient to tune (the
-    learning rates are separate). Without a value model (None) the policy alone learns. RuntimeError if the first ratio
-    is not 1."""
+    Policy and value model are separate networks, so their losses just add up: no value coefficient to tune. Without a
+    value model (None) the policy alone learns. extra_losses yields further losses of every step, already weighted.
+    RuntimeError if the first ratio is not 1."""
     models = [policy] if value_model is None else [policy, value_model]
     for model in models:
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens, device = experience.lens.tolist(), experience.tokens.device
-    # Rows are cut to the longest of their micro-batch, except where shapes must not change: for a GPU's compiled
-    # kernels, and in bfloat16, where attention over another width rounds differently, which moves a log-prob by up to
-    # 0.01.
+    # Rows are cut to the longest of their micro-batch, but not where shapes must stay: for compiled GPU kernels, and in
+    # bfloat16, where attention over another width rounds differently and moves a log-prob by up to 0.01.
     cut = device.type != "cuda" and config.dtype == "float32"
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
@@ -368,10 +365,7 @@ def update(
                     ratio = torch.where(mask, logprobs - old.logprobs, 0.0).exp()
                     first_ratio = max(first_ratio, 1 + (ratio - 1).abs().max().nan_to_num(nan=torch.inf).item())
         if not steps and not first_ratio <= 1.001:
-            raise RuntimeError(
-                f"the probability ratio on the first minibatch is {first_ratio:.4f}, not 1:"
-                " rollout and update compute different log-probs"
-            )
+            raise RuntimeError(f"the first probability ratio is {first_ratio:.4f}, not 1: rollout and update disagree")
         stopped = config.stop_kl > 0 and figures[4].item() > config.stop_kl
         if stopped:  # before this step is taken: the policy has gone too far already
             break
@@ -382,17 +376,12 @@ def update(
         optimizer.step()
         steps.append(figures)
     means = torch.stack(steps).mean(0).tolist() if steps else [0.0] * len(STATISTICS)
-    return {
-        **dict(zip(STATISTICS, means, strict=True)),
-        "first_ratio": first_ratio,
-        "updates": len(steps),
-        "stopped_early": stopped,
-    }
+    facts = {"first_ratio": first_ratio, "updates": len(steps), "stopped_early": stopped}
+    return dict(zip(STATISTICS, means, strict=True)) | facts
 
 
 def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> torch.optim.Adam:
-    """Adam with eps 1e-5, as OpenAI's code had it: with 1e-8 the first steps, where second moments are tiny, are far
-    larger."""
+    """Adam with eps 1e-5, as in OpenAI's code: with 1e-8 the first steps, while second moments are tiny, are huge."""
     groups = [{"params": trainable(policy), "lr": config.lr}, {"params": trainable(value_model), "lr": config.value_lr}]
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 

@@ -1,6 +1,6 @@
 """Stage 2: the reward model. Ranked completions -> a scalar reward.
 
-    python collect.py              # sample and rank completions of the SFT policy
+    python collect.py               # sample and rank completions of the SFT policy
     python reward_model.py          # learn to score them
 
 A ranking of K completions of one prompt is K(K-1)/2 comparisons. Under Bradley-Terry, P(i preferred to j) =
@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
-from common import generator_for, load_model, lr_at, note_task, pick_device, progress, save_model, set_lr
-from common import train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate, generator_for, load_model, lr_at
+from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
 from data.batches import RankedExamples, by_length, encode_prompts, epoch_batches, load_preferences, micro_batches
 from data.batches import ranked_batch
-from data.files import held_out_twin, read_prompts, sibling
+from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy
 from data.tokenizer import load_tokenizer
 from model import GPT, ScalarModel, generate
@@ -52,8 +51,7 @@ class Config(TrainConfig):
     log_every: int = flag(20, "steps between log lines", low=1)
 
 
-# What the embedded task gives at default settings: held-out accuracy, and its share of what the annotators' noise
-# allows.
+# What the embedded task gives at default settings: held-out accuracy, and its share of what the noise allows.
 EXPECTED_ACCURACY = (0.64, 0.76)
 EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
 
@@ -139,18 +137,6 @@ def normalise(
     model.std.copy_(scores.std())
 
 
-def normalisation_prompts(config: Config) -> list[str]:
-    """The last prompts of the file: rankings are collected from its start, and on texts that it has learned from the
-    reward model is too sure of itself. Where there is no such file, the prompts of the rankings have to do."""
-    path = config.prompts
-    if path == "auto":
-        path = sibling(config.data, "prompts.jsonl")
-    if not path:
-        print(f"normalised on the prompts of {config.data}, which it learns from; --prompts names others")
-        path = config.data
-    return read_prompts(path, "python -m data.tiny")[-config.normalise_samples :]
-
-
 def train(config: Config) -> dict:
     check_ranges(config)
     device = pick_device(config.device)
@@ -163,7 +149,9 @@ def train(config: Config) -> dict:
     items, held_out, task = load_preferences(config, tokenizer, block_size)
     note_task(start_from, task, config.data)
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    prompts = encode_prompts(normalisation_prompts(config), tokenizer, block_size - max_new_tokens, "normalisation")
+    # from the end of the file: rankings are collected from its start, and of texts that it learns from it is too sure
+    texts = read_prompts(prompts_beside(config.data, config.prompts))[-config.normalise_samples :]
+    prompts = encode_prompts(texts, tokenizer, block_size - max_new_tokens, "normalisation")
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True

@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning. Demonstrations -> a policy that imitates them.
 
-    python sft.py                                                            # the embedded task, a small GPT from
-    scratch python sft.py --init gpt2 --tokenizer gpt2 --data my.jsonl --lr 2e-5     # GPT-2 on your own demonstrations
+    python sft.py                                                          # the embedded task, from scratch
+    python sft.py --init gpt2 --tokenizer gpt2 --data my.jsonl --lr 2e-5   # GPT-2 on your own demonstrations
 
 Maximises the log-likelihood of the completions given their prompts (Ouyang et al. 2022, arXiv:2203.02155, section 3.5):
 

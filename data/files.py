@@ -91,6 +91,16 @@ def held_out_twin(data: str, held_out: str) -> str:
     return found
 
 
+def prompts_beside(data: str, prompts: str) -> str:
+    """Prompts for sampling beside preference data. "auto": prompts.jsonl in the same folder, else those of the data."""
+    if prompts != "auto":
+        return prompts
+    found = sibling(data, "prompts.jsonl")
+    if not found:
+        print(f"samples of the prompts of {data}: there is no prompts.jsonl beside it")
+    return found or data
+
+
 def _not_empty(path, rows: list) -> list:
     if not rows:
         raise UserError(f"{path}: no rows")
