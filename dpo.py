@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate, load_model, lr_at
 from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
-from data.batches import RankedBatch, RankedExamples, by_length, epoch_batches, load_preferences, micro_batches
-from data.batches import ranked_batch
+from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
 from data.tokenizer import load_tokenizer
 from model import GPT, completion_mask, token_logprobs
 
@@ -109,8 +108,7 @@ def ranking_logprobs(model: GPT, items: list[RankedExamples], dtype: str) -> tup
 @torch.no_grad()
 def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: Config) -> None:
     """The reference never changes: one pass over the data before training gives each ranking its ref_logprobs, (k,)."""
-    for rows in by_length(items, 64):
-        part = [items[i] for i in rows]
+    for part in micro_batches(items, 64):
         logprobs, _ = ranking_logprobs(reference, part, config.dtype)
         for item, found in zip(part, logprobs.split([len(item.ranks) for item in part]), strict=True):
             item.ref_logprobs = found
@@ -142,8 +140,7 @@ def figures_of(pairs: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[str, float]:
     """The figures over all pairs of held-out rankings."""
-    parts = [pair_losses(policy, [items[i] for i in rows], config) for rows in by_length(items, 64)]
-    return figures_of(torch.cat(parts, 1))
+    return figures_of(torch.cat([pair_losses(policy, part, config) for part in micro_batches(items, 64)], 1))
 
 
 def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:

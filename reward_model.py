@@ -94,8 +94,8 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
     """Held-out loss; accuracy over the strict pairs, by rank gap too; and how far one gets by length alone."""
     model.eval()
     loss, pairs, per_ranking = 0.0, [], []
-    for rows in by_length(items, batch_size):
-        batch = ranked_batch([items[i] for i in rows], device)
+    for part in micro_batches(items, batch_size):
+        batch = ranked_batch(part, device)
         scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
         lengths = (batch.lens - batch.prompt_lens)[batch.index].float()  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)

@@ -25,7 +25,7 @@ from cli import TrainConfig, UserError, check, check_ranges, flag, one_line, run
 from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
 from common import load_model, lr_at, pick_device, progress, sample_prompts, save_model, set_lr, show_samples
 from common import train_last_layers, trainable
-from data.batches import Example, by_length, epoch_batches, load_examples, make_batch, micro_batches
+from data.batches import Example, epoch_batches, load_examples, make_batch, micro_batches
 from data.files import held_out_twin
 from data.tiny import task_of
 from data.tokenizer import NAMES, load_tokenizer
@@ -117,8 +117,8 @@ def held_out_loss(model: GPT, examples: list[Example], config: Config) -> float:
     """Mean over all completion tokens, nats a token."""
     model.eval()
     total = torch.zeros((), device=model.device)
-    for rows in by_length(examples, config.micro_batch or config.batch_size):
-        tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], model.device)
+    for part in micro_batches(examples, config.micro_batch or config.batch_size):
+        tokens, prompt_lens, lens = make_batch(part, model.device)
         mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
         total += sft_loss(model(tokens), tokens, mask, n_tokens=1)
     return total.item() / sum(len(e.completion) for e in examples)
