@@ -36,9 +36,7 @@ from weights import GPT2_SIZES, load_pretrained
 @dataclass
 class Config(TrainConfig):
     data: str = flag("out/data/demonstrations.jsonl", "demonstrations to learn from")
-    held_out_data: str = flag(
-        "out/data/demonstrations_held_out.jsonl", "demonstrations for the held-out loss; empty: none"
-    )
+    held_out_data: str = flag("auto", "demonstrations for the held-out loss (auto: DATA_held_out.jsonl; empty: none)")
     out_dir: str = flag("out/sft", "folder for the checkpoint and the logs")
     init: str = flag(
         "", "where to start: empty (from scratch), gpt2 / gpt2-medium / ..., a Hugging Face folder, or a checkpoint"

@@ -11,26 +11,27 @@ start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
 rm -rf "$OUT/data" # rankings are appended to: start a fresh file
 
-# 0. the world: demonstrations of mixed quality, prompts
+# 0. the world: demonstrations of mixed quality, prompts; for training, for choosing (_held_out) and for the results (_test)
 step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED"
 # 1. SFT: imitate the demonstrations
-step python sft.py --data "$OUT/data/demonstrations.jsonl" --held_out_data "$OUT/data/demonstrations_held_out.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict
+step python sft.py --data "$OUT/data/demonstrations.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict
 # 2. sample and rank completions, learn to score them
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --out "$OUT/data/rankings.jsonl" --seed "$SEED"
-step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 800 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
+step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
+step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out "$OUT/data/rankings_test.jsonl" --seed "$SEED"
 # 3b. DPO on the same rankings. It needs no reward model, so it runs beside the next two; its output goes to a file until then
-step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --held_out_data "$OUT/data/rankings_held_out.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict > "$OUT/dpo.log" 2>&1 &
+step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict > "$OUT/dpo.log" 2>&1 &
 dpo=$!
 trap 'kill $dpo 2> /dev/null || true' EXIT # if a stage in between fails
-step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --held_out_data "$OUT/data/rankings_held_out.jsonl" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
+step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
 # 3a. PPO against the reward model
 step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict
 status=0
 wait $dpo || status=$?
 cat "$OUT/dpo.log"
 [ $status -eq 0 ] || exit $status
-# 4. compare
-step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_held_out.jsonl" --rankings "$OUT/data/rankings_held_out.jsonl" --demonstrations "$OUT/data/demonstrations_held_out.jsonl" --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+# 4. compare, on questions that nothing was trained on or chosen by
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --out_dir "$OUT/evaluate" --seed "$SEED" --strict
 step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?"
 echo
 echo "done in $((SECONDS - start)) s; see $OUT/evaluate/results.json, or: python sample.py --policy $OUT/ppo"
