@@ -50,7 +50,7 @@ class Config(TrainConfig):
     epochs: int = flag(1, "passes over the data", low=1)
     batch_size: int = flag(16, "demonstrations an optimiser step", low=1)
     micro_batch: int = flag(
-        0, "demonstrations a forward pass; changes memory and nothing else (0: the whole batch)", low=0
+        8, "demonstrations a forward pass; changes memory and nothing else (0: the whole batch)", low=0
     )
     lr: float = flag(3e-3, "peak learning rate", low=0)
     warmup: int = flag(50, "steps of linear warm-up, before the cosine decay", low=0)
