@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finite_difference_gradient, frame_batch, gradient_of, make_gpt
-from test_reward_model import GROUPS, ITEMS, MIXED_RANKS, RANKINGS
-from test_sft import (
+from helpers import (
     EOS,
+    GROUPS,
+    ITEMS,
+    MIXED_RANKS,
+    RANKINGS,
     ToyTokenizer,
     assert_same_weights,
     checkpoint,
     completion_logprobs,
     descend,
+    finite_difference_gradient,
+    frame_batch,
+    gradient_of,
+    log_sigmoid,
+    make_gpt,
     plain_sgd,
     read_lines,
     speak_toy,
@@ -39,10 +46,6 @@ LN2 = math.log(2)
 
 def numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
 # ------------------------------------------------------------------------------------------------ the loss

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_gpt, make_scalar, random_prompts, spread
-from test_sft import EOS, ToyTokenizer, checkpoint, speak_toy, strict_json, write_lines
+from helpers import EOS, ToyTokenizer, checkpoint, make_gpt, make_scalar, random_prompts, speak_toy, spread, strict_json, write_lines
 
 import evaluate
 from common import UserError

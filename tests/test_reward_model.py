@@ -9,22 +9,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finite_difference_gradient, frame_batch, gradient_of, make_gpt, make_scalar
-from test_sft import EOS, ToyTokenizer, assert_same_weights, checkpoint, descend, plain_sgd, read_lines, speak_toy, strict_json, write_lines
+from helpers import (
+    EOS,
+    GROUPS,
+    ITEMS,
+    MIXED_RANKS,
+    RANKINGS,
+    ToyTokenizer,
+    assert_same_weights,
+    checkpoint,
+    descend,
+    finite_difference_gradient,
+    frame_batch,
+    gradient_of,
+    log_sigmoid,
+    make_gpt,
+    make_scalar,
+    plain_sgd,
+    read_lines,
+    speak_toy,
+    strict_json,
+    write_lines,
+)
 from torch import Tensor
 
 import reward_model
 from common import UserError, generator_for, load_model
-from data.batches import Example, RankedExamples, encode_rankings, ranked_batch
+from data.batches import encode_rankings, ranked_batch
 from data.files import Ranking
 from model import ScalarModel, generate
 from reward_model import Config, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy, ranking_loss
 
 CPU = torch.device("cpu")
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
 def loop_loss(scores: list[list[float]], ranks: list[list[int]]) -> float:
@@ -42,9 +58,6 @@ def loop_loss(scores: list[list[float]], ranks: list[list[int]]) -> float:
 
 def random_scores(n: int, k: int, seed: int = 0) -> Tensor:
     return 2 * torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-MIXED_RANKS = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, -1, -1], [0, 0, 0, 1], [0, 1, 1, -1]])
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -232,19 +245,6 @@ def test_normalise_refuses_a_constant_model():
 # ------------------------------------------------------------------------------------------------ held-out figures
 
 
-def ranked(prompt: list[int], completions: list[list[int]], ranks: list[int]) -> RankedExamples:
-    return RankedExamples([Example(prompt, [*c, EOS]) for c in completions], ranks)
-
-
-ITEMS = [
-    ranked([1, 2], [[3], [4, 5, 6], [7, 8]], [0, 1, 2]),
-    ranked([3], [[1, 1], [2, 2, 2], [3], [4, 4, 4, 4]], [0, 0, 1, 2]),
-    ranked([5, 6, 7, 8], [[9], [10, 11]], [0, 1]),
-    ranked([2, 2], [[9, 9], [8, 8]], [0, 1]),  # equally long
-    ranked([4, EOS], [[1], [], [4, 5], [6]], [0, 1, 2, 3]),  # silence; EOS within the prompt
-]
-
-
 def test_evaluate_equals_a_loop_over_pairs():
     """Wrong denominators: ties counted as comparisons, a mean of batch means, gaps mixed up, lengths with the prompt in them."""
     model = make_scalar(7)
@@ -296,24 +296,6 @@ def test_bayes_accuracy_by_hand(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the script
-
-RANKINGS = [
-    {"prompt": "ab", "completions": ["c", "de", "fgh"]},
-    {"prompt": "b", "completions": [["cdefgh", "d"], "e"]},  # a tie
-    {"prompt": "cde", "chosen": "a", "rejected": "bbbbbbbb"},  # a pair
-    {"prompt": "wf", "completions": ["gh", ["i", "jkl"], "m"]},  # EOS within the prompt
-    {"prompt": "g", "completions": ["hijk", "a", "", "cc"]},  # silence is an answer
-    {"prompt": "hi", "completions": [["a", "a"], "b"]},  # equal texts: one of them stays
-]
-# the same by hand: prompt, groups of equal rank, best first
-GROUPS = [
-    ("ab", [["c"], ["de"], ["fgh"]]),
-    ("b", [["cdefgh", "d"], ["e"]]),
-    ("cde", [["a"], ["bbbbbbbb"]]),
-    ("wf", [["gh"], ["i", "jkl"], ["m"]]),
-    ("g", [["hijk"], ["a"], [""], ["cc"]]),
-    ("hi", [["a"], ["b"]]),
-]
 
 
 def run_reward_model(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes) -> tuple[dict, ScalarModel, list[dict]]:

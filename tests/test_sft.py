@@ -1,94 +1,37 @@
-"""Stage 1: the loss against obvious loops, its masks, its normalisation, and that `train` takes exactly the step of that loss.
-
-Also the toy language that the tests of the later stages share: one letter is one token, so texts, ids and networks stay tiny."""
+"""Stage 1: the loss against obvious loops, its masks, its normalisation, and that `train` takes exactly the step of that loss."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import finite_difference_gradient, frame_batch, gradient_of, make_gpt
+from helpers import (
+    EOS,
+    assert_same_weights,
+    checkpoint,
+    completion_logprobs,
+    descend,
+    finite_difference_gradient,
+    frame_batch,
+    gradient_of,
+    make_gpt,
+    plain_sgd,
+    read_lines,
+    speak_toy,
+    strict_json,
+    write_lines,
+)
 from torch import Tensor
 
 import sft
-from common import load_model, save_model
+from common import load_model
 from data.batches import Example
 from sft import Config, held_out_loss, make_batch, sft_loss
 
 CPU = torch.device("cpu")
-
-
-class ToyTokenizer:
-    """a..v are the tokens 0..21. EOS is 22, which a prompt can hold too, as "w": only a sampled EOS may end a text."""
-
-    name, n_vocab, eos_id = "toy", 23, 22
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(c) - ord("a") for c in text]
-
-    encode_prompt = encode
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("a") + i) for i in ids)
-
-
-EOS = ToyTokenizer.eos_id
-
-
-def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
-    """Let the scripts load the toy tokenizer."""
-    for module in modules:
-        monkeypatch.setattr(module, "load_tokenizer", lambda name: ToyTokenizer())
-    return ToyTokenizer()
-
-
-def plain_sgd(monkeypatch) -> None:
-    """Put plain SGD in the place of Adam: then the weights before minus after a step are the gradient itself, times the learning rate."""
-    for name in ("AdamW", "Adam"):
-        monkeypatch.setattr(torch.optim, name, lambda params, lr=1.0, **_: torch.optim.SGD(params, lr=lr))
-
-
-def write_lines(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def checkpoint(folder: Path, model) -> str:
-    """Save a model as a stage does; -> its folder."""
-    save_model(folder, model, "toy", "test", Config())
-    return str(folder)
-
-
-def completion_logprobs(model, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:
-    """The obvious way: one row without filler, float64 log-softmax, token after token -> (len(completion),)."""
-    ids = prompt + completion
-    logp = (model(torch.tensor([ids]))[0].double() / temperature).log_softmax(-1)
-    return torch.stack([logp[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
-
-
-def descend(model, loss: Tensor, lr: float) -> None:
-    """One step of plain gradient descent, in place."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
-        if g is not None:
-            p.data -= lr * g
-
-
-def assert_same_weights(model, expected, before, tolerance: float = 2e-5) -> None:
-    """model and expected have taken the same step from `before`: they agree to `tolerance` of the step's own size."""
-    step = max((e.double() - b.double()).abs().max().item() for e, b in zip(expected.parameters(), before.parameters(), strict=True))
-    assert step > 1e-4, "the expected step must be large enough to be compared"
-    for (name, a), e in zip(model.named_parameters(), expected.parameters(), strict=True):
-        error = (a.double() - e.double()).abs().max().item()
-        assert error <= tolerance * step + 1e-7, f"{name} is off by {error:.2e} where the step is {step:.2e}"
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -322,15 +265,6 @@ def test_after_training_the_model_stops(tmp_path, monkeypatch):
     )
     assert results["eos_rate"] >= 0.9
     assert results["held_out_loss"] < 0.3 < results["first_loss"]
-
-
-def strict_json(path: Path) -> dict:
-    """Read JSON as the standard has it: NaN and Infinity are not part of it, and other readers stop there."""
-
-    def refuse(constant: str):
-        raise AssertionError(f"{constant} in {path.name}")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def test_results_are_valid_json(tmp_path, monkeypatch):
