@@ -271,8 +271,9 @@ class ScalarModel(nn.Module):
         return model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T) float32."""
-        raw = self.head(self.gpt.hidden(tokens)).squeeze(-1).float()  # (B, T)
+        """tokens (B, T) -> (B, T), at least float32."""
+        raw = self.head(self.gpt.hidden(tokens)).squeeze(-1)  # (B, T)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return (raw - self.mean) / self.std
 
     def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
@@ -284,15 +285,15 @@ class ScalarModel(nn.Module):
 
 
 def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32.
+    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), at least float32.
 
     As logit minus log-sum-exp, so the full log-softmax is never stored beside the logits."""
-    logits = logits.float() / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def token_logprobs(model: nn.Module, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature.
+    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1), at least float32, at the sampling temperature.
 
     The one function for policy, old policy and reference. Without gradients it works through the rows in slices, so that
     no more than about 64 million logits (256 MB in float32) exist at a time."""

@@ -134,8 +134,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
     logits, ref_logits (B, T, V), as a model gives them (divide both by the sampling temperature before) -> (B, T-1), nats, in
     the frame: the distributions from which tokens 1..T-1 were drawn."""
-    logp = logits[:, :-1].float().log_softmax(-1)
-    ref_logp = ref_logits[:, :-1].float().log_softmax(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp, ref_logp = (x[:, :-1].to(wide).log_softmax(-1) for x in (logits, ref_logits))
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
@@ -259,13 +259,15 @@ def make_experience(
             # 4. KL penalty: log-probs by the training forward, not the sampler's cached one, at the sampling temperature
             logits, ref_logits = policy(tokens), reference(tokens)  # (b, T, V)
             values = value_model(tokens)[:, :-1]  # (b, T-1) V(tokens[:t+1]), before action t
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits, ref_logits = logits.to(wide), ref_logits.to(wide)
         logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:], config.temperature)
         ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:], config.temperature)
         if config.kl == "exact":
-            columns["kl"].append(exact_kl(logits.float() / config.temperature, ref_logits.float() / config.temperature))
+            columns["kl"].append(exact_kl(logits / config.temperature, ref_logits / config.temperature))
         else:
             columns["kl"].append(kl_penalty(logprobs, ref_logprobs, config.kl))
-        logp = (logits[:, :-1].float() / config.temperature).log_softmax(-1)
+        logp = (logits[:, :-1] / config.temperature).log_softmax(-1)
         columns["entropy"].append(-(logp.exp() * logp).sum(-1))
         columns["logprobs"].append(logprobs)
         columns["ref_logprobs"].append(ref_logprobs)

@@ -88,7 +88,9 @@ def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: 
     the completion tokens of the whole step, so that the gradients add up to those of one large batch.
     """
     target_mask = completion_mask[:, 1:].bool()  # (B, T-1): logits at t predict the token at t+1
-    losses = F.cross_entropy(logits[:, :-1][target_mask].float(), tokens[:, 1:][target_mask], reduction="sum")
+    predictions = logits[:, :-1][target_mask]  # (completion tokens, V)
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    losses = F.cross_entropy(predictions, tokens[:, 1:][target_mask], reduction="sum")
     return losses / (target_mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
 
 

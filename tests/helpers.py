@@ -38,14 +38,15 @@ def make_gpt(
     n_embd: int = 32,
     dropout: float = 0.0,
     real_vocab: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> GPT:
-    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial value. Torch's global generator is left as it was."""
+    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial value. Torch's global generator is left
+    as it was. dtype: torch's default (float32, or float64 under the fixture `float64`) unless given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab))
     spread(model, seed + 1)
-    return model.to(dtype).eval()
+    return model.to(dtype or torch.get_default_dtype()).eval()
 
 
 def make_scalar(seed: int = 0, **sizes) -> ScalarModel:
@@ -205,13 +206,14 @@ def descend(model, loss: Tensor, lr: float) -> None:
             p.data -= lr * g
 
 
-def assert_same_weights(model, expected, before, tolerance: float = 2e-5) -> None:
-    """model and expected have taken the same step from `before`: they agree to `tolerance` of the step's own size."""
-    step = max((e.double() - b.double()).abs().max().item() for e, b in zip(expected.parameters(), before.parameters(), strict=True))
+def assert_same_weights(model, expected, before, tolerance: float = 1e-9) -> None:
+    """model and expected, of float64 throughout, have taken the same step from `before`: they agree to `tolerance` of the step's own size."""
+    step = max((e - b).abs().max().item() for e, b in zip(expected.parameters(), before.parameters(), strict=True))
     assert step > 1e-4, "the expected step must be large enough to be compared"
     for (name, a), e in zip(model.named_parameters(), expected.parameters(), strict=True):
-        error = (a.double() - e.double()).abs().max().item()
-        assert error <= tolerance * step + 1e-7, f"{name} is off by {error:.2e} where the step is {step:.2e}"
+        assert a.dtype == torch.float64, f"{name} has been trained in {a.dtype}"
+        error = (a - e).abs().max().item()
+        assert error <= tolerance * step, f"{name} is off by {error:.2e} where the step is {step:.2e}"
 
 
 def strict_json(path: Path) -> dict:

@@ -814,7 +814,7 @@ def test_collected_rankings(random_policy, tmp_path):
         assert row["gold"] == sorted(row["gold"], reverse=True)
 
 
-def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path):
+def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path, float64):
     """At a temperature of nearly 0 each policy's completion is its greedy one, worked out here for each prompt alone."""
     policies = [str(random_policy / "p1"), str(random_policy / "p2")]
     collect.train(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5], completions=3))

@@ -52,9 +52,9 @@ def test_win_rate_counts_ties_as_half():
         win_rate([1.0, 2.0], [1.0])
 
 
-def test_standard_error_by_hand():
+def test_standard_error_by_hand(float64):
     """The deviation of the values in the place of that of their mean, or nan for a single value."""
-    assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)
+    assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2, rel=1e-12)
     assert standard_error([7.0]) == 0.0
 
 
@@ -72,7 +72,7 @@ def relatives(seed: int = 0):
 def slow_kl(policy, baseline, prompt: list[int], actions: list[int], temperature: float) -> float:
     """Sum over the actions of KL(policy || baseline) of the distribution each was drawn from, by enumeration in float64."""
     ids, total = prompt + actions, 0.0
-    logits = [m(torch.tensor([ids]))[0].double() / temperature for m in (policy, baseline)]
+    logits = [m(torch.tensor([ids]))[0] / temperature for m in (policy, baseline)]
     for t in range(len(prompt), len(ids)):
         p, q = (x[t - 1].softmax(-1).tolist() for x in logits)
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
@@ -80,7 +80,7 @@ def slow_kl(policy, baseline, prompt: list[int], actions: list[int], temperature
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_come_with_their_own_figures(temperature):
+def test_samples_come_with_their_own_figures(float64, temperature):
     """Figures in the order of the batches instead of the prompts, KL over prompt or filler or at temperature 1, EOS missing in length or KL,
     scores that depend on batch mates: 70 prompts of unequal length against one at a time."""
     policy, baseline = relatives()
@@ -97,22 +97,22 @@ def test_samples_come_with_their_own_figures(temperature):
             assert len(actions) == found["length"][i]
             assert found["ended"][i] or len(actions) == 8
             assert EOS not in completion
-            assert found["kl"][i] == pytest.approx(slow_kl(policy, baseline, prompt, actions, temperature), abs=1e-4)
-            assert found["rm"][i] == pytest.approx(scorer(torch.tensor([prompt + actions]))[0, -1].item(), abs=1e-5)
+            assert found["kl"][i] == pytest.approx(slow_kl(policy, baseline, prompt, actions, temperature), abs=1e-10)
+            assert found["rm"][i] == pytest.approx(scorer(torch.tensor([prompt + actions]))[0, -1].item(), abs=1e-10)
     assert 0 < sum(found["ended"]) < 70
     assert all(k > 0 for k in found["kl"])
 
 
-def test_the_baseline_has_no_kl_to_itself():
+def test_the_baseline_has_no_kl_to_itself(float64):
     """KL of the baseline that is not 0: other code for the two; also for a copy, where the shortcut for the same object doesn't help."""
     baseline = make_gpt(6, block_size=24)
     ids = random_prompts([1, 5, 3, 7], 22, seed=7)
     config = Config(max_new_tokens=6)
     assert sample_policy(baseline, baseline, None, ids, TOY, config, seed=1)["kl"] == [0.0] * 4
-    assert sample_policy(copy.deepcopy(baseline), baseline, None, ids, TOY, config, seed=1)["kl"] == pytest.approx([0.0] * 4, abs=1e-5)
+    assert sample_policy(copy.deepcopy(baseline), baseline, None, ids, TOY, config, seed=1)["kl"] == pytest.approx([0.0] * 4, abs=1e-11)
 
 
-def test_samples_are_drawn_at_the_temperature_without_truncation():
+def test_samples_are_drawn_at_the_temperature_without_truncation(float64):
     """A temperature that is not passed on: at 0.01 the samples must be the greedy ones."""
     policy, baseline = relatives(8)
     ids = random_prompts([2, 4], 22, seed=9)
@@ -127,7 +127,7 @@ def test_samples_are_drawn_at_the_temperature_without_truncation():
 # ------------------------------------------------------------------------------------------------ best of n
 
 
-def test_best_of_n_picks_among_the_first_n_of_each_prompt():
+def test_best_of_n_picks_among_the_first_n_of_each_prompt(float64):
     """n = 1 must be the first sample, the chosen score never falls as n grows, and the pick is the reward model's best, not the gold's:
     against the samples themselves, whose gold reward tells them apart."""
     policy, scorer = make_gpt(10, block_size=24), make_scalar(11, block_size=24)
@@ -154,15 +154,15 @@ def test_best_of_n_picks_among_the_first_n_of_each_prompt():
     with torch.no_grad():
         for n, completions in zip(config.best_of, asked, strict=True):
             scores = [score(p, c) for p, c in zip(ids, completions, strict=True)]
-            assert found[str(n)]["rm"] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+            assert found[str(n)]["rm"] == pytest.approx(sum(scores) / len(scores), abs=1e-10)
             assert found[str(n)]["gold"] == pytest.approx(sum(map(len, completions)) / len(completions))
             assert found[str(n)]["kl_bound"] == pytest.approx(math.log(n) - (n - 1) / n)
         for earlier, later in itertools.pairwise(asked):
             for prompt, a, b in zip(ids, earlier, later, strict=True):
-                assert score(prompt, b) >= score(prompt, a) - 1e-5
+                assert score(prompt, b) >= score(prompt, a) - 1e-10
 
 
-def test_best_of_one_is_a_plain_sample(monkeypatch):
+def test_best_of_one_is_a_plain_sample(monkeypatch, float64):
     """The first of n chosen by score after all, or prompts and samples mixed up when each prompt is repeated n times."""
     policy, scorer = make_gpt(13, block_size=24), make_scalar(14, block_size=24)
     ids = random_prompts([5, 1, 3], 22, seed=15)
@@ -193,8 +193,8 @@ def test_best_of_one_is_a_plain_sample(monkeypatch):
     assert [len(v) for v in means.values()] == [4, 4, 4]
     assert asked[0] == [firsts[tuple(p)][0] for p in ids]
     assert asked[1] == [best[tuple(p)][1] for p in ids]
-    assert found["1"]["rm"] == pytest.approx(sum(firsts[tuple(p)][1] for p in ids) / 3, abs=1e-5)
-    assert found["4"]["rm"] == pytest.approx(sum(best[tuple(p)][0] for p in ids) / 3, abs=1e-5)
+    assert found["1"]["rm"] == pytest.approx(sum(firsts[tuple(p)][1] for p in ids) / 3, abs=1e-10)
+    assert found["4"]["rm"] == pytest.approx(sum(best[tuple(p)][0] for p in ids) / 3, abs=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -253,14 +253,14 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     assert results["ceiling"] is None
 
 
-def test_the_same_weights_twice_are_an_even_match(tmp_path, monkeypatch):
+def test_the_same_weights_twice_are_an_even_match(tmp_path, monkeypatch, float64):
     """A position bias: a copy of the baseline, sampled afresh, must win about as often as it loses, at KL 0."""
     baseline = make_gpt(19, block_size=24)
     prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in random_prompts([1 + i % 9 for i in range(300)], 22, seed=20)])
     results = run_evaluate(tmp_path, monkeypatch, {"one": baseline, "two": baseline}, prompts=prompts, n_prompts=0)
     figures = results["policies"]["two"]
     assert figures["win_low"] < 0.5 < figures["win_high"]
-    assert figures["kl"] == pytest.approx(0, abs=1e-5)
+    assert figures["kl"] == pytest.approx(0, abs=1e-11)
 
 
 def test_without_gold_the_reward_model_judges(tmp_path, monkeypatch):

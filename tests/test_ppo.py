@@ -106,7 +106,7 @@ def test_a_reward_that_can_not_be_loaded_is_reported(tmp_path):
             load_reward(spec, tokenizer, CPU)
 
 
-def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path):
+def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path, float64):
     """Rewards that depend on batch mates, on slices of the batch, or on filler; the normalisation must be in them."""
     scorer = make_scalar(1)
     scorer.mean.fill_(0.7)
@@ -118,7 +118,7 @@ def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path):
     assert not found.requires_grad
     for i in range(0, 70, 3):
         raw = scorer.head(scorer.gpt.hidden(frame.row(i)))[0, -1, 0].item()
-        assert found[i].item() == pytest.approx((raw - 0.7) / 3, abs=1e-5)
+        assert found[i].item() == pytest.approx((raw - 0.7) / 3, abs=1e-11)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -153,7 +153,7 @@ def run_ppo(tmp_path: Path, monkeypatch, policy, reward: str, **changes):
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl"), calls
 
 
-def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch):
+def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
     """Logged KL that is not the KL trained on, entropy or KL averaged over pads, a cut completion that keeps its score, EOS looked for in
     the prompt, a score shown with the penalty in it: every logged figure against the rollout and the tensors of the update."""
     results, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), f"{reward_file(tmp_path)}:letters", kl="k1")
@@ -171,11 +171,11 @@ def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch):
             k3s.append(sum(math.exp(-x) - 1 + x for x in d))
             entropies += [e.entropy[i, t].item() for t in range(P - 1, n - 1)]
             totals.append(raw[-1] - 1.5 * (not stops[-1]) - 0.2 * kls[-1])
-            assert e.rewards[i].sum().item() == pytest.approx(totals[-1], abs=1e-4)
-            assert e.rewards[i, n - 2].item() == pytest.approx(raw[-1] - 1.5 * (not stops[-1]) - 0.2 * d[-1], abs=1e-4)
+            assert e.rewards[i].sum().item() == pytest.approx(totals[-1], abs=1e-10)
+            assert e.rewards[i, n - 2].item() == pytest.approx(raw[-1] - 1.5 * (not stops[-1]) - 0.2 * d[-1], abs=1e-10)
         cut_rows += stops.count(False)
         mask = e.action_mask
-        residual, returns = (e.returns - e.values)[mask].double(), e.returns[mask].double()
+        residual, returns = (e.returns - e.values)[mask], e.returns[mask]
         expected = {
             "score": sum(raw) / 12,
             "kl": sum(kls) / 12,
@@ -188,12 +188,12 @@ def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch):
             "explained_variance": 1 - (residual.var(correction=0) / returns.var(correction=0)).item(),
             "kl_coef": 0.2,
         }
-        assert {k: row[k] for k in expected} == pytest.approx(expected, abs=1e-4)
-        assert abs(row["first_ratio"] - 1) <= 1e-4
+        assert {k: row[k] for k in expected} == pytest.approx(expected, abs=1e-6)  # the log rounds to six digits
+        assert row["first_ratio"] == 1  # to six digits
     assert 0 < cut_rows < 36, "some completions must be cut and some ended"
     assert (log[0]["kl"], log[0]["k3"]) == (0.0, 0.0)  # the policy starts as the reference
     assert log[2]["k3"] > 0
-    assert results["score"] == pytest.approx(log[2]["score"], abs=1e-5)  # the last quarter of three iterations
+    assert results["score"] == pytest.approx(log[2]["score"], abs=1e-6)  # the last quarter of three iterations
     strict_json(tmp_path / "out" / "results.json")
 
 
@@ -211,7 +211,7 @@ def test_the_reference_stays_frozen(tmp_path, monkeypatch):
     assert not torch.equal(policy.wte.weight, start.wte.weight)
 
 
-def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch):
+def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float64):
     """A critic from other weights, without the normalisation, or sharing storage with the reward model, which then drifts as it learns."""
     scorer = make_scalar(2, block_size=24)
     scorer.mean.fill_(-0.4)
@@ -231,7 +231,7 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch):
         assert torch.equal(loaded[0][1].state_dict()[name], tensor), f"the reward model's {name} has changed"
     rollout = first["rollout"]
     expected = scorer.score(rollout.tokens, rollout.lens) - 1.5 * (~rollout.ended)
-    torch.testing.assert_close(first["scores"], expected.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(first["scores"], expected.detach(), rtol=0, atol=1e-11)
     assert not torch.equal(calls[-1]["value_model"].head.weight, scorer.head.weight)
 
 
@@ -241,12 +241,12 @@ def test_without_a_reward_model_values_start_at_0(tmp_path, monkeypatch):
     assert (calls[0]["experience"].values == 0).all()
 
 
-def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch):
+def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch, float64):
     """lr 0 leaves the policy as it was, to the bit, for a whole run, while the critic learns; and the other way round."""
     start = make_gpt(5, block_size=24)
     _, policy, log, calls = run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", lr=0.0, value_lr=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters(), strict=True))
-    assert all(abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0 and row["kl"] == 0 for row in log)
+    assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 and row["kl"] == 0 for row in log)
     state = load_file(tmp_path / "out" / "state.pt")["value_model"]
     assert any(not torch.equal(state[k], v) for k, v in calls[0]["value_start"].items())
 
@@ -256,7 +256,7 @@ def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch):
     assert not torch.equal(policy.wte.weight, start.wte.weight)
 
 
-def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch):
+def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch, float64):
     """A controller fed with another KL (of one rank, of prompt tokens) or a penalty that goes on with the initial coefficient."""
     _, _, log, calls = run_ppo(
         tmp_path, monkeypatch, make_gpt(6, block_size=24), f"{reward_file(tmp_path)}:letters", iterations=4, lr=1e-2, kl_target=0.5, kl_horizon=100.0
@@ -295,14 +295,14 @@ def test_training_raises_the_reward(tmp_path, monkeypatch):
     assert log[-1]["score"] > log[0]["score"] + 2
 
 
-def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch):
+def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch, float64):
     """The whole script with plain SGD: the micro-batch changes memory and nothing else, over several iterations."""
     plain_sgd(monkeypatch)
     start, trained = make_gpt(9, block_size=24), []
     for size in (1, 2, 0):
         trained.append(run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", iterations=2, micro_batch=size, lr=0.02)[1])
     for model in trained[1:]:
-        assert_same_weights(model, trained[0], start, tolerance=1e-3)
+        assert_same_weights(model, trained[0], start)
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,13 @@ def tiny_config(**changes) -> Config:
     return Config(**{**settings, "kl": "k1", "whiten_advantages": False, "device": "cpu", **changes})
 
 
-def tiny_world(seed: int = 0, B: int = 7, temperature: float = 0.7):
-    """policy, reference, value model, and a rollout of prompts of unequal length, some of its completions cut. Dropout is configured."""
-    policy = make_gpt(seed, dropout=0.1)
+def tiny_world(seed: int = 0, B: int = 7, temperature: float = 0.7, dtype: torch.dtype = torch.float64):
+    """policy, reference, value model, and a rollout of prompts of unequal length, some of its completions cut. Dropout is configured.
+    In float64: another batch shape or padding moves a float32 figure by an amount that differs between CPUs."""
+    policy = make_gpt(seed, dropout=0.1, dtype=dtype)
     reference = copy.deepcopy(policy).requires_grad_(False)
     spread(reference, seed + 5, scale=0.05)
-    value_model = make_scalar(seed + 7, dropout=0.1)
+    value_model = make_scalar(seed + 7, dropout=0.1, dtype=dtype)
     value_model.mean.fill_(0.3)
     value_model.std.fill_(2.0)
     prompts = random_prompts([1, 5, 9, 2, 3, 7, 4, 6][:B], 23, seed=seed)  # EOS, id 22, may stand in a prompt
@@ -53,7 +54,7 @@ def tiny_world(seed: int = 0, B: int = 7, temperature: float = 0.7):
 
 def slow_rows(policy, reference, value_model, rollout: Rollout, scores: Tensor, kl_coef: float, config: Config) -> list[dict[str, Tensor]]:
     """The same figures, row by row without filler, in float64, by enumeration over the vocabulary and by the definition of GAE."""
-    policy, reference, value_model = (copy.deepcopy(m).double().eval() for m in (policy, reference, value_model))
+    policy, reference, value_model = (copy.deepcopy(m).eval() for m in (policy, reference, value_model))
     rows = []
     for i, (P, n) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.lens.tolist(), strict=True)):
         ids = rollout.tokens[i, :n].tolist()
@@ -89,33 +90,31 @@ def test_experience_equals_the_slow_one(kl):
     world = tiny_world()
     rollout = world[3]
     assert 0 < rollout.ended.sum() < 7, "the rollout must hold ended and cut completions"
-    config, scores = tiny_config(kl=kl), randn(7, seed=41).float()
+    config, scores = tiny_config(kl=kl), randn(7, seed=41)
     world[0].train()  # make_experience must switch dropout off itself
     experience = make_experience(*world, scores, 0.3, config)
     for i, row in enumerate(slow_rows(*world, scores, 0.3, config)):
         for name, expected in row.items():
-            found = getattr(experience, name)
-            torch.testing.assert_close(
-                found[i][experience.action_mask[i]].double(), expected, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
-            assert (found[i][~experience.action_mask[i]] == 0).all()
+            found, mask = getattr(experience, name)[i], experience.action_mask[i]
+            torch.testing.assert_close(found[mask], expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+            assert (found[~mask] == 0).all()
 
 
 def test_returns_are_formed_before_whitening():
     """Returns rebuilt from whitened advantages break the critic silently; whitening over filler shifts every action."""
-    world, scores = tiny_world(), randn(7, seed=42).float()
+    world, scores = tiny_world(), randn(7, seed=42)
     plain, white = (make_experience(*world, scores, 0.3, tiny_config(whiten_advantages=w)) for w in (False, True))
     mask = plain.action_mask
     assert torch.equal(plain.returns, white.returns)
-    torch.testing.assert_close(plain.returns, torch.where(mask, plain.advantages + plain.values, 0.0), rtol=0, atol=1e-6)
-    values = white.advantages[mask].double()
-    assert values.mean().item() == pytest.approx(0, abs=1e-6)
-    assert values.var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(plain.returns, torch.where(mask, plain.advantages + plain.values, 0.0), rtol=0, atol=1e-12)
+    values = white.advantages[mask]
+    assert values.mean().item() == pytest.approx(0, abs=1e-12)
+    assert values.var(correction=0).item() == pytest.approx(1, abs=1e-6)  # whiten adds 1e-8 to the variance
     assert (white.advantages[~mask] == 0).all()
     assert torch.equal(white.advantages[mask].argsort(), plain.advantages[mask].argsort())
     wide_mask = torch.cat([mask, torch.zeros(7, 9, dtype=torch.bool)], 1)
     wide = whiten(torch.cat([plain.advantages, torch.full((7, 9), 1e6)], 1), wide_mask)
-    torch.testing.assert_close(wide[:, : mask.size(1)], white.advantages, rtol=0, atol=1e-5)
+    torch.testing.assert_close(wide[:, : mask.size(1)], white.advantages, rtol=0, atol=1e-11)
 
 
 def columns(experience: Experience) -> dict[str, Tensor]:
@@ -126,7 +125,7 @@ def columns(experience: Experience) -> dict[str, Tensor]:
 def test_experience_does_not_depend_on_padding(filler):
     """7 more filler columns, of the EOS id too, change no figure of any action: pad id equal to EOS, or padding in KL, values, rewards."""
     *models, rollout = tiny_world()
-    scores = randn(7, seed=43).float()
+    scores = randn(7, seed=43)
     wide = torch.full((7, rollout.tokens.size(1) + 7), filler)
     for i, n in enumerate(rollout.lens.tolist()):
         wide[i, :n] = rollout.tokens[i, :n]
@@ -134,33 +133,33 @@ def test_experience_does_not_depend_on_padding(filler):
         narrow = columns(make_experience(*models, rollout, scores, 0.3, config))
         found = columns(make_experience(*models, replace(rollout, tokens=wide), scores, 0.3, config))
         for name, x in narrow.items():
-            torch.testing.assert_close(found[name][:, : x.size(1)], x, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(found[name][:, : x.size(1)], x, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
             assert (found[name][:, x.size(1) :] == 0).all()
 
 
 def test_experience_does_not_depend_on_batch_mates_or_micro_batches():
     """A reward or an advantage that changes with who is in the batch, or with the size of a forward pass."""
     *models, rollout = tiny_world()
-    scores = randn(7, seed=44).float()
+    scores = randn(7, seed=44)
     whole = columns(make_experience(*models, rollout, scores, 0.3, tiny_config()))
     for size in (0, 1, 2):
         for name, x in columns(make_experience(*models, rollout, scores, 0.3, tiny_config(micro_batch=size))).items():
-            torch.testing.assert_close(x, whole[name], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(x, whole[name], rtol=0, atol=1e-10)
     for i in range(7):
         n = int(rollout.lens[i])
         alone = Rollout(rollout.tokens[i : i + 1, :n], rollout.prompt_lens[i : i + 1], rollout.lens[i : i + 1], rollout.ended[i : i + 1])
         for name, x in columns(make_experience(*models, alone, scores[i : i + 1], 0.3, tiny_config())).items():
-            torch.testing.assert_close(x[0], whole[name][i, : n - 1], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(x[0], whole[name][i, : n - 1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
 def test_policy_equal_to_reference_has_no_kl(kl):
     """KL that is not 0 at the start: other code, dropout or temperature for one of the two; then reward is not score."""
     policy, _, value_model, rollout = tiny_world()
-    scores = randn(7, seed=45).float()
+    scores = randn(7, seed=45)
     experience = make_experience(policy, copy.deepcopy(policy), value_model, rollout, scores, 0.3, tiny_config(kl=kl))
-    assert experience.kl.abs().max() <= 1e-6
-    torch.testing.assert_close(experience.rewards.sum(1), scores, rtol=0, atol=1e-5)
+    assert experience.kl.abs().max() <= 1e-12
+    torch.testing.assert_close(experience.rewards.sum(1), scores, rtol=0, atol=1e-12)
 
 
 def eos_lover(seed: int = 0):
@@ -204,7 +203,7 @@ def prepared(seed: int = 0, B: int = 7, **changes):
     """policy, value model, experience, config."""
     config = tiny_config(**{"whiten_advantages": True, "grad_clip": 1e9, "target_kl": 0.0, "minibatch": B, **changes})
     *models, rollout = tiny_world(seed, B, config.temperature)
-    experience = make_experience(*models, rollout, randn(B, seed=46).float(), 0.3, config)
+    experience = make_experience(*models, rollout, randn(B, seed=46), 0.3, config)
     return models[0], models[2], experience, config
 
 
@@ -214,7 +213,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def slow_update(policy, value_model, experience: Experience, config: Config, lr: float) -> tuple[object, object, dict[str, float]]:
     """PPO as one would write it down: row by row without filler, float64, whole batch, plain gradient descent. -> new models, mean figures."""
-    policy, value_model = copy.deepcopy(policy).double(), copy.deepcopy(value_model).double()
+    policy, value_model = copy.deepcopy(policy), copy.deepcopy(value_model)
     N = int(experience.action_mask.sum())
     steps: list[list[float]] = []
     for _ in range(config.ppo_epochs):
@@ -222,7 +221,7 @@ def slow_update(policy, value_model, experience: Experience, config: Config, lr:
         for i, n in enumerate(experience.lens.tolist()):
             ids, mask = experience.tokens[i, :n].tolist(), experience.action_mask[i]
             P = n - int(mask.sum())
-            old, A, old_v, R = (x[i][mask].double() for x in (experience.logprobs, experience.advantages, experience.values, experience.returns))
+            old, A, old_v, R = (x[i][mask] for x in (experience.logprobs, experience.advantages, experience.values, experience.returns))
             new = completion_logprobs(policy, ids[:P], ids[P:], config.temperature)
             raw = value_model.head(value_model.gpt.hidden(torch.tensor([ids])))[0, P - 1 : n - 1, 0]
             v = (raw - value_model.mean) / value_model.std
@@ -241,7 +240,7 @@ def slow_update(policy, value_model, experience: Experience, config: Config, lr:
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
-def test_an_update_equals_the_slow_one_for_any_micro_batch(micro_batch):
+def test_an_update_equals_the_slow_one_for_any_micro_batch(float64, micro_batch):
     """Three whole steps, two of them away from ratio 1, with clipping at work: a mean for each micro-batch, a mask or a frame that is off,
     a missing temperature, value clipping with min, losses that flow into the wrong network."""
     policy, value_model, experience, config = prepared(micro_batch=micro_batch, ppo_epochs=3, value_clip=0.05)
@@ -249,9 +248,9 @@ def test_an_update_equals_the_slow_one_for_any_micro_batch(micro_batch):
     expected_policy, expected_value, figures = slow_update(policy, value_model, experience, config, lr=0.05)
     assert min(figures["clip_fraction"], figures["value_clip_fraction"], figures["approx_kl"]) > 0.005, "clipping must be at work"
     stats = update(policy, value_model, sgd(policy, value_model, 0.05), experience, config, rng())
-    assert_same_weights(policy, expected_policy, before[0], tolerance=1e-4)
-    assert_same_weights(value_model, expected_value, before[1], tolerance=1e-4)
-    assert {k: stats[k] for k in figures} == pytest.approx(figures, rel=1e-3, abs=1e-6)
+    assert_same_weights(policy, expected_policy, before[0])
+    assert_same_weights(value_model, expected_value, before[1])
+    assert {k: stats[k] for k in figures} == pytest.approx(figures, rel=1e-9)
     assert stats["updates"] == 3
 
 
@@ -264,10 +263,10 @@ def test_the_order_of_the_rows_does_not_matter():
         shuffled = Experience(*(getattr(experience, f.name)[order] for f in fields(Experience)))
         update(p, v, sgd(p, v, 0.05), shuffled, config, rng(seed))
         trained.append(p)
-    assert_same_weights(trained[1], trained[0], before, tolerance=1e-4)
+    assert_same_weights(trained[1], trained[0], before)
 
 
-def test_garbage_at_masked_places_does_not_reach_the_weights():
+def test_garbage_at_masked_places_does_not_reach_the_weights(float64):
     """Ids, old log-probs, advantages, values and returns of prompt and filler positions, and 7 more columns, change no weight."""
     policy, value_model, experience, config = prepared(micro_batch=2, ppo_epochs=2)
     before, trained = copy.deepcopy(policy), []
@@ -285,18 +284,18 @@ def test_garbage_at_masked_places_does_not_reach_the_weights():
         values.append({k: x for k, x in stats.items() if k != "first_ratio"})
     assert_same_weights(trained[1][0], trained[0][0], before)
     assert_same_weights(trained[1][1], trained[0][1], value_model)
-    assert values[1] == pytest.approx(values[0], rel=1e-4, abs=1e-6)
+    assert values[1] == pytest.approx(values[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("micro_batch", [1, 3, 0])
-def test_the_first_ratio_is_1(temperature, micro_batch):
+def test_the_first_ratio_is_1(float64, temperature, micro_batch):
     """Rollout and update computing different log-probs: unequal prompts, dropout configured, minibatch other than the rollout batch."""
     policy, value_model, experience, config = prepared(temperature=temperature, minibatch=3, micro_batch=micro_batch)
     policy.train()  # update must switch dropout off itself
     value_model.train()
     stats = update(policy, value_model, sgd(policy, value_model, 1e-3), experience, config, rng())
-    assert abs(stats["first_ratio"] - 1) <= 1e-4
+    assert abs(stats["first_ratio"] - 1) <= 1e-10
 
 
 @pytest.mark.parametrize("offset", [0.01, -0.01, math.nan])
@@ -319,13 +318,13 @@ def test_another_temperature_in_the_update_stops_the_run():
         update(policy, value_model, sgd(policy, value_model, 0.1), experience, replace(config, temperature=1.0), rng())
 
 
-def test_without_learning_the_log_ratio_stays_0():
+def test_without_learning_the_log_ratio_stays_0(float64):
     """lr = 0: whatever moves the log-ratio in later epochs (dropout, batch composition) is a bug."""
     policy, value_model, experience, config = prepared(minibatch=3, micro_batch=2, ppo_epochs=4)
     policy.train()
     value_model.train()
     stats = update(policy, value_model, sgd(policy, value_model, 0.0), experience, config, rng())
-    assert abs(stats["approx_kl"]) < 1e-9
+    assert abs(stats["approx_kl"]) < 1e-18
     assert stats["clip_fraction"] == 0
     assert stats["updates"] == 4 * 3
 
@@ -382,7 +381,7 @@ def test_policy_and_value_are_trained_apart():
         values = value_model(experience.tokens)[:, :-1]
     right = replace(experience, returns=torch.where(experience.action_mask, values, 0.0))
     update(policy, value_model, sgd(policy, value_model, 0.1), right, replace(config, ppo_epochs=1), rng())
-    assert max((a - b).abs().max().item() for a, b in zip(value_model.parameters(), still[1].parameters(), strict=True)) < 1e-6
+    assert max((a - b).abs().max().item() for a, b in zip(value_model.parameters(), still[1].parameters(), strict=True)) < 1e-12
     assert not torch.equal(policy.wte.weight, still[0].wte.weight)
 
 
@@ -392,7 +391,7 @@ def test_gradients_are_clipped_separately_after_they_are_there():
     before = copy.deepcopy(policy), copy.deepcopy(value_model)
     stats = update(policy, value_model, sgd(policy, value_model, 1.0), experience, config, rng())
     for model, start in zip((policy, value_model), before, strict=True):
-        moved = math.sqrt(sum((a - b).double().pow(2).sum().item() for a, b in zip(model.parameters(), start.parameters(), strict=True)))
+        moved = math.sqrt(sum((a - b).pow(2).sum().item() for a, b in zip(model.parameters(), start.parameters(), strict=True)))
         assert moved == pytest.approx(1e-3, rel=1e-2)
     assert stats["grad_norm"] > 1e-2
 
@@ -418,9 +417,9 @@ def test_the_pretraining_term_counts_once_a_step(micro_batch):
     """PPO-ptx: coefficient times the SFT loss of a batch of demonstrations, once a step however the rollouts are split."""
     policy, value_model, experience, config = prepared(micro_batch=micro_batch, ppo_epochs=1, ptx_coef=0.5)
     demonstrations = [Example([1, 2], [3, 4, 5, EOS])]  # a single one, so every batch of it has the same loss
-    before, expected = copy.deepcopy(policy), copy.deepcopy(policy).double()
+    before, expected = copy.deepcopy(policy), copy.deepcopy(policy)
     descend(expected, -0.5 * completion_logprobs(expected, [1, 2], [3, 4, 5, EOS]).mean(), 0.1)
     calm = replace(experience, advantages=torch.zeros_like(experience.advantages))
     extra = ptx_loss(policy, demonstrations, ToyTokenizer(), config, iteration=0)
     update(policy, value_model, sgd(policy, value_model, 0.1), calm, config, rng(), extra)
-    assert_same_weights(policy, expected, before, tolerance=1e-4)
+    assert_same_weights(policy, expected, before)
