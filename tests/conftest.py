@@ -17,8 +17,9 @@ import torch  # noqa: E402
 
 @pytest.fixture
 def float64():
-    """Everything that is made or loaded during the test is float64, the scripts' models too. float32 rounds differently for another batch
-    shape, padding or CPU, so that two ways to the same figure agree to a few digits only; here they must agree to 1e-9."""
+    """Everything that is made or loaded during the test is float64, the scripts' models too. float32 rounds
+    differently for another batch shape, padding or CPU, so that two ways to the same figure agree to a few
+    digits only; here they must agree to 1e-9."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

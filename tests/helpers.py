@@ -22,7 +22,8 @@ GPT2_BPE = REAL / "gpt2_bpe"
 
 
 def spread(module: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
-    """Add N(0, scale) noise to every parameter, biases and LayerNorm gains too: with them at 0 and 1 a test can't see them."""
+    """Add N(0, scale) noise to every parameter, biases and LayerNorm gains too: with
+    them at 0 and 1 a test can't see them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -40,8 +41,9 @@ def make_gpt(
     real_vocab: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> GPT:
-    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial value. Torch's global generator is left
-    as it was. dtype: torch's default (float32, or float64 under the fixture `float64`) unless given."""
+    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial
+    value. Torch's global generator is left as it was. dtype: torch's default (float32, or float64
+    under the fixture `float64`) unless given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab))
@@ -85,9 +87,17 @@ class Frame:
         return self.tokens[i : i + 1, : int(self.lens[i])]
 
 
-def frame_batch(B: int = 5, vocab: int = 23, max_prompt: int = 6, max_completion: int = 8, extra: int = 0, filler: int | None = None, seed: int = 0):
-    """A Frame of B rows of unequal prompt and completion lengths (each at least 1), `extra` columns wider than its longest row.
-    Filler is random unless given: what it is must not matter."""
+def frame_batch(
+    B: int = 5,
+    vocab: int = 23,
+    max_prompt: int = 6,
+    max_completion: int = 8,
+    extra: int = 0,
+    filler: int | None = None,
+    seed: int = 0,
+) -> Frame:
+    """A Frame of B rows of unequal prompt and completion lengths (each at least 1), `extra` columns wider than its
+    longest row. Filler is random unless given: what it is must not matter."""
     generator = torch.Generator().manual_seed(seed)
     prompt_lens = torch.randint(1, max_prompt + 1, (B,), generator=generator)
     lens = prompt_lens + torch.randint(1, max_completion + 1, (B,), generator=generator)
@@ -105,7 +115,8 @@ def random_mask(shape: tuple[int, ...], seed: int = 0, share: float = 0.6) -> Te
 
 
 def finite_difference_gradient(f: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-6) -> Tensor:
-    """Central differences of the scalar function f at x, in float64: an independent truth for autograd. Error about step squared."""
+    """Central differences of the scalar function f at x, in float64: an independent truth
+    for autograd. Error about step squared."""
     x = x.detach().double()
     gradient = torch.zeros_like(x)
     for i in range(x.numel()):
@@ -123,8 +134,12 @@ def gradient_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return x.grad
 
 
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
 
 
 def spoil(x: Tensor, mask: Tensor, value: float) -> Tensor:
@@ -147,7 +162,8 @@ def gae_by_definition(rewards: list[float], values: list[float], gamma: float, l
 
 
 class ToyTokenizer:
-    """One letter is one token, so texts, ids and networks stay tiny. a..v are the tokens 0..21. EOS is 22, which a prompt can hold too, as "w": only a sampled EOS may end a text."""
+    """One letter is one token, so texts, ids and networks stay tiny. a..v are the tokens 0..21. EOS is 22, which a
+    prompt can hold too, as "w": only a sampled EOS may end a text."""
 
     name, n_vocab, eos_id = "toy", 23, 22
 
@@ -171,7 +187,8 @@ def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
 
 
 def plain_sgd(monkeypatch) -> None:
-    """Put plain SGD in the place of Adam: then the weights before minus after a step are the gradient itself, times the learning rate."""
+    """Put plain SGD in the place of Adam: then the weights before minus after a step are the
+    gradient itself, times the learning rate."""
     for name in ("AdamW", "Adam"):
         monkeypatch.setattr(torch.optim, name, lambda params, lr=1.0, **_: torch.optim.SGD(params, lr=lr))
 
@@ -207,13 +224,20 @@ def descend(model, loss: Tensor, lr: float) -> None:
 
 
 def assert_same_weights(model, expected, before, tolerance: float = 1e-9) -> None:
-    """model and expected, of float64 throughout, have taken the same step from `before`: they agree to `tolerance` of the step's own size."""
+    """model and expected, of float64 throughout, have taken the same step from `before`: they agree
+    to `tolerance` of the step's own size."""
     step = max((e - b).abs().max().item() for e, b in zip(expected.parameters(), before.parameters(), strict=True))
     assert step > 1e-4, "the expected step must be large enough to be compared"
     for (name, a), e in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert a.dtype == torch.float64, f"{name} has been trained in {a.dtype}"
         error = (a - e).abs().max().item()
         assert error <= tolerance * step, f"{name} is off by {error:.2e} where the step is {step:.2e}"
+
+
+def distance(model, other) -> float:
+    """The length of the step between the two."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return math.sqrt(sum((a - b).pow(2).sum().item() for a, b in pairs))
 
 
 def strict_json(path: Path) -> dict:

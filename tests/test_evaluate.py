@@ -1,4 +1,5 @@
-"""The comparison: intervals against known values, exact KL against a slow loop, best-of-n, and what ends up in results.json."""
+"""The comparison: intervals against known values, exact KL against a slow loop, best-of-n, and what ends up in
+results.json."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, ToyTokenizer, checkpoint, make_gpt, make_scalar, random_prompts, speak_toy, spread, strict_json, write_lines
+from helpers import (
+    EOS,
+    ToyTokenizer,
+    checkpoint,
+    make_gpt,
+    make_scalar,
+    random_prompts,
+    speak_toy,
+    spread,
+    strict_json,
+    write_lines,
+)
 
 import evaluate
 from common import UserError
@@ -23,7 +35,13 @@ TOY = ToyTokenizer()
 
 @pytest.mark.parametrize(
     ("share", "n", "low", "high"),
-    [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0), (0.9, 10, 0.5958, 0.9821), (0.95, 400, 0.9240, 0.9674)],
+    [
+        (0.5, 100, 0.4038, 0.5962),
+        (0.0, 10, 0.0, 0.2775),
+        (1.0, 10, 0.7225, 1.0),
+        (0.9, 10, 0.5958, 0.9821),
+        (0.95, 400, 0.9240, 0.9674),
+    ],
 )
 def test_wilson_interval_equals_known_values(share, n, low, high):
     """mean +- 1.96 errors gives [1, 1] for ten wins of ten and leaves [0, 1] near the ends."""
@@ -70,7 +88,8 @@ def relatives(seed: int = 0):
 
 
 def slow_kl(policy, baseline, prompt: list[int], actions: list[int], temperature: float) -> float:
-    """Sum over the actions of KL(policy || baseline) of the distribution each was drawn from, by enumeration in float64."""
+    """Sum over the actions of KL(policy || baseline) of the distribution each was
+    drawn from, by enumeration in float64."""
     ids, total = prompt + actions, 0.0
     logits = [m(torch.tensor([ids]))[0] / temperature for m in (policy, baseline)]
     for t in range(len(prompt), len(ids)):
@@ -81,8 +100,8 @@ def slow_kl(policy, baseline, prompt: list[int], actions: list[int], temperature
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_samples_come_with_their_own_figures(float64, temperature):
-    """Figures in the order of the batches instead of the prompts, KL over prompt or filler or at temperature 1, EOS missing in length or KL,
-    scores that depend on batch mates: 70 prompts of unequal length against one at a time."""
+    """Figures in the order of the batches instead of the prompts, KL over prompt or filler or at temperature 1, EOS
+    missing in length or KL, scores that depend on batch mates: 70 prompts of unequal length against one at a time."""
     policy, baseline = relatives()
     scorer = make_scalar(3, block_size=24)
     scorer.mean.fill_(0.2)
@@ -104,12 +123,14 @@ def test_samples_come_with_their_own_figures(float64, temperature):
 
 
 def test_the_baseline_has_no_kl_to_itself(float64):
-    """KL of the baseline that is not 0: other code for the two; also for a copy, where the shortcut for the same object doesn't help."""
+    """KL of the baseline that is not 0: other code for the two; also for a copy, where the
+    shortcut for the same object doesn't help."""
     baseline = make_gpt(6, block_size=24)
     ids = random_prompts([1, 5, 3, 7], 22, seed=7)
     config = Config(max_new_tokens=6)
     assert sample_policy(baseline, baseline, None, ids, TOY, config, seed=1)["kl"] == [0.0] * 4
-    assert sample_policy(copy.deepcopy(baseline), baseline, None, ids, TOY, config, seed=1)["kl"] == pytest.approx([0.0] * 4, abs=1e-11)
+    twin = copy.deepcopy(baseline)
+    assert sample_policy(twin, baseline, None, ids, TOY, config, seed=1)["kl"] == pytest.approx([0.0] * 4, abs=1e-11)
 
 
 def test_samples_are_drawn_at_the_temperature_without_truncation(float64):
@@ -128,8 +149,8 @@ def test_samples_are_drawn_at_the_temperature_without_truncation(float64):
 
 
 def test_best_of_n_picks_among_the_first_n_of_each_prompt(float64):
-    """n = 1 must be the first sample, the chosen score never falls as n grows, and the pick is the reward model's best, not the gold's:
-    against the samples themselves, whose gold reward tells them apart."""
+    """n = 1 must be the first sample, the chosen score never falls as n grows, and the pick is the reward model's best,
+    not the gold's: against the samples themselves, whose gold reward tells them apart."""
     policy, scorer = make_gpt(10, block_size=24), make_scalar(11, block_size=24)
     ids = random_prompts([1, 6, 3, 3, 9, 2, 4], 22, seed=12)
     prompts = [TOY.decode(p) for p in ids]
@@ -163,7 +184,8 @@ def test_best_of_n_picks_among_the_first_n_of_each_prompt(float64):
 
 
 def test_best_of_one_is_a_plain_sample(monkeypatch, float64):
-    """The first of n chosen by score after all, or prompts and samples mixed up when each prompt is repeated n times."""
+    """The first of n chosen by score after all, or prompts and samples mixed up
+    when each prompt is repeated n times."""
     policy, scorer = make_gpt(13, block_size=24), make_scalar(14, block_size=24)
     ids = random_prompts([5, 1, 3], 22, seed=15)
     rollouts = []
@@ -180,7 +202,8 @@ def test_best_of_one_is_a_plain_sample(monkeypatch, float64):
         asked.append(completions)
         return [0.0] * len(completions)
 
-    found = best_of_n(policy, scorer, [TOY.decode(p) for p in ids], ids, gold, TOY, Config(max_new_tokens=6, best_of=[1, 4]))
+    config = Config(max_new_tokens=6, best_of=[1, 4])
+    found = best_of_n(policy, scorer, [TOY.decode(p) for p in ids], ids, gold, TOY, config)
     firsts, best, means = {}, {}, {}
     for rollout in rollouts:
         for i, (P, completion) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)):
@@ -206,14 +229,16 @@ PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
 def run_evaluate(tmp_path: Path, monkeypatch, policies: dict, **changes) -> dict:
     speak_toy(monkeypatch, evaluate)
     (tmp_path / "toy_gold.py").write_text(GOLD, encoding="utf-8")
+    demonstrations = [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]
     settings = {
         "policies": [checkpoint(tmp_path / name, model) for name, model in policies.items()],
         "reward": checkpoint(tmp_path / "scorer", make_scalar(16, block_size=24)),
         "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in PROMPTS]),
         "rankings": "",
-        "demonstrations": write_lines(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]),
+        "demonstrations": write_lines(tmp_path / "d.jsonl", demonstrations),
         "gold": f"{tmp_path / 'toy_gold.py'}:gold",
-        **{"max_new_tokens": 6, "best_of": [1, 3], "best_of_prompts": 4, "out_dir": str(tmp_path / "out"), "device": "cpu"},
+        **{"max_new_tokens": 6, "best_of": [1, 3], "best_of_prompts": 4},
+        **{"out_dir": str(tmp_path / "out"), "device": "cpu"},
     }
     results = evaluate.train(Config(**{**settings, **changes}))
     assert strict_json(tmp_path / "out" / "results.json") == results
@@ -221,7 +246,8 @@ def run_evaluate(tmp_path: Path, monkeypatch, policies: dict, **changes) -> dict
 
 
 def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
-    """Win rates against another policy than the first, KL to itself, a rate over the wrong number of prompts, figures of the wrong policy."""
+    """Win rates against another policy than the first, KL to itself, a rate over the wrong number of
+    prompts, figures of the wrong policy."""
     samples = []
     original = sample_policy
 
@@ -243,7 +269,8 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
         assert figures["distinct"] == len(set(s["completion"])) / 10
         if number:
             wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(gold, golds[0], strict=True))
-            assert (figures["win_rate"], figures["win_low"], figures["win_high"]) == pytest.approx((wins / 10, *wilson_interval(wins / 10, 10)))
+            found = [figures[k] for k in ("win_rate", "win_low", "win_high")]
+            assert found == pytest.approx([wins / 10, *wilson_interval(wins / 10, 10)])
             assert figures["kl"] > 0
     first = results["policies"]["sft"]
     assert first["kl"] == 0.0
@@ -256,7 +283,8 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
 def test_the_same_weights_twice_are_an_even_match(tmp_path, monkeypatch, float64):
     """A position bias: a copy of the baseline, sampled afresh, must win about as often as it loses, at KL 0."""
     baseline = make_gpt(19, block_size=24)
-    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in random_prompts([1 + i % 9 for i in range(300)], 22, seed=20)])
+    ids = random_prompts([1 + i % 9 for i in range(300)], 22, seed=20)
+    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
     results = run_evaluate(tmp_path, monkeypatch, {"one": baseline, "two": baseline}, prompts=prompts, n_prompts=0)
     figures = results["policies"]["two"]
     assert figures["win_low"] < 0.5 < figures["win_high"]

@@ -38,9 +38,6 @@ REWARDS = """
 def letters(prompts, completions):
     return [c.count("a") + 0.1 * len(p) for p, c in zip(prompts, completions)]
 
-def nothing(prompts, completions):
-    return [0.0] * len(completions)
-
 def too_few(prompts, completions):
     return [1.0]
 
@@ -71,10 +68,17 @@ def test_reward_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("too_few", "1 rewards for 2"), ("not_finite", "not a finite number"), ("words", "one number"), ("none", "one number")]
+    ("name", "message"),
+    [
+        ("too_few", "1 rewards for 2"),
+        ("not_finite", "not a finite number"),
+        ("words", "one number"),
+        ("none", "one number"),
+    ],
 )
 def test_wrong_rewards_are_reported(tmp_path, name, message):
-    """A reward function that returns too few, nan or text: a message with its name, not a crash later or silent training on nonsense."""
+    """A reward function that returns too few, nan or text: a message with its name, not a crash
+    later or silent training on nonsense."""
     score, _ = load_reward(f"{reward_file(tmp_path)}:{name}", ToyTokenizer(), CPU)
     with pytest.raises(UserError, match=message) as error:
         score(None, ["b", "b"], ["c", "d"])
@@ -126,15 +130,15 @@ def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path, float64
 PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnopqrs", "t", "uv"]  # w is the EOS id
 
 
-def run_ppo(tmp_path: Path, monkeypatch, policy, reward: str, **changes):
+def run_ppo(tmp_path: Path, monkeypatch, policy, **changes):
     """ppo.train on toy prompts; -> results, trained policy, log, what every make_experience was given and gave."""
     speak_toy(monkeypatch, ppo)
     calls: list[dict] = []
     original = make_experience
 
     def record(policy, reference, value_model, rollout, scores, kl_coef, config):
-        call = {"value_start": copy.deepcopy(value_model.state_dict()), "reference": reference, "policy": policy, "value_model": value_model}
-        call |= {"rollout": rollout, "scores": scores, "kl_coef": kl_coef}
+        call = {"policy": policy, "reference": reference, "value_model": value_model, "rollout": rollout}
+        call |= {"scores": scores, "kl_coef": kl_coef, "value_start": copy.deepcopy(value_model.state_dict())}
         call["experience"] = original(policy, reference, value_model, rollout, scores, kl_coef, config)
         calls.append(call)
         return call["experience"]
@@ -144,19 +148,22 @@ def run_ppo(tmp_path: Path, monkeypatch, policy, reward: str, **changes):
     settings = {
         "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in PROMPTS]),
         "policy": checkpoint(tmp_path / "policy", policy),
-        "reward": reward,
-        **{"out_dir": str(out), "iterations": 3, "rollouts": 12, "max_new_tokens": 7, "temperature": 0.7, "minibatch": 5, "micro_batch": 2},
+        "reward": f"{reward_file(tmp_path)}:letters",
+        **{"out_dir": str(out), "iterations": 3, "rollouts": 12, "max_new_tokens": 7},
+        **{"temperature": 0.7, "minibatch": 5, "micro_batch": 2},
         **{"lr": 3e-3, "value_lr": 3e-3, "warmup": 0, "eos_penalty": 1.5, "kl_coef": 0.2, "device": "cpu"},
-        **{"ppo_epochs": 2, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.5, "target_kl": 0.1, "kl": "k1", "kl_target": 0.0},
+        **{"ppo_epochs": 2, "gamma": 1.0, "lam": 0.95, "clip": 0.2},
+        **{"value_clip": 0.5, "target_kl": 0.1, "kl": "k1", "kl_target": 0.0},
     }
     results = ppo.train(Config(**{**settings, **changes}))
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl"), calls
 
 
 def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
-    """Logged KL that is not the KL trained on, entropy or KL averaged over pads, a cut completion that keeps its score, EOS looked for in
-    the prompt, a score shown with the penalty in it: every logged figure against the rollout and the tensors of the update."""
-    results, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), f"{reward_file(tmp_path)}:letters", kl="k1")
+    """Logged KL that is not the KL trained on, entropy or KL averaged over pads, a cut completion that keeps its
+    score, EOS looked for in the prompt, a score shown with the penalty in it: every logged figure against the
+    rollout and the tensors of the update."""
+    results, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), kl="k1")
     assert len(log) == len(calls) == 3
     cut_rows = 0
     for row, call in zip(log, calls, strict=True):
@@ -200,7 +207,7 @@ def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
 def test_the_reference_stays_frozen(tmp_path, monkeypatch):
     """A reference that shares storage with the policy, or learns: the KL penalty would hold nothing."""
     start = make_gpt(1, block_size=24)
-    _, policy, _, calls = run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", lr=1e-2)
+    _, policy, _, calls = run_ppo(tmp_path, monkeypatch, start, lr=1e-2)
     reference = calls[-1]["reference"]
     storages = {p.data_ptr() for m in (calls[-1]["policy"], calls[-1]["value_model"]) for p in m.parameters()}
     for (name, p), original in zip(reference.named_parameters(), start.parameters(), strict=True):
@@ -212,7 +219,8 @@ def test_the_reference_stays_frozen(tmp_path, monkeypatch):
 
 
 def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float64):
-    """A critic from other weights, without the normalisation, or sharing storage with the reward model, which then drifts as it learns."""
+    """A critic from other weights, without the normalisation, or sharing storage with the reward
+    model, which then drifts as it learns."""
     scorer = make_scalar(2, block_size=24)
     scorer.mean.fill_(-0.4)
     scorer.std.fill_(1.7)
@@ -224,7 +232,8 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float
         return loaded[-1]
 
     monkeypatch.setattr(ppo, "load_reward", record)
-    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(3, block_size=24), checkpoint(tmp_path / "scorer", scorer), value_lr=1e-2)
+    reward = checkpoint(tmp_path / "scorer", scorer)
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(3, block_size=24), reward=reward, value_lr=1e-2)
     first = calls[0]
     for name, tensor in scorer.state_dict().items():
         assert torch.equal(first["value_start"][name], tensor), name
@@ -237,30 +246,31 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float
 
 def test_without_a_reward_model_values_start_at_0(tmp_path, monkeypatch):
     """A random critic makes the first advantages noise."""
-    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(4, block_size=24), f"{reward_file(tmp_path)}:letters", iterations=1)
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(4, block_size=24), iterations=1)
     assert (calls[0]["experience"].values == 0).all()
 
 
 def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch, float64):
-    """lr 0 leaves the policy as it was, to the bit, for a whole run, while the critic learns; and the other way round."""
+    """lr 0 leaves the policy as it was, to the bit, for a whole run, while the
+    critic learns; and the other way round."""
     start = make_gpt(5, block_size=24)
-    _, policy, log, calls = run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", lr=0.0, value_lr=1e-2)
+    _, policy, log, calls = run_ppo(tmp_path, monkeypatch, start, lr=0.0, value_lr=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters(), strict=True))
     assert all(row["approx_kl"] == 0 and row["clip_fraction"] == 0 and row["kl"] == 0 for row in log)
     state = load_file(tmp_path / "out" / "state.pt")["value_model"]
     assert any(not torch.equal(state[k], v) for k, v in calls[0]["value_start"].items())
 
-    _, policy, _, calls = run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", lr=1e-2, value_lr=0.0)
+    _, policy, _, calls = run_ppo(tmp_path, monkeypatch, start, lr=1e-2, value_lr=0.0)
     state = load_file(tmp_path / "out" / "state.pt")["value_model"]
     assert all(torch.equal(state[k], v) for k, v in calls[0]["value_start"].items())
     assert not torch.equal(policy.wte.weight, start.wte.weight)
 
 
 def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch, float64):
-    """A controller fed with another KL (of one rank, of prompt tokens) or a penalty that goes on with the initial coefficient."""
-    _, _, log, calls = run_ppo(
-        tmp_path, monkeypatch, make_gpt(6, block_size=24), f"{reward_file(tmp_path)}:letters", iterations=4, lr=1e-2, kl_target=0.5, kl_horizon=100.0
-    )
+    """A controller fed with another KL (of one rank, of prompt tokens) or a penalty that
+    goes on with the initial coefficient."""
+    changes = {"iterations": 4, "lr": 1e-2, "kl_target": 0.5, "kl_horizon": 100.0}
+    _, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(6, block_size=24), **changes)
     coef = 0.2
     for row, call in zip(log, calls, strict=True):
         assert row["kl_coef"] == pytest.approx(coef, abs=1e-5)
@@ -269,7 +279,8 @@ def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch, f
 
 
 def test_rollouts_use_temperature_only(tmp_path, monkeypatch):
-    """top-k, top-p or a minimum length in rollouts: the policy sampled from is not the policy that is scored, and KL turns negative."""
+    """top-k, top-p or a minimum length in rollouts: the policy sampled from is not the policy
+    that is scored, and KL turns negative."""
     seen = []
     original = generate
 
@@ -278,7 +289,7 @@ def test_rollouts_use_temperature_only(tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(ppo, "generate", record)
-    run_ppo(tmp_path, monkeypatch, make_gpt(7, block_size=24), f"{reward_file(tmp_path)}:nothing", iterations=1)
+    run_ppo(tmp_path, monkeypatch, make_gpt(7, block_size=24), iterations=1)
     assert seen[0]["temperature"] == 0.7
     assert not {"top_k", "top_p"} & seen[0].keys()
     assert not {"top_k", "top_p", "min_len", "min_length", "min_new_tokens"} & {f.name for f in fields(Config)}
@@ -288,10 +299,9 @@ def test_training_raises_the_reward(tmp_path, monkeypatch):
     """The toy must work: a reward for one letter makes the policy write it."""
     torch.manual_seed(0)
     even = GPT(GPTConfig(23, 24, n_layer=1, n_head=2, n_embd=32))  # every letter about equally likely
-    spec = f"{reward_file(tmp_path)}:letters"
-    _, _, log, _ = run_ppo(
-        tmp_path, monkeypatch, even, spec, iterations=10, rollouts=32, minibatch=16, micro_batch=0, lr=1e-2, kl_coef=0.01, temperature=1.0
-    )
+    changes = {"iterations": 10, "rollouts": 32, "minibatch": 16, "micro_batch": 0}
+    changes |= {"lr": 1e-2, "kl_coef": 0.01, "temperature": 1.0}
+    _, _, log, _ = run_ppo(tmp_path, monkeypatch, even, **changes)
     assert log[-1]["score"] > log[0]["score"] + 2
 
 
@@ -300,7 +310,8 @@ def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch, fl
     plain_sgd(monkeypatch)
     start, trained = make_gpt(9, block_size=24), []
     for size in (1, 2, 0):
-        trained.append(run_ppo(tmp_path, monkeypatch, start, f"{reward_file(tmp_path)}:letters", iterations=2, micro_batch=size, lr=0.02)[1])
+        _, model, _, _ = run_ppo(tmp_path, monkeypatch, start, iterations=2, micro_batch=size, lr=0.02)
+        trained.append(model)
     for model in trained[1:]:
         assert_same_weights(model, trained[0], start)
 
@@ -324,6 +335,7 @@ def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch, fl
     ids=str,
 )
 def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes):
-    """A setting that can't work stops at once with one line, not as a crash or as silent nonsense after the first rollout."""
+    """A setting that can't work stops at once with one line, not as a crash or as
+    silent nonsense after the first rollout."""
     with pytest.raises(UserError):
-        run_ppo(tmp_path, monkeypatch, make_gpt(10, block_size=24), f"{reward_file(tmp_path)}:nothing", **changes)
+        run_ppo(tmp_path, monkeypatch, make_gpt(10, block_size=24), **changes)

@@ -1,4 +1,5 @@
-"""Stage 3a, the formulas: KL, shaped rewards, advantages, the two losses and the controller, each against its definition."""
+"""Stage 3a, the formulas: KL, shaped rewards, advantages, the two losses and the controller, each against its
+definition."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from ppo import AdaptiveKL, exact_kl, gae, kl_penalty, policy_loss, shaped_rewar
 
 
 def test_kl_estimators_by_hand(float64):
-    """The sign of k1 (paying for divergence) and the direction of k3 (e^d - 1 - d is another quantity) are inverted in known code bases."""
+    """The sign of k1 (paying for divergence) and the direction of k3 (e^d - 1 - d is another
+    quantity) are inverted in known code bases."""
     logprobs, ref = torch.log(torch.tensor([[0.5, 0.2]])), torch.log(torch.tensor([[0.25, 0.4]]))
     ln2 = math.log(2)
     for kind, expected in (("k1", [ln2, -ln2]), ("k2", [ln2**2 / 2, ln2**2 / 2]), ("k3", [0.5 - 1 + ln2, 2 - 1 - ln2])):
@@ -37,7 +39,8 @@ def test_kl_gradient_equals_finite_differences(kind):
 
 
 def test_k3_is_exact_and_never_negative_near_zero():
-    """e^-d - 1 + d cancels in float32: negative or zero KL for small d, where the truth is d^2 / 2. (It would be off by 10% at 1e-3.)"""
+    """e^-d - 1 + d cancels in float32: negative or zero KL for small d, where the truth is d^2
+    / 2. (It would be off by 10% at 1e-3.)"""
     sizes = [10.0**-e for e in range(9)] + [9e-4, 9.99e-4, 1.001e-3, 2e-3, 5e-3, 0.3, 5.0, 20.0]
     for size, sign, (dtype, rel) in itertools.product(sizes, (1, -1), ((torch.float32, 2e-3), (torch.float64, 1e-6))):
         d = torch.tensor([sign * size], dtype=dtype)
@@ -115,7 +118,7 @@ def test_kl_of_filler_does_not_reach_the_rewards(value):
     rewards = shaped_rewards(scores, spoil(kl, mask, value), mask, 0.3)
     assert torch.equal(rewards, shaped_rewards(scores, kl, mask, 0.3))
     assert (rewards[~mask] == 0).all()
-    # the whole sequence gets score - coef * (sum of KL): a mean over tokens would make the penalty independent of length
+    # the whole sequence gets score - coef * (sum of KL): with a mean the penalty would not depend on the length
     for i in range(5):
         assert rewards[i].sum().item() == pytest.approx(scores[i].item() - 0.3 * kl[i][mask[i]].sum().item(), rel=1e-9)
 
@@ -148,8 +151,9 @@ def gae_by_recursion(rewards: list[float], values: list[float], gamma: float, la
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("garbage", [0.0, 1e12])
 def test_gae_equals_two_slow_forms(gamma, lam, garbage):
-    """Against the double sum and the backward recursion, sequence by sequence without filler. Garbage values at filler: bootstrapping
-    from the value after EOS is the classic leak. Advantages are 0 at masked places, returns = advantages + values."""
+    """Against the double sum and the backward recursion, sequence by sequence without filler. Garbage
+    values at filler: bootstrapping from the value after EOS is the classic leak. Advantages are 0 at masked
+    places, returns = advantages + values."""
     frame = frame_batch(B=6, extra=2, seed=10)
     mask = frame.action_mask
     rewards, values = (spoil(randn(*mask.shape, seed=s), mask, garbage) for s in (11, 12))
@@ -159,13 +163,15 @@ def test_gae_equals_two_slow_forms(gamma, lam, garbage):
         for slow in (gae_by_definition, gae_by_recursion):
             expected = slow(row_rewards, row_values, gamma, lam)
             assert advantages[i][mask[i]].tolist() == pytest.approx(expected, abs=1e-10)
-            assert returns[i][mask[i]].tolist() == pytest.approx([a + v for a, v in zip(expected, row_values, strict=True)], abs=1e-10)
+            sums = [a + v for a, v in zip(expected, row_values, strict=True)]
+            assert returns[i][mask[i]].tolist() == pytest.approx(sums, abs=1e-10)
     assert (advantages[~mask] == 0).all()
     assert (returns[~mask] == 0).all()
 
 
 def test_lambda_1_returns_are_the_rewards_to_go():
-    """With lambda = gamma = 1 the critic drops out of the returns: they are sums of the rewards that are still to come."""
+    """With lambda = gamma = 1 the critic drops out of the returns: they are sums
+    of the rewards that are still to come."""
     frame = frame_batch(B=4, seed=13)
     mask = frame.action_mask
     rewards, values = torch.where(mask, randn(*mask.shape, seed=14), 0.0), randn(*mask.shape, seed=15, scale=100)
@@ -177,7 +183,8 @@ def test_lambda_1_returns_are_the_rewards_to_go():
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_advantages_do_not_depend_on_free_slots_behind_eos(lam):
-    """The score at e + 1 gives the same response another advantage when a slot is free behind its EOS: T against T + k."""
+    """The score at e + 1 gives the same response another advantage when a slot is
+    free behind its EOS: T against T + k."""
     mask = torch.tensor([[0, 1, 1, 1, 1]])
     rewards, values = randn(1, 5, seed=16), randn(1, 5, seed=17)
     reference = gae(rewards, values, mask, 0.97, lam)
@@ -213,11 +220,13 @@ def test_policy_loss_of_all_four_cases_by_hand():
     assert loss.item() == pytest.approx((-1.2 + 1.5 - 0.5 + 0.8) / 4, rel=1e-9)
     assert clipped.item() == 0.5  # the first and the last
     gradient = gradient_of(lambda x: policy_loss(x, torch.zeros(1, 4), advantages, mask, 0.2)[0], ratio.log())
-    assert gradient[0].tolist() == pytest.approx([0.0, 1.5 / 4, -0.5 / 4, 0.0], abs=1e-12)  # -A * ratio / n where not clipped
+    expected = [0.0, 1.5 / 4, -0.5 / 4, 0.0]  # -A * ratio / n where not clipped
+    assert gradient[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_policy_loss_at_ratio_1_is_minus_the_mean_advantage():
-    """The first step is plain policy gradient: loss -mean(A), gradient -A / n, nothing clipped; the sign turned round would unlearn."""
+    """The first step is plain policy gradient: loss -mean(A), gradient -A / n, nothing
+    clipped; the sign turned round would unlearn."""
     frame = frame_batch(B=4, seed=21)
     mask = frame.action_mask
     logprobs, advantages = randn(*mask.shape, seed=22), randn(*mask.shape, seed=23)
@@ -242,10 +251,10 @@ def test_policy_loss_gradient_equals_finite_differences():
     torch.testing.assert_close(gradient_of(loss, new), finite_difference_gradient(loss, new), rtol=1e-6, atol=1e-8)
 
 
-def test_value_loss_by_hand():
+def test_value_loss_by_hand(float64):
     """min in the place of max lets the critic run away; the factor one half; clip 0 means off, not a range of 0."""
-    values, old, returns = (torch.tensor([x], dtype=torch.float64) for x in ([2.0, 2.0, 0.1, -2.0], [0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 0.5, 1.0]))
-    mask = torch.ones(1, 4)
+    values, returns = torch.tensor([[2.0, 2.0, 0.1, -2.0]]), torch.tensor([[3.0, 1.0, 0.5, 1.0]])
+    old, mask = torch.zeros(1, 4), torch.ones(1, 4)
     # clipped values 0.5, 0.5, 0.1, -0.5: squared errors max(1, 6.25), max(1, 0.25), 0.16, max(9, 2.25)
     loss, clipped = value_loss(values, old, returns, mask, 0.5)
     assert loss.item() == pytest.approx(0.5 * (6.25 + 1 + 0.16 + 9) / 4, rel=1e-9)
@@ -266,13 +275,15 @@ def test_value_loss_gradient_equals_finite_differences(clip):
     def loss(x: Tensor) -> Tensor:
         return value_loss(x, old, returns, mask, clip)[0]
 
-    torch.testing.assert_close(gradient_of(loss, values), finite_difference_gradient(loss, values), rtol=1e-6, atol=1e-8)
+    expected = finite_difference_gradient(loss, values)
+    torch.testing.assert_close(gradient_of(loss, values), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("value", [1e30, math.inf, math.nan])
 @pytest.mark.parametrize("which", ["policy", "value"])
 def test_masked_entries_change_neither_loss_nor_gradients(which, value):
-    """What stands at prompt and filler positions, in any of the tensors, changes loss and gradients by nothing; nor do 7 more columns."""
+    """What stands at prompt and filler positions, in any of the tensors, changes loss and
+    gradients by nothing; nor do 7 more columns."""
     frame = frame_batch(B=4, extra=2, seed=32)
     mask = frame.action_mask
     x, old, target = randn(*mask.shape, seed=33), randn(*mask.shape, seed=34), randn(*mask.shape, seed=35)
@@ -290,7 +301,8 @@ def test_masked_entries_change_neither_loss_nor_gradients(which, value):
 
 @pytest.mark.parametrize("which", ["policy", "value"])
 def test_parts_of_a_step_divide_by_the_actions_of_the_whole_step(float64, which):
-    """A mean for each micro-batch: a reply of 3 tokens would weigh as much as one of 53. Also the order of the rows must not matter."""
+    """A mean for each micro-batch: a reply of 3 tokens would weigh as much as one of 53. Also
+    the order of the rows must not matter."""
     frame = frame_batch(B=8, max_completion=12, seed=36)
     mask = frame.action_mask
     tensors = [randn(*mask.shape, seed=s) for s in (37, 38, 39)]
@@ -298,7 +310,8 @@ def test_parts_of_a_step_divide_by_the_actions_of_the_whole_step(float64, which)
     whole = function(*tensors, mask, 0.2)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(40))
     for size in (1, 2, 8):
-        parts = [function(*(x[rows] for x in tensors), mask[rows], 0.2, n_tokens=mask.sum()) for rows in order.split(size)]
+        batches = [[x[rows] for x in (*tensors, mask)] for rows in order.split(size)]
+        parts = [function(*batch, 0.2, n_tokens=mask.sum()) for batch in batches]
         loss, fraction = (sum(p).item() for p in zip(*parts, strict=True))
         assert loss == pytest.approx(whole[0].item(), rel=1e-12)
         assert fraction == pytest.approx(whole[1].item(), rel=1e-12)
