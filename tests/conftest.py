@@ -12,16 +12,14 @@ for folder in (Path(__file__).resolve().parent.parent, Path(__file__).resolve().
         sys.path.insert(0, str(folder))
 
 import pytest  # noqa: E402
-from helpers import make_gpt, make_scalar  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture
-def tiny_gpt():
-    """The factory `make_gpt(seed=0, vocab=23, block_size=48, n_layer=2, n_head=4, n_embd=32, ...)`."""
-    return make_gpt
-
-
-@pytest.fixture
-def tiny_scalar():
-    """The factory `make_scalar(seed=0, ...)` of reward and value models."""
-    return make_scalar
+def float64():
+    """Everything that is made or loaded during the test is float64, the scripts' models too. float32 rounds
+    differently for another batch shape, padding or CPU, so that two ways to the same figure agree to a few
+    digits only; here they must agree to 1e-9."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

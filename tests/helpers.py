@@ -1,7 +1,9 @@
-"""Small things the tests share: tiny networks, random frames, finite differences."""
+"""What the tests share: tiny networks, random frames, finite differences, and a toy language for the scripts."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import sft
+from common import save_model
+from data.batches import Example, RankedExamples
 from model import GPT, GPTConfig, ScalarModel, completion_mask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +22,8 @@ GPT2_BPE = REAL / "gpt2_bpe"
 
 
 def spread(module: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
-    """Add N(0, scale) noise to every parameter, biases and LayerNorm gains too: with them at 0 and 1 a test can't see them."""
+    """Add N(0, scale) noise to every parameter, biases and LayerNorm gains too: with
+    them at 0 and 1 a test can't see them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -33,14 +39,16 @@ def make_gpt(
     n_embd: int = 32,
     dropout: float = 0.0,
     real_vocab: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> GPT:
-    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial value. Torch's global generator is left as it was."""
+    """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial
+    value. Torch's global generator is left as it was. dtype: torch's default (float32, or float64
+    under the fixture `float64`) unless given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab))
     spread(model, seed + 1)
-    return model.to(dtype).eval()
+    return model.to(dtype or torch.get_default_dtype()).eval()
 
 
 def make_scalar(seed: int = 0, **sizes) -> ScalarModel:
@@ -79,9 +87,17 @@ class Frame:
         return self.tokens[i : i + 1, : int(self.lens[i])]
 
 
-def frame_batch(B: int = 5, vocab: int = 23, max_prompt: int = 6, max_completion: int = 8, extra: int = 0, filler: int | None = None, seed: int = 0):
-    """A Frame of B rows of unequal prompt and completion lengths (each at least 1), `extra` columns wider than its longest row.
-    Filler is random unless given: what it is must not matter."""
+def frame_batch(
+    B: int = 5,
+    vocab: int = 23,
+    max_prompt: int = 6,
+    max_completion: int = 8,
+    extra: int = 0,
+    filler: int | None = None,
+    seed: int = 0,
+) -> Frame:
+    """A Frame of B rows of unequal prompt and completion lengths (each at least 1), `extra` columns wider than its
+    longest row. Filler is random unless given: what it is must not matter."""
     generator = torch.Generator().manual_seed(seed)
     prompt_lens = torch.randint(1, max_prompt + 1, (B,), generator=generator)
     lens = prompt_lens + torch.randint(1, max_completion + 1, (B,), generator=generator)
@@ -99,7 +115,8 @@ def random_mask(shape: tuple[int, ...], seed: int = 0, share: float = 0.6) -> Te
 
 
 def finite_difference_gradient(f: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-6) -> Tensor:
-    """Central differences of the scalar function f at x, in float64: an independent truth for autograd. Error about step squared."""
+    """Central differences of the scalar function f at x, in float64: an independent truth
+    for autograd. Error about step squared."""
     x = x.detach().double()
     gradient = torch.zeros_like(x)
     for i in range(x.numel()):
@@ -115,3 +132,154 @@ def gradient_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.detach().clone().requires_grad_()
     f(x).backward()
     return x.grad
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+def spoil(x: Tensor, mask: Tensor, value: float) -> Tensor:
+    """x with `value` wherever the mask is 0."""
+    return torch.where(mask.bool(), x, torch.full_like(x, value))
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def gae_by_definition(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """A_t = sum over l of (gamma lam)^l delta_{t+l}, on one sequence without filler; the value after its end is 0."""
+    n = len(rewards)
+    deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------ the toy language
+
+
+class ToyTokenizer:
+    """One letter is one token, so texts, ids and networks stay tiny. a..v are the tokens 0..21. EOS is 22, which a
+    prompt can hold too, as "w": only a sampled EOS may end a text."""
+
+    name, n_vocab, eos_id = "toy", 23, 22
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - ord("a") for c in text]
+
+    encode_prompt = encode
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+EOS = ToyTokenizer.eos_id
+
+
+def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
+    """Let the scripts load the toy tokenizer."""
+    for module in modules:
+        monkeypatch.setattr(module, "load_tokenizer", lambda name: ToyTokenizer())
+    return ToyTokenizer()
+
+
+def plain_sgd(monkeypatch) -> None:
+    """Put plain SGD in the place of Adam: then the weights before minus after a step are the
+    gradient itself, times the learning rate."""
+    for name in ("AdamW", "Adam"):
+        monkeypatch.setattr(torch.optim, name, lambda params, lr=1.0, **_: torch.optim.SGD(params, lr=lr))
+
+
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def checkpoint(folder: Path, model) -> str:
+    """Save a model as a stage does; -> its folder."""
+    save_model(folder, model, "toy", "test", sft.Config())
+    return str(folder)
+
+
+def completion_logprobs(model, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:
+    """The obvious way: one row without filler, float64 log-softmax, token after token -> (len(completion),)."""
+    ids = prompt + completion
+    logp = (model(torch.tensor([ids]))[0].double() / temperature).log_softmax(-1)
+    return torch.stack([logp[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
+
+
+def descend(model, loss: Tensor, lr: float) -> None:
+    """One step of plain gradient descent, in place."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+        if g is not None:
+            p.data -= lr * g
+
+
+def assert_same_weights(model, expected, before, tolerance: float = 1e-9) -> None:
+    """model and expected, of float64 throughout, have taken the same step from `before`: they agree
+    to `tolerance` of the step's own size."""
+    step = max((e - b).abs().max().item() for e, b in zip(expected.parameters(), before.parameters(), strict=True))
+    assert step > 1e-4, "the expected step must be large enough to be compared"
+    for (name, a), e in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert a.dtype == torch.float64, f"{name} has been trained in {a.dtype}"
+        error = (a - e).abs().max().item()
+        assert error <= tolerance * step, f"{name} is off by {error:.2e} where the step is {step:.2e}"
+
+
+def distance(model, other) -> float:
+    """The length of the step between the two."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return math.sqrt(sum((a - b).pow(2).sum().item() for a, b in pairs))
+
+
+def strict_json(path: Path) -> dict:
+    """Read JSON as the standard has it: NaN and Infinity are not part of it, and other readers stop there."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} in {path.name}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+# ------------------------------------------------------------------------------------------------ rankings in it
+
+
+def ranked(prompt: list[int], completions: list[list[int]], ranks: list[int]) -> RankedExamples:
+    return RankedExamples([Example(prompt, [*c, EOS]) for c in completions], ranks)
+
+
+ITEMS = [
+    ranked([1, 2], [[3], [4, 5, 6], [7, 8]], [0, 1, 2]),
+    ranked([3], [[1, 1], [2, 2, 2], [3], [4, 4, 4, 4]], [0, 0, 1, 2]),
+    ranked([5, 6, 7, 8], [[9], [10, 11]], [0, 1]),
+    ranked([2, 2], [[9, 9], [8, 8]], [0, 1]),  # equally long
+    ranked([4, EOS], [[1], [], [4, 5], [6]], [0, 1, 2, 3]),  # silence; EOS within the prompt
+]
+
+MIXED_RANKS = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, -1, -1], [0, 0, 0, 1], [0, 1, 1, -1]])
+
+RANKINGS = [
+    {"prompt": "ab", "completions": ["c", "de", "fgh"]},
+    {"prompt": "b", "completions": [["cdefgh", "d"], "e"]},  # a tie
+    {"prompt": "cde", "chosen": "a", "rejected": "bbbbbbbb"},  # a pair
+    {"prompt": "wf", "completions": ["gh", ["i", "jkl"], "m"]},  # EOS within the prompt
+    {"prompt": "g", "completions": ["hijk", "a", "", "cc"]},  # silence is an answer
+    {"prompt": "hi", "completions": [["a", "a"], "b"]},  # equal texts: one of them stays
+]
+# the same by hand: prompt, groups of equal rank, best first
+GROUPS = [
+    ("ab", [["c"], ["de"], ["fgh"]]),
+    ("b", [["cdefgh", "d"], ["e"]]),
+    ("cde", [["a"], ["bbbbbbbb"]]),
+    ("wf", [["gh"], ["i", "jkl"], ["m"]]),
+    ("g", [["hijk"], ["a"], [""], ["cc"]]),
+    ("hi", [["a"], ["b"]]),
+]

@@ -1,4 +1,5 @@
-"""common.py and the scripts' outside: command line, side effects, checkpoints, errors that users see, logs, schedule, gates."""
+"""common.py and the scripts' outside: command line, side effects, checkpoints, errors that users see, logs, schedule,
+gates."""
 
 from __future__ import annotations
 
@@ -18,14 +19,28 @@ import torch
 from helpers import ROOT, make_gpt, make_scalar
 
 import common
-from common import RunFolder, UserError, call_reward, check, flag, gate, generator_for, load_function, load_model, lr_at, parse_config, save_model
+from common import (
+    RunFolder,
+    UserError,
+    call_reward,
+    check,
+    flag,
+    gate,
+    generator_for,
+    load_function,
+    load_model,
+    lr_at,
+    parse_config,
+    save_model,
+)
 from data.files import write_jsonl
 from data.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 SCRIPTS = ("sft.py", "reward_model.py", "ppo.py", "dpo.py", "evaluate.py", "sample.py")
 MODULES = ("data.tiny", "data.collect")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "1000", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+ENV |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def config_of(script: str):
@@ -80,13 +95,14 @@ def test_flags(argv, changed):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--n", "1.5"], ["--n"], ["--x", "abc"], ["--kind", "three"], ["--sizes", "1", "b"], ["--nonsense", "1"], ["--nam", "x"], ["stray"]]
+    "line", ["--n 1.5", "--n", "--x abc", "--kind three", "--sizes 1 b", "--nonsense 1", "--nam x", "stray"]
 )
-def test_bad_flags_are_named(argv, capsys):
-    """Status 2 and the flag in question; abbreviations are refused, for they would change meaning when a flag is added."""
+def test_bad_flags_are_named(line, capsys):
+    """Status 2 and the flag in question; abbreviations are refused, for they
+    would change meaning when a flag is added."""
     with pytest.raises(SystemExit) as stop:
-        parse(*argv)
-    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+        parse(*line.split())
+    assert stop.value.code == 2 and line.split()[0] in capsys.readouterr().err
 
 
 def test_default_lists_are_not_shared():
@@ -118,10 +134,10 @@ def test_every_flag_is_documented(script):
         assert choices is None or f.default in choices, f.name
 
 
-# ------------------------------------------------------------------------------------------------ the scripts from outside
+# --------------------------------------------------------------------------------------------- the scripts from outside
 
-# Runs many command lines in one process (importing torch takes seconds), each as `python X.py ...` would be: under __main__, with its own
-# argv, output and exit status. argv[0] that ends in .py is a file, any other a module.
+# Runs many command lines in one process (importing torch takes seconds), each as `python X.py ...` would be: under
+# __main__, with its own argv, output and exit status. argv[0] that ends in .py is a file, any other a module.
 DRIVER = """
 import contextlib, io, json, runpy, sys, traceback
 import torch
@@ -151,7 +167,8 @@ sys.__stdout__.write(json.dumps(results))
 
 
 def drive(cases: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
-    run = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], input=json.dumps(cases), capture_output=True, text=True, cwd=cwd, env=ENV)
+    command = [sys.executable, "-c", DRIVER, str(ROOT)]
+    run = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=cwd, env=ENV)
     assert run.returncode == 0, run.stderr
     return [tuple(r) for r in json.loads(run.stdout)]
 
@@ -165,8 +182,10 @@ def make_folder(folder: Path) -> Path:
     """A policy, a reward model, good and bad data, damaged checkpoints: what the command lines below name."""
     n_vocab = load_tokenizer("tiny").n_vocab
     save_model(folder / "policy", make_gpt(1, vocab=n_vocab, block_size=64, n_embd=16), "tiny", "sft.py", Made())
-    save_model(folder / "rm", make_scalar(1, vocab=n_vocab, block_size=64, n_embd=16), "tiny", "reward_model.py", Made())
-    write_jsonl(folder / "good.jsonl", [{"prompt": "Anna: What is the opposite of hot?", "completion": "It is cold."}] * 4)
+    scorer = make_scalar(1, vocab=n_vocab, block_size=64, n_embd=16)
+    save_model(folder / "rm", scorer, "tiny", "reward_model.py", Made())
+    good = {"prompt": "Anna: What is the opposite of hot?", "completion": "It is cold."}
+    write_jsonl(folder / "good.jsonl", [good] * 4)
     write_jsonl(folder / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 4)
     write_jsonl(folder / "ties.jsonl", [{"prompt": "p", "completions": [["a", "b"]]}])
     (folder / "bad.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n', encoding="utf-8")
@@ -181,9 +200,12 @@ def make_folder(folder: Path) -> Path:
 NO_HELD_OUT = ["--held_out_data", ""]
 SFT = ["sft.py", "--data", "good.jsonl", *NO_HELD_OUT, "--out_dir", "o"]
 DPO = ["dpo.py", "--policy", "policy", "--data", "pairs.jsonl", *NO_HELD_OUT, "--out_dir", "o"]
-RM = ["reward_model.py", "--policy", "policy", "--data", "pairs.jsonl", *NO_HELD_OUT, "--prompts", "good.jsonl", "--out_dir", "o"]
+RM = ["reward_model.py", "--policy", "policy", "--data", "pairs.jsonl", *NO_HELD_OUT]
+RM += ["--prompts", "good.jsonl", "--out_dir", "o"]
 PPO = ["ppo.py", "--policy", "policy", "--prompts", "good.jsonl", "--out_dir", "o", "--max_new_tokens", "4"]
-EVALUATE = ["evaluate.py", "--policies", "policy", "--prompts", "good.jsonl", "--rankings", "", "--demonstrations", "", "--out_dir", "o"]
+EVALUATE = ["evaluate.py", "--policies", "policy", "--prompts", "good.jsonl", "--out_dir", "o"]
+EVALUATE += ["--rankings", "", "--demonstrations", ""]
+TINY = ["data.tiny", "--demonstrations", "1", "--held_out_demonstrations", "1", "--prompts", "1"]
 MISTAKES = [
     # command line -> what the one line on stderr must name
     (["ppo.py", "--policy", "nowhere"], ["nowhere", "no such checkpoint", "python sft.py"]),
@@ -224,7 +246,7 @@ MISTAKES = [
     (["sample.py", "--policy", "nowhere"], ["nowhere"]),
     (["data.collect", "--policies", "nowhere"], ["nowhere", "python sft.py"]),
     (["data.collect", "--policies", "policy", "--prompts", "empty.jsonl"], ["empty.jsonl"]),
-    (["data.tiny", "--held_out_prompts", "-1", "--demonstrations", "1", "--held_out_demonstrations", "1", "--prompts", "1"], ["held-out"]),
+    ([*TINY, "--held_out_prompts", "-1"], ["held-out"]),
 ]
 
 
@@ -237,9 +259,11 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.parametrize(("argv", "names"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
 def test_user_mistakes_are_one_line(outcomes, argv, names):
-    """Exit status 2 and one line on stderr that names the flag, file or line, and which script makes a missing file. No traceback."""
+    """Exit status 2 and one line on stderr that names the flag, file or line, and which
+    script makes a missing file. No traceback."""
     status, _, err = outcomes[" ".join(argv)]
-    shown = [line for line in err.splitlines() if line.strip() and "it/s]" not in line and "?it" not in line]  # progress bars aside
+    lines = [line for line in err.splitlines() if line.strip()]
+    shown = [line for line in lines if "it/s]" not in line and "?it" not in line]  # progress bars aside
     assert status == 2 and "Traceback" not in err, err[-500:]
     script = argv[0] if argv[0].endswith(".py") else argv[0].split(".")[-1] + ".py"
     assert len(shown) == 1 and shown[0].startswith(f"{script}: error: "), shown
@@ -248,7 +272,7 @@ def test_user_mistakes_are_one_line(outcomes, argv, names):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
 def test_help_shows_every_flag(outcomes, script):
-    """`--help` of each script: the docstring's usage lines, every flag, what it does and its default (DESIGN, files a user sees)."""
+    """`--help` of each script: the docstring's usage lines, every flag, what it does and its default."""
     status, out, err = outcomes[f"{script} --help"]
     assert status == 0 and not err
     shown = " ".join(out.split())
@@ -262,7 +286,8 @@ def test_help_shows_every_flag(outcomes, script):
 
 
 def test_a_real_process_in_another_folder(tmp_path):
-    """The same from outside, without the driver: exit status, stderr, no file left, and `python data/collect.py` finds the project by itself."""
+    """The same from outside, without the driver: exit status, stderr, no file left, and `python
+    data/collect.py` finds the project by itself."""
     env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "data" / "collect.py"), "--policies", "nowhere"]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -276,12 +301,15 @@ import io, json, logging, os, random, signal, sys, warnings
 import numpy, regex, requests, tiktoken, torch, tqdm
 def state():
     return {
-        "torch's generator": torch.get_rng_state().tolist(), "random": repr(random.getstate()), "numpy": repr(numpy.random.get_state()),
-        "threads": torch.get_num_threads(), "gradients": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()),
-        "matmul precision": torch.get_float32_matmul_precision(), "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "torch's generator": torch.get_rng_state().tolist(), "threads": torch.get_num_threads(),
+        "random": repr(random.getstate()), "numpy": repr(numpy.random.get_state()),
+        "gradients": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "environment": dict(os.environ), "sys.path": sys.path[:], "folder": os.getcwd(), "argv": sys.argv[:],
-        "log handlers": repr(logging.getLogger().handlers), "signals": repr(signal.getsignal(signal.SIGINT)), "excepthook": repr(sys.excepthook),
-        "recursion": sys.getrecursionlimit(), "stdout": [repr(sys.stdout), sys.stdout.encoding],
+        "log handlers": repr(logging.getLogger().handlers), "signals": repr(signal.getsignal(signal.SIGINT)),
+        "excepthook": repr(sys.excepthook), "recursion": sys.getrecursionlimit(),
+        "stdout": [repr(sys.stdout), sys.stdout.encoding],
     }
 before = state()
 for name in sys.argv[1:]:
@@ -292,8 +320,10 @@ sys.stderr.write(json.dumps([key for key in before if before[key] != after[key]]
 
 
 def test_importing_has_no_side_effect(tmp_path):
-    """Every module imports silently: no output, no file, no changed generator, thread count, precision, path or environment (DESIGN)."""
-    names = [p.stem for p in ROOT.glob("*.py")] + [f"data.{p.stem}" for p in (ROOT / "data").glob("*.py") if p.stem != "__init__"]
+    """Every module imports silently: no output, no file, no changed generator, thread
+    count, precision, path or environment."""
+    names = [p.stem for p in ROOT.glob("*.py")]
+    names += [f"data.{p.stem}" for p in (ROOT / "data").glob("*.py") if p.stem != "__init__"]
     assert {"model", "ppo", "data.tiny"} <= set(names)
     run = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "" and run.stderr == "[]"
@@ -368,7 +398,7 @@ def test_a_saved_policy_is_the_loaded_one(tmp_path):
 
 
 def test_a_saved_reward_model_is_the_loaded_one(tmp_path):
-    """Head and normalisation included (anchors trap 25: or it scores in other units after loading)."""
+    """Head and normalisation included (trap 25: or it scores in other units after loading)."""
     model = make_scalar(3)
     model.mean.fill_(1.25)
     model.std.fill_(0.75)
@@ -383,7 +413,8 @@ def test_checkpoints_hold_tensors_and_plain_python(tmp_path):
     model = make_gpt()
     save_model(tmp_path, model, "tiny", "sft.py", Made("hand"))
     content = content_of(tmp_path / "model.pt")
-    assert plain(content) and content["made"] == {"script": "sft.py", "config": {"by": "hand"}} and content["kind"] == "gpt"
+    assert plain(content)
+    assert content["made"] == {"script": "sft.py", "config": {"by": "hand"}} and content["kind"] == "gpt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
@@ -422,7 +453,8 @@ def test_write_json_leaves_no_half_file(tmp_path):
 
 def good_content() -> dict:
     model = make_gpt(n_embd=8)
-    return {"kind": "gpt", "config": dataclasses.asdict(model.config), "tokenizer": "tiny", "made": {}, "weights": model.state_dict()}
+    shape = dataclasses.asdict(model.config)
+    return {"kind": "gpt", "config": shape, "tokenizer": "tiny", "made": {}, "weights": model.state_dict()}
 
 
 def without(key: str) -> dict:
@@ -478,7 +510,11 @@ class Bomb:
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     """A pickle that would run a function is refused before it does (weights_only=True)."""
-    for name, save in (("a.pt", torch.save), ("b.pt", lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2)))):
+
+    def save_pickle(obj, path):
+        path.write_bytes(pickle.dumps(obj, protocol=2))
+
+    for name, save in (("a.pt", torch.save), ("b.pt", save_pickle)):
         save({**good_content(), "made": Bomb(tmp_path / "boom")}, tmp_path / name)
         with pytest.raises(UserError):
             load_model(tmp_path / name, CPU)
@@ -497,16 +533,18 @@ def test_missing_and_mistaken_checkpoints(tmp_path):
         load_model(tmp_path / "rm", CPU)
 
 
-# ------------------------------------------------------------------------------------------------ the user's own functions
+# --------------------------------------------------------------------------------------------- the user's own functions
 
 
 def test_load_function(tmp_path, monkeypatch):
-    """file.py:function, from any folder; the project's own data/tiny.py from everywhere; files of one name don't mix."""
+    """file.py:function, from any folder; the project's own data/tiny.py from
+    everywhere; files of one name don't mix."""
     monkeypatch.chdir(tmp_path)
-    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int = {0}\n\n"
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+    source += "@dataclass\nclass A:\n    x: int = {0}\n\ndef f(p, c):\n    return [A().x] * len(c)\n"
     for folder, value in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "my_reward.py").write_text(source.format(value) + "def f(p, c):\n    return [A().x] * len(c)\n", encoding="utf-8")
+        (tmp_path / folder / "my_reward.py").write_text(source.format(value), encoding="utf-8")
     one, two = load_function("one/my_reward.py:f"), load_function(str(tmp_path / "two" / "my_reward.py") + ":f")
     assert one(["p"], ["c"]) == [1] and two(["p"], ["c", "d"]) == [2, 2]
     assert load_function("data/tiny.py:gold_reward")(["Anna: Add 2 and 3."], ["Sure! It is 5."]) == [2.0]
@@ -526,9 +564,11 @@ def test_a_user_s_file_may_have_any_name(tmp_path, monkeypatch):
         assert not hasattr(importlib.import_module(name), "f"), name
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "rewards", "rewards.py", "rewards.py:", "nowhere.py:f", "rewards.py:missing", "rewards.py:number", "bad.py:f", ":f"]
-)
+NO_FUNCTIONS = ["", "rewards", "rewards.py", "rewards.py:", "rewards.py:missing", "rewards.py:number"]
+NO_FUNCTIONS += ["nowhere.py:f", "bad.py:f", ":f"]
+
+
+@pytest.mark.parametrize("spec", NO_FUNCTIONS)
 def test_load_function_errors(tmp_path, monkeypatch, spec):
     """Each mistake in `--reward` or `--gold` is a UserError that shows what was given."""
     monkeypatch.chdir(tmp_path)
@@ -608,9 +648,11 @@ def test_a_run_folder(tmp_path):
     assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == {"out_dir": str(folder), "lr": 0.5}
     run.log(step=1, loss=0.123456789, note="ü")
     run.log(step=2, loss=1e-3)
-    assert lines_of(folder / "metrics.jsonl") == [{"step": 1, "loss": 0.123457, "note": "ü"}, {"step": 2, "loss": 0.001}]
+    first, second = lines_of(folder / "metrics.jsonl")
+    assert first == {"step": 1, "loss": 0.123457, "note": "ü"} and second == {"step": 2, "loss": 0.001}
     results = run.finish({"a": 1})
-    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results and results["a"] == 1 and results["seconds"] >= 0
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+    assert results["a"] == 1 and results["seconds"] >= 0
     RunFolder(OutDir(str(folder)))
     assert (folder / "metrics.jsonl").read_text(encoding="utf-8") == "" and not (folder / "results.json").exists()
 
@@ -649,7 +691,7 @@ def test_logs_and_results_are_valid_json(tmp_path):
         json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-# ------------------------------------------------------------------------------------------------ device, seeds, schedule, gates
+# --------------------------------------------------------------------------------------- device, seeds, schedule, gates
 
 
 def test_pick_device():
@@ -678,7 +720,8 @@ def test_autocast():
 
 
 def test_generators_are_independent_streams():
-    """The same key gives the same numbers whatever was drawn before; every other key gives others (order of the key matters too)."""
+    """The same key gives the same numbers whatever was drawn before; every other key gives
+    others (order of the key matters too)."""
     keys = [(), (0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 0), (7, 3, 1), (7, 1, 3), (3, 7, 1)]
     draws = {}
     for key in keys:
@@ -690,7 +733,8 @@ def test_generators_are_independent_streams():
     state = torch.get_rng_state()
     torch.rand(4, generator=generator_for(CPU, 5))
     assert torch.equal(torch.get_rng_state(), state)
-    many = torch.stack([torch.rand(2, generator=generator_for(CPU, 1, step)) for step in range(400)])  # neighbouring steps: no pattern
+    # neighbouring steps: no pattern
+    many = torch.stack([torch.rand(2, generator=generator_for(CPU, 1, step)) for step in range(400)])
     assert abs(float(many.mean()) - 0.5) < 0.05 and abs(float(torch.corrcoef(many.T)[0, 1])) < 0.2
     assert abs(float(torch.corrcoef(torch.stack([many[:-1, 0], many[1:, 0]]))[0, 1])) < 0.2
 
@@ -698,7 +742,8 @@ def test_generators_are_independent_streams():
 @pytest.mark.parametrize(
     ("kind", "floor", "factors"),
     [
-        ("cosine", 0.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 6: (1 + math.cos(math.pi / 4)) / 2, 8: 0.5, 10: (1 - math.cos(math.pi / 4)) / 2}),
+        ("cosine", 0.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 8: 0.5}),
+        ("cosine", 0.0, {6: (1 + math.cos(math.pi / 4)) / 2, 10: (1 - math.cos(math.pi / 4)) / 2}),
         ("cosine", 0.1, {3: 1.0, 4: 1.0, 8: 0.55}),
         ("linear", 0.0, {0: 0.25, 3: 1.0, 4: 1.0, 5: 0.875, 8: 0.5, 11: 0.125}),
         ("linear", 0.2, {8: 0.6, 11: 0.3}),
@@ -706,7 +751,8 @@ def test_generators_are_independent_streams():
     ],
 )
 def test_lr_at_by_hand(kind, floor, factors):
-    """12 steps, 4 of warm-up: the first step already learns, the peak is reached at the end of warm-up, no step is beyond it."""
+    """12 steps, 4 of warm-up: the first step already learns, the peak is reached at the
+    end of warm-up, no step is beyond it."""
     for step, factor in factors.items():
         assert lr_at(step, 12, 4, kind, floor) == pytest.approx(factor, abs=1e-12), step
     curve = [lr_at(s, 12, 4, kind, floor) for s in range(12)]
@@ -742,7 +788,8 @@ def test_gates(capsys, value, low, high, ok, shown):
     """The figure beside its expected range (need R3); nan passes no gate; what is returned is valid JSON."""
     result = gate("stage figure", value, low, high)
     line = capsys.readouterr().out
-    assert result["ok"] is ok and result["name"] == "stage figure" and line.startswith("GATE stage figure") and line.endswith(shown + "\n")
+    assert result["ok"] is ok and result["name"] == "stage figure"
+    assert line.startswith("GATE stage figure") and line.endswith(shown + "\n")
     assert result["low"] in (low, None) and result["high"] in (high, None)
     if math.isfinite(value):
         json.dumps(result, allow_nan=False)

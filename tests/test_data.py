@@ -20,8 +20,26 @@ from helpers import GPT2_BPE, ROOT, make_gpt
 
 from common import UserError, load_model, save_model
 from data import collect, tiny
-from data.batches import RankedExamples, by_length, encode_example, encode_rankings, length_batches, pad, ranked_batch, truncate_prompt
-from data.files import Ranking, nest_ties, parse_ranking, read_demonstrations, read_jsonl, read_prompts, read_rankings, write_jsonl
+from data.batches import (
+    RankedExamples,
+    by_length,
+    encode_example,
+    encode_rankings,
+    length_batches,
+    pad,
+    ranked_batch,
+    truncate_prompt,
+)
+from data.files import (
+    Ranking,
+    nest_ties,
+    parse_ranking,
+    read_demonstrations,
+    read_jsonl,
+    read_prompts,
+    read_rankings,
+    write_jsonl,
+)
 from data.tokenizer import TINY_RANKS, format_prompt, load_tokenizer
 
 TINY = load_tokenizer("tiny")
@@ -58,7 +76,7 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tiny_round_trip(text):
-    """Any UTF-8 text comes back exactly, and no text at all gives the EOS id (user needs, section B)."""
+    """Any UTF-8 text comes back exactly, and no text at all gives the EOS id."""
     ids = TINY.encode(text)
     assert TINY.decode(ids) == text
     assert all(0 <= i < TINY.n_vocab and i != TINY.eos_id for i in ids)
@@ -84,14 +102,16 @@ def test_tiny_vocabulary():
 
 def test_tiny_knows_its_world():
     """Every word of the world is one token, so a question's shape doesn't depend on its words."""
-    words = [f" {w}" for w in tiny.NOUNS + list(tiny.OPPOSITE) + list(tiny.PLURAL.values()) + list(tiny.PAST.values()) + tiny.DAYS]
+    world = [*tiny.NOUNS, *tiny.OPPOSITE, *tiny.PLURAL.values(), *tiny.PAST.values(), *tiny.DAYS]
+    words = [f" {w}" for w in world]
     whole = [w for w in words if len(TINY.encode(w)) == 1]
     assert len(whole) > 0.98 * len(words)
     assert all(len(TINY.encode(f" {name}:")) == 2 for name in tiny.NAMES)
 
 
 def test_prompt_template():
-    """One template for all stages; the boundary is a newline, so prompt and completion texts join without loss (need R14)."""
+    """One template for all stages; the boundary is a newline, so prompt and
+    completion texts join without loss (need R14)."""
     assert format_prompt("Hi") == "User: Hi\nAssistant:\n"
     assert TINY.decode(TINY.encode_prompt("Hi")) == format_prompt("Hi")
 
@@ -148,11 +168,12 @@ def test_committed_vocabulary_is_what_make_vocab_makes():
     """data/tiny.tiktoken can be made again, byte for byte, from the world's own text."""
     from data import make_vocab
 
-    assert make_vocab.rank_file(make_vocab.train_bpe(make_vocab.world_text(), make_vocab.MAX_TOKENS)) == TINY_RANKS.read_bytes()
+    ranks = make_vocab.train_bpe(make_vocab.world_text(), make_vocab.MAX_TOKENS)
+    assert make_vocab.rank_file(ranks) == TINY_RANKS.read_bytes()
 
 
 def test_vocabulary_file_is_kept_from_line_ending_conversion():
-    """.gitattributes: a CRLF checkout would change it (user needs, section B)."""
+    """.gitattributes: a CRLF checkout would change it."""
     assert b"\r" not in TINY_RANKS.read_bytes()
     lines = (ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines()
     assert any(line.split()[:2] == ["*.tiktoken", "-text"] for line in lines)
@@ -164,7 +185,8 @@ def test_bpe_by_hand():
 
     texts = ["low"] * 50 + ["lower"] * 30 + ["new"] * 25
     learned = [token for token, rank in train_bpe(texts, 300).items() if rank >= 256]
-    # pairs at first: lo 80, ow 80, we 30, er 30, ne 25, ew 25. ow > lo by bytes; then l+ow; then er > (low)e; (low)er; ne > ew by bytes; ne+w
+    # pairs at first: lo 80, ow 80, we 30, er 30, ne 25, ew 25
+    # ow > lo by bytes; then l+ow; then er > (low)e; (low)er; ne > ew by bytes; ne+w
     assert learned == [b"ow", b"low", b"lowe", b"lower", b"ne", b"new"]
 
 
@@ -178,17 +200,22 @@ def lines(path, *rows: str | bytes):
 
 def test_each_format_reads(tmp_path):
     """Demonstrations, prompts (other keys ignored), pairs and rankings with ties."""
-    path = lines(tmp_path / "d.jsonl", '{"prompt": "p", "completion": "ü\\n☃"}', '{"completion": "", "prompt": "q", "more": 1}')
+    first, second = '{"prompt": "p", "completion": "ü\\n☃"}', '{"completion": "", "prompt": "q", "more": 1}'
+    path = lines(tmp_path / "d.jsonl", first, second)
     assert read_demonstrations(path) == [("p", "ü\n☃"), ("q", "")]
     assert read_prompts(path) == ["p", "q"]
-    path = lines(tmp_path / "r.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "b"}', '{"prompt": "p", "completions": ["a", ["b", "c"], "d"]}')
+    pair = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
+    ranking = '{"prompt": "p", "completions": ["a", ["b", "c"], "d"]}'
+    path = lines(tmp_path / "r.jsonl", pair, ranking)
     assert read_rankings(path) == [Ranking("p", ["a", "b"], [0, 1]), Ranking("p", ["a", "b", "c", "d"], [0, 1, 1, 2])]
 
 
 def test_tolerated_files(tmp_path):
-    """A byte-order mark, CRLF, blank lines, no newline at the end, U+2028 inside a string: what editors on other systems leave."""
+    """A byte-order mark, CRLF, blank lines, no newline at the end, U+2028 inside a
+    string: what editors on other systems leave."""
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n   \r\n{"prompt": "c\xe2\x80\xa8", "completion": "d"}')
+    first, second = b'{"prompt": "a", "completion": "b"}', b'{"prompt": "c\xe2\x80\xa8", "completion": "d"}'
+    path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n   \r\n" + second)
     assert read_demonstrations(path) == [("a", "b"), ("c\u2028", "d")]
     assert [where for where, _ in read_jsonl(path)] == [f"{path}:1", f"{path}:4"]
 
@@ -323,7 +350,7 @@ class Letters:
     ],
 )
 def test_truncation_keeps_the_completion(block_size, prompt, completion):
-    """Prompt cut from the left, completion kept, EOS only where the completion wasn't cut (need R18; anchors trap 13)."""
+    """Prompt cut from the left, completion kept, EOS only where the completion wasn't cut (need R18; trap 13)."""
     example = encode_example(Letters(), "abcdef", "xyz", block_size)
     if prompt is None:
         assert example is None
@@ -340,7 +367,7 @@ def test_empty_completions():
 
 
 def test_prompt_and_completion_decode_to_the_exact_text():
-    """Encoded apart and joined: no merge crosses the boundary, nothing is lost (need R18; anchors trap 15)."""
+    """Encoded apart and joined: no merge crosses the boundary, nothing is lost (need R18; trap 15)."""
     rng = random.Random(1)
     texts = [t for t in TEXTS if t] + [tiny.sample_prompt(rng, False) for _ in range(50)]
     for prompt in texts:
@@ -356,13 +383,15 @@ def test_truncate_prompt_keeps_the_end():
 
 
 def test_pad():
-    """On the right, to the longest row, or to a multiple; lens are the rows' own lengths, even where a row ends in the filler id."""
+    """On the right, to the longest row, or to a multiple; lens are the rows' own lengths,
+    even where a row ends in the filler id."""
     tokens, lens = pad([[1, 2, 3], [4], [5, 9]], filler=9)
     assert tokens.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and lens.tolist() == [3, 1, 2]
     assert tokens.dtype == lens.dtype == torch.long
     for multiple, width in ((1, 3), (2, 4), (3, 3), (8, 8)):
         wide, lens = pad([[1, 2, 3], [4]], 0, multiple=multiple)
-        assert wide.shape == (2, width) and wide[0, :3].tolist() == [1, 2, 3] and wide.sum() == 10 and lens.tolist() == [3, 1]
+        assert wide.shape == (2, width) and lens.tolist() == [3, 1]
+        assert wide[0, :3].tolist() == [1, 2, 3] and wide.sum() == 10
 
 
 def filler_share(lengths, batches) -> float:
@@ -372,7 +401,8 @@ def filler_share(lengths, batches) -> float:
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 1025])
 def test_length_batches_cover_each_row_once(n):
-    """Each index once, only the last batch smaller (anchors trap 46: a remainder silently dropped), reproducible, another order every epoch."""
+    """Each index once, only the last batch smaller (trap 46: a remainder silently dropped),
+    reproducible, another order every epoch."""
     rng = random.Random(n)
     lengths = [rng.randint(1, 60) for _ in range(n)]
     batches = length_batches(lengths, 16, torch.Generator().manual_seed(1))
@@ -384,7 +414,8 @@ def test_length_batches_cover_each_row_once(n):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(3)).tolist()
         chance = filler_share(lengths, [order[i : i + 16] for i in range(0, n, 16)])
         assert chance > 0.4 and filler_share(lengths, batches) < 0.15
-        means = [sum(lengths[i] for i in b) / len(b) for b in batches]  # short and long batches in random order, no curriculum
+        # short and long batches in random order, no curriculum
+        means = [sum(lengths[i] for i in b) / len(b) for b in batches]
         rises = sum(b > a for a, b in pairwise(means))
         assert 0.25 * len(means) < rises < 0.75 * len(means)
     if n > 1000:
@@ -402,7 +433,7 @@ def test_by_length():
 
 
 def test_rankings_that_compare_nothing_are_dropped_and_counted():
-    """Ties only, one text several times, texts equal after truncation: the loss is the constant ln 2 there (anchors, checklist 18)."""
+    """Ties only, one text several times, texts equal after truncation: the loss is the constant ln 2 there."""
     rankings = [
         Ranking("p", ["a", "b"], [0, 1]),
         Ranking("p", ["a", "b", "c"], [0, 0, 0]),  # ties only
@@ -412,7 +443,8 @@ def test_rankings_that_compare_nothing_are_dropped_and_counted():
         Ranking("p", ["a", "", "b"], [0, 1, 1]),  # silence is an answer
     ]
     kept, dropped = encode_rankings(rankings, Letters(), block_size=6)
-    assert dropped == 3 and [(item.ranks, ["".join(map(chr, e.completion)) for e in item.examples]) for item in kept] == [
+    assert dropped == 3
+    assert [(item.ranks, ["".join(map(chr, e.completion)) for e in item.examples]) for item in kept] == [
         ([0, 1], ["a\0", "b\0"]),
         ([0, 1], ["abcde", "b\0"]),
         ([0, 1, 1], ["a\0", "\0", "b\0"]),
@@ -422,7 +454,11 @@ def test_rankings_that_compare_nothing_are_dropped_and_counted():
 
 def test_ranked_batch_of_unequal_k():
     """Every text is one row; index and ranks find them again, -1 where a ranking has fewer."""
-    rankings = [Ranking("pq", ["a", "bb"], [0, 1]), Ranking("r", ["c", "d", "eee", "f"], [0, 1, 1, 2]), Ranking("s", ["g", "h", "i"], [0, 1, 2])]
+    rankings = [
+        Ranking("pq", ["a", "bb"], [0, 1]),
+        Ranking("r", ["c", "d", "eee", "f"], [0, 1, 1, 2]),
+        Ranking("s", ["g", "h", "i"], [0, 1, 2]),
+    ]
     items, _ = encode_rankings(rankings, Letters(), 20)
     batch = ranked_batch(items, filler=7, device=torch.device("cpu"))
     assert batch.index.shape == batch.ranks.shape == (3, 4) and batch.tokens.shape == (9, 5)
@@ -432,7 +468,8 @@ def test_ranked_batch_of_unequal_k():
             row = int(batch.index[n, k])
             start, end = int(batch.prompt_lens[row]), int(batch.lens[row])
             assert batch.tokens[row, :start].tolist() == [ord(c) for c in ranking.prompt]
-            assert batch.tokens[row, start:end].tolist() == [*map(ord, text), 0] and (batch.tokens[row, end:] == 7).all()
+            assert batch.tokens[row, start:end].tolist() == [*map(ord, text), 0]
+            assert (batch.tokens[row, end:] == 7).all()
     assert ranked_batch(items, 7, torch.device("cpu"), multiple=8).tokens.shape == (9, 8)
     assert isinstance(items[0], RankedExamples)
 
@@ -441,18 +478,21 @@ def test_ranked_batch_of_unequal_k():
 
 
 def test_the_world_is_large_enough():
-    """At least 20 families and 20,000 distinct prompts (DESIGN), held-out ones kept apart by the text alone, so for every seed."""
+    """At least 20 families and 20,000 distinct prompts, held-out ones kept apart
+    by the text alone, so for every seed."""
     assert len(tiny.FAMILIES) >= 20
     training = {p for seed in range(3) for p in tiny.distinct_prompts(20_000, random.Random(seed), held_out=False)}
     held_out = {p for seed in range(3) for p in tiny.distinct_prompts(800, random.Random(seed), held_out=True)}
     assert not training & held_out
-    assert len(tiny.distinct_prompts(20_000, random.Random(9), False)) == len(set(tiny.distinct_prompts(20_000, random.Random(9), False))) == 20_000
+    many = tiny.distinct_prompts(20_000, random.Random(9), False)
+    assert len(many) == len(set(many)) == 20_000
     families = {tiny.parse_prompt(p)[0] for p in held_out}
     assert families == set(tiny.FAMILIES)
 
 
 def test_a_world_that_is_too_small_says_so(monkeypatch):
-    """More prompts than there are: a message, not an endless loop. (12 names, 2 phrasings, 7 days make 168 prompts in all.)"""
+    """More prompts than there are: a message, not an endless loop. (12 names, 2
+    phrasings, 7 days make 168 prompts in all.)"""
     monkeypatch.setattr(tiny, "FAMILIES", {"day_after": tiny.FAMILIES["day_after"]})
     assert len(set(tiny.distinct_prompts(120, random.Random(0), False))) == 120
     with pytest.raises(UserError, match="169 distinct"):
@@ -460,7 +500,8 @@ def test_a_world_that_is_too_small_says_so(monkeypatch):
 
 
 def test_a_prompt_s_text_tells_its_family_and_answer():
-    """For every family and phrasing, the parsed prompt is the drawn one: no two templates overlap, none captures too little."""
+    """For every family and phrasing, the parsed prompt is the drawn one: no two
+    templates overlap, none captures too little."""
     rng = random.Random(3)
     for name, family in tiny.FAMILIES.items():
         for phrasing in family.phrasings:
@@ -612,7 +653,7 @@ def test_the_ceiling_is_reached_and_never_passed():
     demonstrations = [tiny.demonstrate(p, rng) for p in prompts]
     rewards = tiny.gold_reward(prompts, demonstrations)
     assert -3 - MOST <= min(rewards) and max(rewards) <= tiny.CEILING
-    assert -1.0 < sum(rewards) / 2000 < 0.5  # mediocre by construction (DESIGN): far below 2
+    assert -1.0 < sum(rewards) / 2000 < 0.5  # mediocre by construction: far below 2
     good = sum(r == tiny.CEILING for r in rewards) / 2000
     assert 0.02 < good < 0.3  # but what RLHF must find is there to be imitated
     glued = [" ".join(rng.sample(demonstrations, 3)) for _ in prompts]
@@ -644,8 +685,8 @@ def test_demonstrations_mix_all_qualities():
         "unfinished": sum(p["ended"] < 0 for p in parts),
         "repeated": sum(p["not_repeated"] < 0 for p in parts),
     }
-    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3), "rambling": (0.2, 0.5), "unfinished": (0.02, 0.2)}
-    expected["repeated"] = (0.03, 0.15)
+    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3)}
+    expected |= {"rambling": (0.2, 0.5), "unfinished": (0.02, 0.2), "repeated": (0.03, 0.15)}
     for name, (low, high) in expected.items():
         assert low < share[name] / 4000 < high, name
 
@@ -670,7 +711,8 @@ def test_the_generator_is_seeded(tmp_path, capsys):
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_annotators_are_plackett_luce(temperature):
-    """Pairs by the sigmoid of the gap, the winner by the softmax, whole orders by the product of softmaxes (enumerated)."""
+    """Pairs by the sigmoid of the gap, the winner by the softmax, whole orders by
+    the product of softmaxes (enumerated)."""
     rewards, n, rng = [1.0, 0.2, -0.5], 20_000, random.Random(8)
     orders = [tuple(tiny.annotator_ranking(rewards, temperature, rng)) for _ in range(n)]
     weights = [math.exp(r / temperature) for r in rewards]
@@ -684,7 +726,8 @@ def test_annotators_are_plackett_luce(temperature):
 
 
 def test_bayes_accuracy_is_that_of_a_judge_who_knows():
-    """The printed bound against simulated annotators and a judge who sorts by the true reward (a coin where they are equal)."""
+    """The printed bound against simulated annotators and a judge who sorts by the true
+    reward (a coin where they are equal)."""
     rng, temperature = random.Random(9), 0.5
     groups = [[rng.choice([-1.0, 0.0, 0.3, 1.0]) for _ in range(4)] for _ in range(4000)]
     agreed = total = 0
@@ -700,7 +743,7 @@ def test_bayes_accuracy_is_that_of_a_judge_who_knows():
     assert tiny.bayes_accuracy([[0.0, 0.0, 0.0]], 1.0) == 0.5
 
 
-# ------------------------------------------------------------------------------------------------ collecting preferences
+# ----------------------------------------------------------------------------------------------- collecting preferences
 
 
 @pytest.mark.parametrize(
@@ -728,7 +771,7 @@ def test_parse_order(answer, ranks):
 
 
 def test_equal_texts_tie():
-    """A text can't be better than itself (anchors trap 36); the others keep distinct ranks."""
+    """A text can't be better than itself (trap 36); the others keep distinct ranks."""
     for seed in range(20):
         ranks = collect.rank_simulated(["a", "b", "a", "c", "a"], [0.0, 1.0, 0.0, 0.5, 0.0], 1.0, random.Random(seed))
         assert ranks[0] == ranks[2] == ranks[4] and len(set(ranks)) == 3 and set(ranks) == {0, 1, 2}
@@ -737,7 +780,8 @@ def test_equal_texts_tie():
 def test_low_noise_annotators_rank_by_the_truth():
     """Best first, and the rank belongs to the completion it stands beside."""
     for seed in range(20):
-        assert collect.rank_simulated(["x", "y", "z", "w"], [0.1, 2.0, -1.0, 1.0], 1e-3, random.Random(seed)) == [2, 0, 3, 1]
+        ranks = collect.rank_simulated(["x", "y", "z", "w"], [0.1, 2.0, -1.0, 1.0], 1e-3, random.Random(seed))
+        assert ranks == [2, 0, 3, 1]
 
 
 @pytest.fixture
@@ -780,19 +824,21 @@ def random_policy(tmp_path_factory):
     """Two checkpoints of small random GPTs with the tiny vocabulary, and a prompts file."""
     folder = tmp_path_factory.mktemp("policy")
     for seed in (1, 2):
-        save_model(folder / f"p{seed}", make_gpt(seed, vocab=TINY.n_vocab, block_size=64, n_embd=16), "tiny", "test", Made())
+        policy = make_gpt(seed, vocab=TINY.n_vocab, block_size=64, n_embd=16)
+        save_model(folder / f"p{seed}", policy, "tiny", "test", Made())
     write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in tiny.distinct_prompts(11, random.Random(1), False)])
     return folder
 
 
 def collecting(folder, out, **changes) -> collect.Config:
-    settings = {"policies": [str(folder / "p1")], "prompts": str(folder / "prompts.jsonl"), "n_prompts": 0, "batch_size": 4, "max_new_tokens": 6}
-    return collect.Config(**{**settings, "out": str(out), "device": "cpu", "completions": 3, **changes})
+    settings = {"policies": [str(folder / "p1")], "prompts": str(folder / "prompts.jsonl"), "out": str(out)}
+    settings |= {"n_prompts": 0, "batch_size": 4, "max_new_tokens": 6, "completions": 3, "device": "cpu"}
+    return collect.Config(**{**settings, **changes})
 
 
 def test_collected_rankings(random_policy, tmp_path):
-    """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew stands in the order
-    of the texts it belongs to (here a made-up truth that differs for every text)."""
+    """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew
+    stands in the order of the texts it belongs to (here a made-up truth that differs for every text)."""
     (tmp_path / "truth.py").write_text(
         "def f(prompts, completions):\n    return [len(set(c)) + len(c) / 100 for c in completions]\n", encoding="utf-8"
     )
@@ -814,10 +860,11 @@ def test_collected_rankings(random_policy, tmp_path):
         assert row["gold"] == sorted(row["gold"], reverse=True)
 
 
-def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path):
-    """At a temperature of nearly 0 each policy's completion is its greedy one, worked out here for each prompt alone."""
+def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path, float64):
+    """At a temperature of nearly 0 each policy's completion is its greedy one,
+    worked out here for each prompt alone."""
     policies = [str(random_policy / "p1"), str(random_policy / "p2")]
-    collect.train(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5], completions=3))
+    collect.train(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5]))
     texts = set()
     for ranking in read_rankings(tmp_path / "r.jsonl"):
         greedy = []
@@ -828,7 +875,8 @@ def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path):
             while len(ids) < start + 6 and TINY.eos_id not in ids[start:]:
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
             greedy.append(TINY.decode([i for i in ids[start:] if i != TINY.eos_id]))
-        assert sorted(ranking.completions) == sorted([greedy[0], greedy[1], greedy[0]])  # completion k comes from policy k mod 2
+        expected = [greedy[0], greedy[1], greedy[0]]  # completion k comes from policy k mod 2
+        assert sorted(ranking.completions) == sorted(expected)
         texts.update(greedy)
     assert len(texts) > 10  # so a completion beside the wrong prompt would be seen
 
@@ -861,7 +909,8 @@ def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
 
 
 def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, capsys):
-    """Ranked, skipped, ranked, stopped: two lines stand in the file, best first, without any simulated truth; then it goes on."""
+    """Ranked, skipped, ranked, stopped: two lines stand in the file, best first, without
+    any simulated truth; then it goes on."""
     out = tmp_path / "r.jsonl"
     human("3 2 1", "s", "1=2 3")
     with pytest.raises(KeyboardInterrupt):
@@ -870,14 +919,16 @@ def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, caps
     texts = [[t for _, t in shown[i : i + 3]] for i in range(0, 9, 3)]
     rows = [row for _, row in read_jsonl(out)]
     prompts = read_prompts(random_policy / "prompts.jsonl")
-    assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]] and all(set(row) == {"prompt", "completions"} for row in rows)
+    assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]]
+    assert all(set(row) == {"prompt", "completions"} for row in rows)
     if len(set(texts[0])) == 3 and not any("\n" in t or "\r" in t for t in texts[0]):
         assert rows[0]["completions"] == texts[0][::-1]
     assert len(rows[1]["completions"]) == 2 and len(rows[1]["completions"][0]) == 2  # the tie is a nested list
     human("1 2 3")
     with pytest.raises(KeyboardInterrupt):
         collect.train(collecting(random_policy, out, annotator="human", seed=3))
-    assert [row["prompt"] for _, row in read_jsonl(out)] == [prompts[0], prompts[2], prompts[1]]  # the skipped one is asked again
+    asked = [row["prompt"] for _, row in read_jsonl(out)]
+    assert asked == [prompts[0], prompts[2], prompts[1]]  # the skipped one is asked again
 
 
 @pytest.mark.parametrize(

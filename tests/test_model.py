@@ -1,4 +1,5 @@
-"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics, GPT-2 import and export."""
+"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics, GPT-2 import and
+export."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def gen(seed: int = 0) -> torch.Generator:
 
 
 def endless(seed: int = 0, **sizes) -> GPT:
-    """A GPT that never samples id V: a row of its embedding table, so that it can be filler, but no token of the vocabulary."""
+    """A GPT that never samples id V: a row of its embedding table, so that it can be
+    filler, but no token of the vocabulary."""
     return make_gpt(seed, vocab=V + 1, real_vocab=V, **sizes)
 
 
@@ -53,9 +55,8 @@ def greedy_alone(model, prompt: list[int], max_new_tokens: int, eos_id: int) -> 
 
 def rows_of(rollout: Rollout) -> list[tuple[list[int], bool]]:
     """(completion with its EOS, ended) of each row, read from the raw fields."""
-    return [
-        (rollout.tokens[i, int(rollout.prompt_lens[i]) : int(rollout.lens[i])].tolist(), bool(rollout.ended[i])) for i in range(len(rollout.lens))
-    ]
+    rows = zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), rollout.lens.tolist(), strict=True)
+    return list(zip([ids[start:end] for ids, start, end in rows], rollout.ended.tolist(), strict=True))
 
 
 def successor(V: int = 12) -> GPT:
@@ -114,10 +115,9 @@ def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
     D = C // H
 
     def norm(x, name):
-        return (
-            torch.stack([(row - row.mean()) / ((row - row.mean()).pow(2).mean() + 1e-5).sqrt() for row in x]) * state[f"{name}.weight"]
-            + state[f"{name}.bias"]
-        )
+        centred = [row - row.mean() for row in x]
+        scaled = torch.stack([row / (row.pow(2).mean() + 1e-5).sqrt() for row in centred])
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     def dense(x, name):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -152,14 +152,15 @@ def test_parameter_names_and_count_are_gpt2s():
     with torch.device("meta"):
         small = GPT(GPTConfig(50257, 1024, 12, 12, 768))
     assert sum(p.numel() for p in small.parameters()) == 124_439_808
-    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"]
-    block += ["ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
-    names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"] + [f"h.{i}.{name}" for i in range(12) for name in block]
+    modules = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    block = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+    names += [f"h.{i}.{name}" for i in range(12) for name in block]
     assert sorted(small.state_dict()) == sorted(names)
 
 
 def test_initial_loss_is_that_of_a_guess():
-    """A fresh network knows nothing: its loss is ln V (anchors, checklist 62), at any width."""
+    """A fresh network knows nothing: its loss is ln V, at any width."""
     for n_embd in (32, 128):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -180,12 +181,14 @@ def test_sequences_longer_than_the_block_are_refused():
 
 
 def test_padding_changes_nothing():
-    """Other filler ids, more filler columns, other batch mates: no real position moves (needs R1, R5, R14; anchors traps 1, 30, 41)."""
+    """Other filler ids, more filler columns, other batch mates: no real position moves
+    (needs R1, R5, R14; traps 1, 30, 41)."""
     gpt = make_gpt(seed=1, dtype=torch.float64)
     scalar = make_scalar(seed=1, dtype=torch.float64)
     scalar.mean.fill_(0.3)
     frame = frame_batch(B=6, seed=2)
     where = torch.arange(frame.tokens.size(1)) < frame.lens[:, None]  # (B, T) real tokens
+    scores = scalar.score(frame.tokens, frame.lens)
     for other in (
         frame.tokens.masked_fill(~where, 0),
         frame.tokens.masked_fill(~where, V - 1),
@@ -194,34 +197,37 @@ def test_padding_changes_nothing():
         T = frame.tokens.size(1)
         for f in (gpt, gpt.hidden):
             torch.testing.assert_close(f(other)[:, :T][where], f(frame.tokens)[where], rtol=0, atol=1e-12)
-        torch.testing.assert_close(scalar.score(other, frame.lens), scalar.score(frame.tokens, frame.lens), rtol=0, atol=1e-6)
+        torch.testing.assert_close(scalar.score(other, frame.lens), scores, rtol=0, atol=1e-12)
     for i in range(6):  # alone, without any filler
         n = int(frame.lens[i])
         torch.testing.assert_close(gpt(frame.row(i))[0], gpt(frame.tokens)[i, :n], rtol=0, atol=1e-12)
         alone = scalar.score(frame.row(i), frame.lens[i : i + 1])
-        torch.testing.assert_close(alone, scalar.score(frame.tokens, frame.lens)[i : i + 1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(alone, scores[i : i + 1], rtol=0, atol=1e-12)
 
 
 def test_padding_changes_nothing_in_float32():
-    """The same in the precision that training uses: within rounding of the logits, exact for other filler ids."""
+    """The same in the precision that training uses: exact for other filler ids; more columns
+    change the shape, and so the rounding."""
     gpt, frame = make_gpt(seed=1), frame_batch(B=6, seed=2)
     where = torch.arange(frame.tokens.size(1)) < frame.lens[:, None]
     assert torch.equal(gpt(frame.tokens.masked_fill(~where, 0))[where], gpt(frame.tokens)[where])
     wider = torch.nn.functional.pad(frame.tokens, (0, 7), value=3)
     logprobs, wide = token_logprobs(gpt, frame.tokens), token_logprobs(gpt, wider)[:, : frame.tokens.size(1) - 1]
-    torch.testing.assert_close(wide[frame.action_mask], logprobs[frame.action_mask], rtol=0, atol=1e-5)
+    torch.testing.assert_close(wide[frame.action_mask], logprobs[frame.action_mask], rtol=0, atol=1e-4)
 
 
 def test_dropout_is_off_in_eval_and_in_generate():
-    """Dropout configured > 0 must not touch scoring or rollouts (need R2; anchors traps 39, 25), and generate gives back the mode it found."""
+    """Dropout configured > 0 must not touch scoring or rollouts (need R2; traps 39, 25), and
+    generate gives back the mode it found."""
     model, twin = endless(seed=2, dropout=0.5), endless(seed=2)
     tokens = torch.randint(0, V, (3, 12), generator=gen())
     assert torch.equal(model(tokens), twin(tokens))
     for training in (True, False):
         model.train(training)
         for use_cache in (True, False):
-            rollout = generate(model, [[1, 2], [3]], 9, eos_id=V, temperature=0, use_cache=use_cache)
-            assert torch.equal(rollout.tokens, generate(twin, [[1, 2], [3]], 9, eos_id=V, temperature=0, use_cache=use_cache).tokens)
+            settings = {"eos_id": V, "temperature": 0, "use_cache": use_cache}
+            found, expected = (generate(m, [[1, 2], [3]], 9, **settings).tokens for m in (model, twin))
+            assert torch.equal(found, expected)
             assert all(m.training is training for m in model.modules())
     with pytest.raises(RuntimeError):  # ... also when the model fails on the way
         model.train()
@@ -231,7 +237,8 @@ def test_dropout_is_off_in_eval_and_in_generate():
 
 
 def test_dropout_is_on_in_training():
-    """The counterpart: in train mode every kind of dropout draws anew, so a configured dropout isn't silently ignored."""
+    """The counterpart: in train mode every kind of dropout draws anew, so a
+    configured dropout isn't silently ignored."""
     tokens = torch.randint(0, V, (3, 12), generator=gen())
     model = make_gpt(seed=2, dropout=0.5).train()
     with torch.random.fork_rng(devices=[]):
@@ -243,7 +250,8 @@ def test_dropout_is_on_in_training():
 
 
 def test_scalar_model_copies_the_body_under_a_new_head():
-    """from_gpt shares no storage with its GPT (a value model must not move the policy), and starts from exactly its body."""
+    """from_gpt shares no storage with its GPT (a value model must not move the
+    policy), and starts from exactly its body."""
     gpt = make_gpt(seed=4)
     scalar = ScalarModel.from_gpt(gpt)
     tokens = torch.randint(0, V, (2, 7), generator=gen())
@@ -258,15 +266,16 @@ def test_scalar_model_copies_the_body_under_a_new_head():
 
 
 def test_scalar_head_starts_at_one_over_sqrt_d_plus_1():
-    """Head weights N(0, 1/(d+1)), bias 0 (anchors, checklist 9: std 1/(d+1) is a common slip)."""
+    """Head weights N(0, 1/(d+1)), bias 0 (std 1/(d+1) is a common slip)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = torch.cat([ScalarModel(GPTConfig(10, 4, 1, 1, 255)).head.weight.flatten() for _ in range(12)]).detach()
+        heads = [ScalarModel(GPTConfig(10, 4, 1, 1, 255)).head for _ in range(12)]
+    weights = torch.cat([head.weight.flatten() for head in heads]).detach()
     assert abs(float(weights.std()) * 16 - 1) < 0.05 and abs(float(weights.mean())) < 4 / 16 / math.sqrt(len(weights))
     assert ScalarModel(GPTConfig(10, 4, 1, 1, 15)).head.bias.item() == 0
 
 
-def test_scalar_model_reads_the_last_real_token_normalised():
+def test_scalar_model_reads_the_last_real_token_normalised(float64):
     """score = (w . hidden[len - 1] + b - mean) / std, row by row (need R14: off by one, read at a pad)."""
     scalar, frame = make_scalar(seed=5), frame_batch(B=5, seed=3)
     scalar.mean.fill_(-0.7)
@@ -274,10 +283,10 @@ def test_scalar_model_reads_the_last_real_token_normalised():
     scores = scalar.score(frame.tokens, frame.lens)
     assert scores.shape == (5,) and scalar(frame.tokens).shape == frame.tokens.shape
     for i in range(5):
-        last = scalar.gpt.hidden(frame.row(i))[0, -1].double()
-        truth = ((last @ scalar.head.weight[0].double()).item() + scalar.head.bias.item() + 0.7) / 2.5
-        assert abs(scores[i].item() - truth) < 1e-5
-    for mode in (True, False):  # what it returns must not depend on the mode it is in (anchors trap 25)
+        last = scalar.gpt.hidden(frame.row(i))[0, -1]
+        truth = ((last @ scalar.head.weight[0]).item() + scalar.head.bias.item() + 0.7) / 2.5
+        assert abs(scores[i].item() - truth) < 1e-12
+    for mode in (True, False):  # what it returns must not depend on the mode it is in (trap 25)
         scalar.train(mode)
         assert torch.equal(scalar.score(frame.tokens, frame.lens), scores)
 
@@ -313,21 +322,16 @@ def read_safetensors_by_hand(path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def test_save_pretrained_writes_hugging_faces_layout(tmp_path):
-    """config.json's keys, "transformer." names, dense weights transposed to (in, out), padded header: read without our own reader."""
+    """config.json's keys, "transformer." names, dense weights transposed to (in, out),
+    padded header: read without our own reader."""
     model = make_gpt(seed=7, n_embd=20, dropout=0.25)
     model.save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
-    expected = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": V,
-        "n_positions": 48,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_embd": 20,
-    }
-    assert expected.items() <= config.items() and config["activation_function"] == "gelu_new" and config["layer_norm_epsilon"] == 1e-5
-    assert config["tie_word_embeddings"] is True and config["resid_pdrop"] == config["embd_pdrop"] == config["attn_pdrop"] == 0.25
+    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
+    expected |= {"vocab_size": V, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 20}
+    expected |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    expected |= {"resid_pdrop": 0.25, "embd_pdrop": 0.25, "attn_pdrop": 0.25}
+    assert expected.items() <= config.items()
     header, tensors = read_safetensors_by_hand(tmp_path / "hf" / "model.safetensors")
     assert header["__metadata__"] == {"format": "pt"}
     state = model.state_dict()
@@ -335,7 +339,8 @@ def test_save_pretrained_writes_hugging_faces_layout(tmp_path):
     for name, value in state.items():
         dense = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
         assert torch.equal(tensors[f"transformer.{name}"], value.T if dense else value), name
-    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (20, 60) and tensors["transformer.h.1.mlp.c_proj.weight"].shape == (80, 20)
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (20, 60)
+    assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (80, 20)
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -350,7 +355,7 @@ def test_save_pretrained_round_trip(tmp_path):
 
 
 def test_save_pretrained_keeps_the_real_vocabulary(tmp_path):
-    """A padded table saved and loaded again must not let its padding rows back into the softmax (anchors trap 4)."""
+    """A padded table saved and loaded again must not let its padding rows back into the softmax (trap 4)."""
     model = make_gpt(seed=7, vocab=32, real_vocab=V)
     model.save_pretrained(tmp_path)
     tokens = torch.randint(0, V, (3, 20), generator=gen())
@@ -359,7 +364,8 @@ def test_save_pretrained_keeps_the_real_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_from_pretrained_reads_pytorch_model_bin(tmp_path, prefix):
-    """GPT-2's own file: names with or without "transformer.", causal masks as buffers, an explicit tied lm_head, half precision."""
+    """GPT-2's own file: names with or without "transformer.", causal masks as buffers, an
+    explicit tied lm_head, half precision."""
     model = make_gpt(seed=8, block_size=16)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -388,45 +394,53 @@ def test_from_pretrained_names_what_it_can_load():
 
 
 def test_select_logprobs_is_the_log_softmax_in_value_and_gradient():
-    """The gather-minus-logsumexp shortcut against the full log-softmax, at T = 1 and 0.7 (need R20; anchors trap 38)."""
+    """The gather-minus-logsumexp shortcut against the full log-softmax, at T = 1 and 0.7 (need R20; trap 38)."""
     logits = 3 * torch.randn(4, 6, 11, generator=gen(), dtype=torch.float64)
     ids = torch.randint(0, 11, (4, 6), generator=gen(1))
     weight = torch.randn(4, 6, generator=gen(2), dtype=torch.float64)
     for T in (1.0, 0.7):
-        truth = torch.tensor([[float(torch.log_softmax(logits[b, t] / T, 0)[ids[b, t]]) for t in range(6)] for b in range(4)], dtype=torch.float64)
         ours = select_logprobs(logits, ids, T)
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=3e-6)
-        gradient = gradient_of(lambda x, T=T: (select_logprobs(x, ids, T).double() * weight).sum(), logits)
+        for b, t in product(range(4), range(6)):
+            assert abs(ours[b, t] - (logits[b, t] / T).log_softmax(0)[ids[b, t]]) < 1e-12
+        gradient = gradient_of(lambda x, T=T: (select_logprobs(x, ids, T) * weight).sum(), logits)
         onehot = nn.functional.one_hot(ids, 11).double()
-        torch.testing.assert_close(gradient, weight[..., None] * (onehot - (logits / T).softmax(-1)) / T, rtol=0, atol=3e-6)
+        expected = weight[..., None] * (onehot - (logits / T).softmax(-1)) / T
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 def test_select_logprobs_of_huge_logits_stays_finite():
     """+-1e4 logits: no overflow in value or gradient (a log of a softmax would give -inf)."""
-    logits = torch.tensor([[1e4, 0.0, -1e4], [1e4, 1e4, -1e4]])
-    for ids, truth in (([0, 0], [0, -math.log(2)]), ([1, 1], [-1e4, -math.log(2)]), ([2, 2], [-2e4, -2e4 - math.log(2)])):
-        ours = select_logprobs(logits, torch.tensor(ids))
-        torch.testing.assert_close(ours, torch.tensor(truth, dtype=torch.float32), rtol=1e-6, atol=1e-3)
-        assert gradient_of(lambda x, ids=ids: select_logprobs(x, torch.tensor(ids)).sum(), logits).isfinite().all()
+    known = (([0, 0], [0, -math.log(2)]), ([1, 1], [-1e4, -math.log(2)]), ([2, 2], [-2e4, -2e4 - math.log(2)]))
+    for dtype, atol in ((torch.float32, 1e-2), (torch.float64, 1e-10)):  # one step of float32 at 2e4 is 2e-3
+        logits = torch.tensor([[1e4, 0.0, -1e4], [1e4, 1e4, -1e4]], dtype=dtype)
+        for ids, truth in known:
+            ours = select_logprobs(logits, torch.tensor(ids))
+            torch.testing.assert_close(ours, torch.tensor(truth, dtype=dtype), rtol=0, atol=atol)
+            assert gradient_of(lambda x, ids=ids: select_logprobs(x, torch.tensor(ids)).sum(), logits).isfinite().all()
 
 
-def test_select_logprobs_works_in_float32_for_half_precision_logits():
-    """bfloat16 logits are cast before the softmax, not after (anchors, checklist 41)."""
+def test_select_logprobs_works_in_float32_at_least():
+    """bfloat16 logits are cast before the softmax, not after, which would cost two
+    digits; float64 logits stay what they are."""
     logits = (5 * torch.randn(3, 500, generator=gen())).bfloat16()
     ids = torch.tensor([1, 2, 3])
-    torch.testing.assert_close(select_logprobs(logits, ids), logits.float().log_softmax(-1)[[0, 1, 2], ids], rtol=0, atol=1e-5)
+    truth = logits.double().log_softmax(-1)[[0, 1, 2], ids]
+    for given, wanted in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+        ours = select_logprobs(logits.to(getattr(torch, given)), ids)
+        assert ours.dtype == getattr(torch, wanted)
+        atol = 1e-4 if wanted == "float32" else 1e-12
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=atol)
 
 
 def test_token_logprobs_frame():
-    """logprobs[t] is that of tokens[t+1], given the tokens before it alone (anchors trap 6: off by one)."""
-    model, tokens = make_gpt(seed=9), torch.randint(0, V, (3, 9), generator=gen())
+    """logprobs[t] is that of tokens[t+1], given the tokens before it alone (trap 6: off by one)."""
+    model, tokens = make_gpt(seed=9, dtype=torch.float64), torch.randint(0, V, (3, 9), generator=gen())
     for T in (1.0, 0.7):
         ours = token_logprobs(model, tokens, T)
-        assert ours.shape == (3, 8) and ours.dtype == torch.float32
+        assert ours.shape == (3, 8) and ours.dtype == torch.float64
         for b, t in product(range(3), range(8)):
-            truth = (model(tokens[b : b + 1, : t + 1])[0, -1].double() / T).log_softmax(0)[tokens[b, t + 1]]
-            assert abs(ours[b, t].item() - truth.item()) < 2e-5
+            truth = (model(tokens[b : b + 1, : t + 1])[0, -1] / T).log_softmax(0)[tokens[b, t + 1]]
+            assert abs(ours[b, t].item() - truth.item()) < 1e-11
 
 
 class Recorder:
@@ -443,31 +457,33 @@ class Recorder:
 @pytest.mark.parametrize("vocab", [2**22, 2**24, 2**30])
 def test_token_logprobs_in_slices_changes_nothing(vocab):
     """Without gradients the rows go through in slices that bound memory (need R20); the answer is that of one pass."""
-    model, tokens = make_gpt(seed=9), torch.randint(0, V, (7, 5), generator=gen())
+    model, tokens = make_gpt(seed=9, dtype=torch.float64), torch.randint(0, V, (7, 5), generator=gen())
     whole = token_logprobs(model, tokens, 0.7)
     recorder = Recorder(model, vocab)
     with torch.no_grad():
         sliced = token_logprobs(recorder, tokens, 0.7)
-    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-6)
-    assert sum(recorder.rows) == 7 and all(n == 1 or n * 5 * vocab <= 2**26 for n in recorder.rows) and len(recorder.rows) > 1
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-11)
+    assert sum(recorder.rows) == 7 and len(recorder.rows) > 1
+    assert all(n == 1 or n * 5 * vocab <= 2**26 for n in recorder.rows)
     recorder = Recorder(model, vocab)
     token_logprobs(recorder, tokens)
     assert recorder.rows == [7]  # with gradients: one pass, whose memory is the caller's business
 
 
 def test_real_vocab_gets_all_the_probability():
-    """Padded embedding rows are no tokens: no probability, never sampled (anchors trap 4; checklist 43)."""
-    padded = make_gpt(seed=10, vocab=40, real_vocab=6)
+    """Padded embedding rows are no tokens: no probability, never sampled (trap 4)."""
+    padded = make_gpt(seed=10, vocab=40, real_vocab=6, dtype=torch.float64)
     with torch.no_grad():
         padded.wte.weight[6:] *= 20  # the padding rows would dominate every softmax
     tokens = torch.randint(0, 6, (4, 8), generator=gen())
     assert padded(tokens).shape == (4, 8, 6)
-    everything = padded.hidden(tokens).double() @ padded.wte.weight.double().T
+    everything = padded.hidden(tokens) @ padded.wte.weight.T
     assert everything.softmax(-1)[..., 6:].sum(-1).mean().item() > 0.5  # so the cut matters
     truth = everything[..., :6].log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(token_logprobs(padded, tokens).double(), truth, rtol=0, atol=2e-5)
+    torch.testing.assert_close(token_logprobs(padded, tokens), truth, rtol=0, atol=1e-11)
     for use_cache in (True, False):
-        rollout = generate(padded, [[1], [2, 3]] * 50, 10, eos_id=39, temperature=5.0, generator=gen(), use_cache=use_cache)
+        settings = {"eos_id": 39, "temperature": 5.0, "use_cache": use_cache}
+        rollout = generate(padded, [[1], [2, 3]] * 50, 10, generator=gen(), **settings)
         assert int(rollout.tokens[:, 2:12].max()) < 40 and not rollout.ended.any()
         assert all(max(c) < 6 for c in rollout.completions())
 
@@ -476,18 +492,19 @@ def test_real_vocab_gets_all_the_probability():
 
 
 def test_masked_mean_by_hand():
-    """Divides by the number of masked-in entries, whatever stands elsewhere: not even inf or nan leaks (anchors traps 8, 9, 21)."""
-    x = torch.tensor([[1.0, 2.0, float("inf")], [4.0, float("nan"), -float("inf")]])
+    """Divides by the number of masked-in entries, whatever stands elsewhere: not
+    even inf or nan leaks (traps 8, 9, 21)."""
+    x = torch.tensor([[1.0, 2.0, math.inf], [4.0, math.nan, -math.inf]], dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     for m in (mask, mask.bool(), mask.float()):
-        assert float(masked_mean(x, m)) == pytest.approx(7 / 3, abs=1e-6)
+        assert float(masked_mean(x, m)) == pytest.approx(7 / 3, abs=1e-12)
     gradient = gradient_of(lambda x: masked_mean(x, mask), x)
-    torch.testing.assert_close(gradient, mask / 3.0)
+    torch.testing.assert_close(gradient, mask.double() / 3, rtol=0, atol=1e-12)
     assert float(masked_mean(x, torch.zeros(2, 3))) == 0.0
 
 
 def test_whiten_published_vector():
-    """The test vector of "The N implementation details of RLHF with PPO" (user needs, section A)."""
+    """The test vector of "The N implementation details of RLHF with PPO"."""
     x = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
     truth = torch.tensor([[0.0508, 0.4381, 0.8254], [1.2127, 1.6, 1.9873], [2.3746, 2.7619, 3.1492]])
     torch.testing.assert_close(whiten(x, torch.ones(3, 3), shift_mean=False), truth, rtol=0, atol=5.1e-5)
@@ -496,7 +513,7 @@ def test_whiten_published_vector():
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_under_a_mask(shift_mean):
-    """Statistics of the masked-in entries alone, biased variance, 0 elsewhere (anchors traps 24, 44: not by signed sums)."""
+    """Statistics of the masked-in entries alone, biased variance, 0 elsewhere (traps 24, 44: not by signed sums)."""
     x = 3 * torch.randn(6, 9, generator=gen(), dtype=torch.float64) + 2
     mask = random_mask((6, 9), seed=3)
     inside = x[mask]
@@ -514,7 +531,7 @@ def test_whiten_of_equal_entries_is_finite():
 
 
 def test_completion_mask_by_hand():
-    """prompt_len .. len-1, from lengths alone: an EOS as last completion token is in it (anchors traps 2, 3, 11)."""
+    """prompt_len .. len-1, from lengths alone: an EOS as last completion token is in it (traps 2, 3, 11)."""
     mask = completion_mask(torch.tensor([1, 3, 2]), torch.tensor([4, 4, 6]), 6)
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
@@ -527,8 +544,9 @@ PROBS = [0.05, 0.5, 0.12, 0.3, 0.03]  # of ids 0..4
 
 
 def frequencies(n: int = 20_000, temperature: float = 1.0, top_k=None, top_p=None, seed: int = 0) -> torch.Tensor:
-    logits = (torch.tensor(PROBS).log() * temperature + 3.0).expand(n, -1)  # any shift; divided by T again they are log PROBS
-    return torch.bincount(sample_token(logits, temperature, top_k, top_p, gen(seed)), minlength=5).double()
+    logits = torch.tensor(PROBS).log() * temperature + 3.0  # any shift; divided by T again they are log PROBS
+    ids = sample_token(logits.expand(n, -1), temperature, top_k, top_p, gen(seed))
+    return torch.bincount(ids, minlength=5).double()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -559,7 +577,9 @@ def test_top_p_keeps_the_smallest_set(top_p, kept):
     assert statistic < max(bound, 1e-9)
 
 
-@pytest.mark.parametrize(("top_k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])]
+)
 def test_top_k_keeps_the_k_most_likely(top_k, kept):
     """Exactly the k most likely ids, renormalised; k beyond the vocabulary keeps all."""
     probs = torch.zeros(5).double()
@@ -569,7 +589,8 @@ def test_top_k_keeps_the_k_most_likely(top_k, kept):
 
 
 def test_top_p_acts_on_what_top_k_left():
-    """k = 2 leaves 0.5 and 0.3, renormalised 0.625 and 0.375: p = 0.6 then keeps one id (of all five it would keep two)."""
+    """k = 2 leaves 0.5 and 0.3, renormalised 0.625 and 0.375: p = 0.6 then keeps
+    one id (of all five it would keep two)."""
     assert frequencies(top_k=2, top_p=0.6).nonzero().flatten().tolist() == [1]
     assert frequencies(top_p=0.6).nonzero().flatten().tolist() == [1, 3]
 
@@ -597,8 +618,8 @@ PROMPTS = random_prompts([1, 5, 17], V, seed=3)
 
 @CACHE
 def test_rows_of_a_batch_equal_each_alone(use_cache):
-    """Prompts of lengths 1, 5, 17, greedy: the batch gives what each prompt gives alone (need R5; anchors trap 41)."""
-    model = endless(seed=128)
+    """Prompts of lengths 1, 5, 17, greedy: the batch gives what each prompt gives alone (need R5; trap 41)."""
+    model = endless(seed=128, dtype=torch.float64)
     rollout = generate(model, PROMPTS, 20, eos_id=V, temperature=0, use_cache=use_cache)
     truth = [greedy_alone(model, p, 20, V) for p in PROMPTS]
     assert rows_of(rollout) == truth
@@ -608,7 +629,8 @@ def test_rows_of_a_batch_equal_each_alone(use_cache):
 
 
 def test_cached_logits_equal_the_full_forward(monkeypatch):
-    """At every step the logits that are sampled from are those of a forward over the whole sequence (needs R2, R19; OAI test_model.py)."""
+    """At every step the logits that are sampled from are those of a forward over the whole
+    sequence (needs R2, R19; OAI test_model.py)."""
     seen = []
 
     def spy(logits, *args):
@@ -616,7 +638,7 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
         return sample_token(logits, *args)
 
     monkeypatch.setattr(model_module, "sample_token", spy)
-    for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+    for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
         seen.clear()
         model = endless(seed=12, dtype=dtype)
         rollout = generate(model, PROMPTS, 25, eos_id=V, generator=gen(1))
@@ -628,26 +650,28 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cached_and_uncached_sample_the_same_tokens(temperature):
+def test_cached_and_uncached_sample_the_same_tokens(float64, temperature):
     """The same generator, the same draws: with rows that end (and are left behind) and with rows that never do."""
     for eos_id, model in ((V, endless(seed=13)), (0, make_gpt(seed=13, vocab=5))):
         prompts = random_prompts([1, 5, 17, 2, 9, 3, 1, 4], 5, seed=4)
-        cached, slow = (
-            generate(model, prompts, 20, eos_id=eos_id, temperature=temperature, generator=gen(2), use_cache=use_cache) for use_cache in (True, False)
-        )
+        settings = {"eos_id": eos_id, "temperature": temperature}
+        cached = generate(model, prompts, 20, generator=gen(2), **settings)
+        slow = generate(model, prompts, 20, generator=gen(2), use_cache=False, **settings)
         assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
         assert bool(cached.ended.any()) is (eos_id == 0)
 
 
 @CACHE
 def test_rows_left_behind_don_t_disturb_the_others(use_cache):
-    """Many rows that end at different steps, so that the batch shrinks several times: each row equals itself alone, greedily."""
-    model = make_gpt(seed=14, vocab=9)
+    """Many rows that end at different steps, so that the batch shrinks several times:
+    each row equals itself alone, greedily."""
+    model = make_gpt(seed=14, vocab=9, dtype=torch.float64)
     prompts = random_prompts([1, 7, 3, 12, 5, 2, 9, 4, 6, 11, 8, 10] * 3, 9, seed=6)
     free = [greedy_alone(model, p, 24, 9)[0] for p in prompts]
     ends = {eos: [c.index(eos) if eos in c else 99 for c in free] for eos in range(9)}
     eos_id = max(ends, key=lambda eos: len(set(ends[eos])))  # the id that spreads the ends most
-    assert len(set(ends[eos_id])) >= 8 and sorted(ends[eos_id])[len(prompts) // 2] < 24 <= max(ends[eos_id])  # it shrinks; some rows are cut
+    assert len(set(ends[eos_id])) >= 8
+    assert sorted(ends[eos_id])[len(prompts) // 2] < 24 <= max(ends[eos_id])  # it shrinks; some rows are cut
     rollout = generate(model, prompts, 24, eos_id=eos_id, temperature=0, use_cache=use_cache)
     assert rows_of(rollout) == [greedy_alone(model, p, 24, eos_id) for p in prompts]
 
@@ -655,21 +679,22 @@ def test_rows_left_behind_don_t_disturb_the_others(use_cache):
 @CACHE
 @pytest.mark.parametrize("make", [successor, CountingModel], ids=["gpt", "module"])
 def test_a_model_whose_next_token_is_known(make, use_cache):
-    """next = last + 1 mod 12 (anchors, checklist 51): rows stop by themselves at EOS = 9, a row that doesn't reach it is cut,
-    the filler behind a row is no token of it."""
+    """next = last + 1 mod 12: rows stop by themselves at EOS = 9, a row that doesn't reach it
+    is cut, the filler behind a row is no token of it."""
     model = make()
     prompts = [[7], [3, 8], [1, 2, 3], [10, 0, 11], [5, 6, 7, 8], [11]]
     rollout = generate(model, prompts, 6, eos_id=9, temperature=0, use_cache=use_cache)
-    truth = [([8, 9], True), ([9], True), ([4, 5, 6, 7, 8, 9], True), ([0, 1, 2, 3, 4, 5], False), ([9], True), ([0, 1, 2, 3, 4, 5], False)]
-    assert rows_of(rollout) == truth
+    cut = [0, 1, 2, 3, 4, 5], False
+    assert rows_of(rollout) == [([8, 9], True), ([9], True), ([4, 5, 6, 7, 8, 9], True), cut, ([9], True), cut]
     assert rollout.lens.tolist() == [3, 3, 9, 9, 5, 7] and rollout.prompt_lens.tolist() == [1, 2, 3, 3, 4, 1]
     assert rollout.tokens.shape == (6, 9)  # as wide as the longest row, no wider
     for i, n in enumerate(rollout.lens.tolist()):
         assert (rollout.tokens[i, n:] == 9).all()
     assert rollout.completions() == [[8], [], [4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [], [0, 1, 2, 3, 4, 5]]
-    # EOS is an action like any other; the filler, which is the same id, is none (anchors traps 2, 3, 11)
+    # EOS is an action like any other; the filler, which is the same id, is none (traps 2, 3, 11)
     assert rollout.action_mask.sum(1).tolist() == [2, 1, 6, 6, 1, 6]
-    assert all(bool(rollout.action_mask[i, n - 2]) and not rollout.action_mask[i, n - 1 :].any() for i, n in enumerate(rollout.lens.tolist()))
+    for i, n in enumerate(rollout.lens.tolist()):
+        assert rollout.action_mask[i, n - 2] and not rollout.action_mask[i, n - 1 :].any()
 
 
 @CACHE
@@ -677,7 +702,8 @@ def test_eos_in_the_prompt_ends_nothing(use_cache):
     """Only the completion is looked at for EOS, and an id next to the last slot counts as any other (need R23)."""
     rollout = generate(successor(), [[9, 1], [9], [9, 9, 9], [8, 9]], 3, eos_id=9, temperature=0, use_cache=use_cache)
     assert rows_of(rollout) == [([2, 3, 4], False), ([10, 11, 0], False), ([10, 11, 0], False), ([10, 11, 0], False)]
-    rollout = generate(successor(), [[9, 6]], 3, eos_id=9, temperature=0, use_cache=use_cache)  # EOS as the very last token that fits
+    # EOS as the very last token that fits
+    rollout = generate(successor(), [[9, 6]], 3, eos_id=9, temperature=0, use_cache=use_cache)
     assert rows_of(rollout) == [([7, 8, 9], True)]
 
 
@@ -690,21 +716,24 @@ def test_a_plain_function_can_be_sampled():
 @CACHE
 def test_the_first_sampled_token_honours_top_k_and_top_p(use_cache):
     """Anchors trap 45: the token that the prefill gives is drawn like all others."""
-    model = endless(seed=15)
+    model = endless(seed=15, dtype=torch.float64)
     logits = model(torch.tensor([[4, 2]]))[0, -1]
     best = logits.topk(3).indices.tolist()
     for kwargs, allowed in (({"top_k": 1}, best[:1]), ({"top_k": 3}, best), ({"top_p": 1e-6}, best[:1])):
-        rollout = generate(model, [[4, 2]] * 300, 2, eos_id=V, temperature=3.0, generator=gen(), use_cache=use_cache, **kwargs)
+        settings = {"eos_id": V, "temperature": 3.0, "use_cache": use_cache, **kwargs}
+        rollout = generate(model, [[4, 2]] * 300, 2, generator=gen(), **settings)
         assert set(rollout.tokens[:, 2].tolist()) == set(allowed)
     greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0, use_cache=use_cache)
-    assert torch.equal(generate(model, PROMPTS, 12, eos_id=V, top_k=1, generator=gen(), use_cache=use_cache).tokens, greedy.tokens)
+    sampled = generate(model, PROMPTS, 12, eos_id=V, top_k=1, generator=gen(), use_cache=use_cache)
+    assert torch.equal(sampled.tokens, greedy.tokens)
 
 
 @CACHE
 def test_whole_completions_have_the_right_probability(use_cache):
-    """4,000 sampled completions of a GPT with 4 tokens, EOS and cut ones among them: the frequency of every possible completion against
-    the product of its token probabilities, enumerated. Sampler, cache, shrinking batch and token_logprobs agree on one distribution (need R6)."""
-    model, T, eos_id = make_gpt(seed=16, vocab=4, block_size=8), 1.5, 0
+    """4,000 sampled completions of a GPT with 4 tokens, EOS and cut ones among them: the frequency of every possible
+    completion against the product of its token probabilities, enumerated. Sampler, cache, shrinking batch and
+    token_logprobs agree on one distribution (need R6)."""
+    model, T, eos_id = make_gpt(seed=16, vocab=4, block_size=8, dtype=torch.float64), 1.5, 0
     for prompt in ([2], [1, 3, 3]):
         probs = {}
         for completion in product(range(4), repeat=3):
@@ -713,9 +742,10 @@ def test_whole_completions_have_the_right_probability(use_cache):
             with torch.no_grad():
                 lp = token_logprobs(model, torch.tensor([[*prompt, *kept]]), T)[0, len(prompt) - 1 :]
             probs[kept] = float(lp.sum().exp())
-        assert abs(sum(probs.values()) - 1) < 1e-5  # of 40 completions: they are all there are
+        assert abs(sum(probs.values()) - 1) < 1e-11  # of 40 completions: they are all there are
         other = [1, 2, 3, 2] if len(prompt) == 1 else [3]  # batch mates of another length
-        rollout = generate(model, [prompt, other] * 4000, 3, eos_id=eos_id, temperature=T, generator=gen(len(prompt)), use_cache=use_cache)
+        settings = {"eos_id": eos_id, "temperature": T, "use_cache": use_cache}
+        rollout = generate(model, [prompt, other] * 4000, 3, generator=gen(len(prompt)), **settings)
         found = [tuple(c) for c, _ in rows_of(rollout)[::2]]
         names = [c for c in probs if 4000 * probs[c] > 5]
         counts = torch.tensor([found.count(c) for c in names] + [sum(c not in names for c in found)]).double()
@@ -737,7 +767,8 @@ def test_temperature_reaches_every_token():
 
 
 def test_generate_is_reproducible_and_leaves_the_global_generator_alone():
-    """Its own generator alone decides: same seed same tokens, other seed other tokens, torch's stream untouched (need R24)."""
+    """Its own generator alone decides: same seed same tokens, other seed other
+    tokens, torch's stream untouched (need R24)."""
     model, state = endless(seed=17), torch.get_rng_state()
     a, b, c = (generate(model, PROMPTS, 15, eos_id=V, generator=gen(seed)).tokens for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
@@ -761,17 +792,18 @@ def test_generate_records_no_graph():
     """Sampling keeps no activations for a backward pass."""
     model = endless()
     rollout = generate(model, [[1, 2]], 4, eos_id=V, generator=gen())
-    assert not rollout.tokens.requires_grad and torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+    assert not rollout.tokens.requires_grad and torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_compiled_blocks_keep_values_and_names():
-    """`block.compile()` as the scripts call it (here without a code generator): same logits, same cached sampling, and the names of
-    the checkpoint don't change, so a compiled run's checkpoint loads everywhere."""
-    plain, compiled = endless(seed=18), endless(seed=18)
+    """`block.compile()` as the scripts call it (here without a code generator): same logits, same cached sampling, and
+    the names of the checkpoint don't change, so a compiled run's checkpoint loads everywhere."""
+    plain, compiled = (endless(seed=18, dtype=torch.float64) for _ in range(2))
     for block in compiled.h:
         block.compile(backend="eager")
     tokens = torch.randint(0, V, (2, 9), generator=gen())
-    torch.testing.assert_close(compiled(tokens), plain(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(tokens), plain(tokens), rtol=0, atol=1e-11)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     a, b = (generate(m, PROMPTS, 6, eos_id=V, temperature=0).tokens for m in (compiled, plain))
     assert torch.equal(a, b)
@@ -779,8 +811,9 @@ def test_compiled_blocks_keep_values_and_names():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_generate_on_a_gpu_equals_the_cpu():
-    """The GPU takes its own branches (constant cache span, rows looked at every 8th step, none left behind): same greedy tokens."""
-    cpu, gpu = endless(seed=14), endless(seed=14).cuda()
+    """The GPU takes its own branches (constant cache span, rows looked at every 8th step,
+    none left behind): same greedy tokens."""
+    cpu, gpu = endless(seed=14, dtype=torch.float64), endless(seed=14, dtype=torch.float64).cuda()
     prompts = random_prompts([1, 7, 3, 12, 5, 2, 9, 4], V, seed=6)
     for eos_id in range(V + 1):
         a, b = (generate(m, prompts, 21, eos_id=eos_id, temperature=0) for m in (cpu, gpu))
