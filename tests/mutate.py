@@ -1,7 +1,7 @@
 """Do the tests notice? Put one small, realistic bug at a time into a copy of the project: does a test turn red?
 
     python tests/mutate.py                 # all mutations, two at a time; exit status 1 if one survives
-    python tests/mutate.py kl gae          # only those whose file, code or effect mentions kl or gae
+    python tests/mutate.py kl eos          # only those whose file, code or effect mentions kl or eos
     python tests/mutate.py 12 40-45        # only those with these numbers
     python tests/mutate.py --list          # what they are
 
@@ -84,7 +84,7 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right=("logits = logits / temperature\n    if top_k"),
+        right="logits = logits / temperature\n    if top_k",
         wrong="if top_k",
         effect=(
             "sampling ignores the temperature that the log-probs are divided by: the ratio is not 1 and KL "
@@ -317,8 +317,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right=("(logp.exp() * (logp - ref_logp)).sum(-1)\n\n\ndef shaped"),
-        wrong=("(ref_logp.exp() * (ref_logp - logp)).sum(-1)\n\n\ndef shaped"),
+        right="(logp.exp() * (logp - ref_logp)).sum(-1)\n\n\ndef shaped",
+        wrong="(ref_logp.exp() * (ref_logp - logp)).sum(-1)\n\n\ndef shaped",
         effect="the reverse divergence, KL(reference || policy)",
         tests=PPO,
     ),
@@ -384,7 +384,7 @@ MUTATIONS = [
     Mutation(
         "ppo.py",
         right="advantages = whiten(advantages, mask)",
-        wrong=("advantages = whiten(advantages, mask)\n        returns = advantages + column['values']"),
+        wrong="advantages = whiten(advantages, mask)\n        returns = advantages + column['values']",
         effect="returns from whitened advantages: the value model learns a rescaled reward",
         tests=PPO,
     ),
@@ -446,8 +446,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right=("    policy.eval()\n    value_model.eval()\n    trained"),
-        wrong=("    policy.train()\n    value_model.train()\n    trained"),
+        right="    policy.eval()\n    value_model.eval()\n    trained",
+        wrong="    policy.train()\n    value_model.train()\n    trained",
         effect="dropout in the update: the ratio is not 1 before anything is learned",
         tests=PPO,
     ),
