@@ -40,7 +40,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ["torch", "pytest", "tiktoken", "tqdm"]  # what the tests import, the project excepted
+# What the tests import, the project excepted; torch._dynamo because making an optimiser imports it.
+PRELOAD = ["torch", "torch._dynamo", "pytest", "tiktoken", "tqdm"]
 LEFT_OUT = (".git", ".venv", "out", "__pycache__", ".*_cache")  # of the scratch copies
 
 MODEL, SFT, RM, PPO, DPO, EVALUATE, DATA, COMMON, OPTIMUM, PIPELINE = (
