@@ -4,9 +4,9 @@
     python tests/kill_and_resume.py --stages ppo dpo --kills 200 --seed 7
 
 Each stage runs once unbroken at a tiny size. Then it is started again and again and killed (SIGKILL: no handler, no
-`finally`, as when the machine goes down) at a random moment, in the middle of a save too, resumed, perhaps killed
-again, resumed again. In the end the weights of model.pt must be bit-equal to the unbroken run's, metrics.jsonl and
-results.json equal apart from the clock. Exit status 1 if anything differs.
+`finally`, as when the machine goes down) at a random moment, or in the middle of the save that follows it (every third
+run), resumed, perhaps killed again, resumed again. In the end the weights of model.pt must be bit-equal to the unbroken
+run's, metrics.jsonl and results.json equal apart from the clock. Exit status 1 if anything differs.
 
 - Killed before the first state was saved, there is nothing to resume: `resume` must be refused by a message of one line
   that changes no file, and the run starts afresh.
@@ -110,7 +110,10 @@ def configs(work: Path) -> dict:
             kl_target=3.0,  # so that the controller's coefficient has to be restored too
             ptx_coef=0.1,
             ptx_data=str(d / "demonstrations.jsonl"),
-            **training,
+            **{
+                **training,
+                "save_every": 1,
+            },  # so that a run is also resumed amid the iterations its results are means of
         ),
         "dpo": dpo.Config(
             policy=str(before / "sft"),
@@ -166,8 +169,14 @@ def child(module_name: str, config, log: str, connection) -> None:
         sys.exit(2)
 
 
-def run_child(stage: str, config, log: Path, kill_after: float | None = None) -> End:
-    """Run the stage in a child process, and kill it after so many seconds unless it has ended by then."""
+def unfinished(folder: Path) -> dict[str, bytes]:
+    """Files that are being saved: they have a name that ends in .tmp until they are whole."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.tmp")}
+
+
+def run_child(stage: str, config, log: Path, kill_after: float | None = None, amid_save: Path | None = None) -> End:
+    """Run the stage in a child process, and kill it after so many seconds unless it has ended by then; with a folder
+    `amid_save`, not at once but as soon as a file is being saved there."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -179,6 +188,8 @@ def run_child(stage: str, config, log: Path, kill_after: float | None = None) ->
         receiver.recv()
         start = time.perf_counter()
         process.join(LONGEST if kill_after is None else kill_after)
+        while amid_save is not None and process.is_alive() and not any(amid_save.glob("*.tmp")):
+            time.sleep(0.0001)
         process.kill()  # SIGKILL; no effect if it has ended
         process.join()
         end = End(seconds=time.perf_counter() - start)
@@ -286,17 +297,22 @@ def prepare(work: Path) -> dict[str, float]:
 
 
 def state_of(folder: Path, other: Path) -> int | None:
-    """The step at which this run can be resumed; None without a state, or with none but the one from the other run."""
+    """The step at which this run can be resumed; None without a state, or with none but the one from the other run; -1
+    if the state is damaged."""
     path = folder / "state.pt"
     if not path.exists() or ((other / "state.pt").exists() and path.read_bytes() == (other / "state.pt").read_bytes()):
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)["step"]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["step"]
+    except Exception:  # torch raises many kinds
+        return -1
 
 
 def interrupted_run(
-    stage: str, config, work: Path, moments: list[float], dirty: bool, kills: collections.Counter
+    stage: str, config, work: Path, moments: list[float], dirty: bool, amid_save: bool, kills: collections.Counter
 ) -> list[str]:
-    """One run that is killed at these moments (seconds after each start) and resumed until it ends -> what is wrong."""
+    """One run that is killed at these moments (seconds after each start) and resumed until it ends -> what is wrong.
+    dirty: it starts in the folder of another run. amid_save: the first kill waits for the next save."""
     folder, unbroken, other = (work / name / stage for name in ("run", "unbroken", "other"))
     replace_folder(other if dirty else None, folder)
     last_step = None if stage == "collect" else torch.load(unbroken / "state.pt", weights_only=True)["step"]
@@ -308,8 +324,8 @@ def interrupted_run(
         else:
             now = dataclasses.replace(config, resume=resume)
             has_state = state_of(folder, other) is not None
-        before = contents(folder) if resume else {}
-        end = run_child(stage, now, work / "log", moments[0] if moments else None)
+        before = contents(folder)
+        end = run_child(stage, now, work / "log", moments[0] if moments else None, folder if amid_save else None)
         if end.crashed:
             return [*wrong, f"crashed with {end.crashed}"]
         if end.refused:
@@ -328,7 +344,11 @@ def interrupted_run(
             wrong.append("resumed without a state, instead of refusing")
         if not moments:
             return wrong + differences(stage, folder, unbroken)
+        if state_of(folder, other) == -1:
+            return [*wrong, "left a state.pt that can't be loaded"]
         moments.pop(0)
+        amid_save = False
+        kills["saving"] += any(content != before.get(name) for name, content in unfinished(folder).items())
         if stage == "collect":
             written = contents(folder).get("rankings.jsonl", b"").count(b"\n")
             whole = (unbroken / "rankings.jsonl").read_bytes().count(b"\n")
@@ -340,7 +360,7 @@ def interrupted_run(
 
 
 def check_stage(stage: str, work: Path, seconds: float, kills: int, seed: int) -> tuple[list[str], collections.Counter]:
-    """Kill `kills` runs of the stage -> (what is wrong, how many kills fell before, during and after)."""
+    """Kill `kills` runs of the stage -> (what is wrong, when the kills fell)."""
     config, counter = configs(work)[stage], collections.Counter()
     folder, unbroken = work / "run" / stage, work / "unbroken" / stage
     wrong = []
@@ -354,18 +374,16 @@ def check_stage(stage: str, work: Path, seconds: float, kills: int, seed: int) -
     if stage != "collect":  # a file of rankings is appended to, whatever the seed
         run_unbroken(stage, dataclasses.replace(config, seed=config.seed + 1), work, work / "other" / stage)
     rng = random.Random(f"{seed} {stage}")
-    slots = rng.sample(
-        range(kills), kills
-    )  # one first kill in each of `kills` equal parts of the run: uniform and spread
-    for n, slot in enumerate(slots):
-        first = seconds * (slot + rng.random()) / kills
+    parts = rng.sample(range(kills), kills)  # one first kill in each of `kills` equal parts: uniform, and spread
+    for n, part in enumerate(parts):
+        first = seconds * (part + rng.random()) / kills
         again = [seconds / 2 * rng.random() for _ in range(rng.choice([0, 0, 1, 2]))]  # what is left is shorter
+        amid_save = stage != "collect" and n % 3 == 2
         dirty = stage != "collect" and n % 2 == 1
-        found = interrupted_run(stage, config, work, [first, *again], dirty, counter)
+        found = interrupted_run(stage, config, work, [first, *again], dirty, amid_save, counter)
         moments = ", ".join(f"{m:.2f}" for m in (first, *again))
-        where = f"run {n + 1}, killed after {moments} s of {seconds:.2f}" + (
-            ", in another run's folder" if dirty else ""
-        )
+        where = f"run {n + 1}, killed after {moments} s of {seconds:.2f}"
+        where += (" (first amid a save)" if amid_save else "") + (", in another run's folder" if dirty else "")
         wrong += [f"{where}: {text}" for text in found]
     return wrong, counter
 
@@ -388,8 +406,8 @@ def main(argv: list[str] | None = None) -> int:
             wrong, kills = check_stage(stage, work, seconds[stage], args.kills, args.seed)
             verdict = f"{len(wrong)} FINDINGS" if wrong else "all equal to the unbroken run"
             print(
-                f"{stage}: {args.kills} runs, {kills.total()} kills: {kills['before']} before the first state, "
-                f"{kills['during']} during, {kills['after']} after the last; {verdict} "
+                f"{stage}: {args.kills} runs, killed {kills['before']} times before the first state, {kills['during']} "
+                f"during and {kills['after']} after the last ({kills['saving']} amid a save): {verdict} "
                 f"({time.perf_counter() - start:.0f} s; unbroken {seconds[stage]:.2f} s)",
                 flush=True,
             )
