@@ -174,6 +174,16 @@ def unfinished(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.tmp")}
 
 
+def stamps(folder: Path | None) -> dict[str, tuple[int, int]]:
+    """Size and time of every file that is saved as a whole; they change as soon as one is being written."""
+    found = {}
+    for path in folder.glob("*") if folder is not None else []:
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            if path.name != "metrics.jsonl":
+                found[path.name] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
 def run_child(stage: str, config, log: Path, kill_after: float | None = None, amid_save: Path | None = None) -> End:
     """Run the stage in a child process, and kill it after so many seconds unless it has ended by then; with a folder
     `amid_save`, not at once but as soon as a file is being saved there."""
@@ -188,7 +198,8 @@ def run_child(stage: str, config, log: Path, kill_after: float | None = None, am
         receiver.recv()
         start = time.perf_counter()
         process.join(LONGEST if kill_after is None else kill_after)
-        while amid_save is not None and process.is_alive() and not any(amid_save.glob("*.tmp")):
+        seen = stamps(amid_save)
+        while amid_save is not None and process.is_alive() and stamps(amid_save) == seen:
             time.sleep(0.0001)
         process.kill()  # SIGKILL; no effect if it has ended
         process.join()
