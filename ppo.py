@@ -487,17 +487,19 @@ def train(config: Config) -> dict:
             run.save_state(iteration + 1, **parts, kl_coef=controller.coef)
 
     save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config, task)
-    return run.finish(last_quarter(run.history("score"), EXPECTED if task == "tiny" and reward_models else ()))
+    usual = task == "tiny" and len(reward_models) == len(config.reward) == 1 and not config.reward_weights
+    return run.finish(last_quarter(run.history("score"), EXPECTED if usual else ()))
 
 
 def initial_value_model(policy: GPT, reward_models: list[ScalarModel], config: Config) -> ScalarModel:
     """It starts as the reward model, which knows already what a good text looks like, in the units of its weight. Where
     a function has a part in the reward, its units are not known: then the head starts at 0, on the reward model's body
     or the policy's, so that the first advantages are just the rewards."""
-    if reward_models and len(reward_models) == len(config.reward):
+    weights = config.reward_weights or [1.0] * len(config.reward)
+    scale = sum(weights) if config.reward_combine == "sum" else 1.0
+    if reward_models and len(reward_models) == len(config.reward) and scale:
         value_model = copy.deepcopy(reward_models[0])
-        weights = config.reward_weights or [1.0] * len(config.reward)
-        value_model.std /= sum(weights) if config.reward_combine == "sum" else 1.0
+        value_model.std /= scale
         return value_model
     value_model = ScalarModel.from_gpt(reward_models[0].gpt if reward_models else policy)
     torch.nn.init.zeros_(value_model.head.weight)
