@@ -150,8 +150,9 @@ def train(config: Config) -> dict:
     note_task(start_from, task, config.data)
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
     # from the end of the file: rankings are collected from its start, and of texts that it learns from it is too sure
-    texts = read_prompts(prompts_beside(config.data, config.prompts))[-config.normalise_samples :]
-    prompts = encode_prompts(texts, tokenizer, block_size - max_new_tokens, "normalisation")
+    path = prompts_beside(config.data, config.prompts)
+    texts = read_prompts(path)[-config.normalise_samples :]
+    prompts = encode_prompts(texts, tokenizer, block_size - max_new_tokens, path)
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True

@@ -40,7 +40,7 @@ def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: C
     """Completions of one prompt, each as a line with its scores."""
     tokenizer, gold = load_tokenizer(policy.tokenizer), gold_function(config.gold, policy.task)
     room = policy.model.config.block_size - config.max_new_tokens
-    ids = encode_prompts([prompt], tokenizer, room, "prompt")[0]
+    ids = encode_prompts([prompt], tokenizer, room, "")[0]
     rollout = generate(
         policy.model,
         [ids] * config.samples,

@@ -57,12 +57,14 @@ def encode_group(
 
 
 def encode_prompts(prompts: list[str], tokenizer: Tokenizer, room: int, what: str) -> list[list[int]]:
-    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most); says how many were cut."""
+    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most). what: the file they are from;
+    printed with their number, and with how many were cut."""
     ids = [tokenizer.encode_prompt(p) for p in prompts]
+    if what:
+        print(f"{what}: {len(ids):,} prompts")
     cut = sum(len(p) > room for p in ids)
-    note_cut(
-        what, cut, len(ids), f"prompts cut to their last {room} tokens", "raise --block_size or lower --max_new_tokens"
-    )
+    advice = "raise --block_size of sft.py or lower --max_new_tokens"
+    note_cut(what or "prompt", cut, len(ids), f"prompts cut to their last {room} tokens", advice)
     return [p[-room:] for p in ids]
 
 
