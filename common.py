@@ -143,11 +143,15 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
 def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> Checkpoint:
     """A reward model that can read what the policy writes: the same vocabulary, and texts as long."""
     scorer = load_model(path, device, "scalar", "python reward_model.py")
+    check_scorer(scorer, path, policy)
+    return scorer
+
+
+def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> None:
     same = scorer.tokenizer == policy.tokenizer
     check(same, f"{path} reads {scorer.tokenizer} tokens, the policy writes {policy.tokenizer} tokens")
     longest, needed = scorer.model.config.block_size, policy.model.config.block_size
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")
-    return scorer
 
 
 def note_task(policy: Checkpoint, task: str, path: str) -> None:

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import Checkpoint, call_reward, generator_for, gold_function, load_model, load_scorer, pick_device
+from common import (
+    Checkpoint,
+    call_reward,
+    check_scorer,
+    generator_for,
+    gold_function,
+    load_model,
+    load_scorer,
+    pick_device,
+)
 from common import score_rollout
 from data.batches import encode_prompts
 from data.tokenizer import load_tokenizer
@@ -74,7 +83,9 @@ def run(config: Config) -> dict:
     for path, policy in zip(paths, loaded, strict=True):
         fits = config.max_new_tokens < policy.model.config.block_size
         check(fits, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in {path}")
-    scorers = [load_scorer(config.reward, policy, device) if config.reward else None for policy in loaded]
+    scorer = load_scorer(config.reward, loaded[0], device) if config.reward else None
+    for policy in loaded[1:] if scorer else ():
+        check_scorer(scorer, config.reward, policy)
     names = [Path(p).name or p for p in paths]
     width = max(map(len, names))
     turn = 0
@@ -87,7 +98,7 @@ def run(config: Config) -> dict:
                 break
         if not prompt:
             break
-        for name, policy, scorer in zip(names, loaded, scorers, strict=True):
+        for name, policy in zip(names, loaded, strict=True):
             for line in answer(policy, prompt, config, config.seed + turn, scorer):
                 print(f"{name:>{width}} > {line}")
         if config.prompt:

@@ -57,8 +57,8 @@ def encode_group(
 
 
 def encode_prompts(prompts: list[str], tokenizer: Tokenizer, room: int, what: str) -> list[list[int]]:
-    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most). what: the file they are from;
-    printed with their number, and with how many were cut."""
+    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most). what: the file they are
+    from, printed with their number and with how many were cut."""
     ids = [tokenizer.encode_prompt(p) for p in prompts]
     if what:
         print(f"{what}: {len(ids):,} prompts")
