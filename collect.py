@@ -50,7 +50,7 @@ class Config:
     gold: str = flag(
         "auto", "true reward behind the simulated annotators, file.py:function (auto: the embedded task's)"
     )
-    out: str = flag("out/data/rankings.jsonl", "file to append to")
+    out: str = flag("auto", "file to append to (auto: beside the prompts, prompts_test.jsonl -> rankings_test.jsonl)")
     batch_size: int = flag(64, "prompts sampled at a time", low=1)
     seed: int = flag(1, "seed of samples and annotators", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -112,10 +112,18 @@ def already_ranked(path: Path) -> set[str]:
     return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
 
 
+def rankings_file(config: Config) -> Path:
+    if config.out != "auto":
+        return Path(config.out)
+    prompts = Path(config.prompts)
+    name = prompts.name.replace("prompts", "rankings")
+    return prompts.with_name(name if name != prompts.name else f"{prompts.stem}_rankings{prompts.suffix}")
+
+
 def run(config: Config) -> dict:
     check_ranges(config)
     check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need a value each")
-    path = Path(config.out)
+    path = rankings_file(config)
     check(not path.is_dir(), f"--out {path} is a folder; name a file in it")
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
