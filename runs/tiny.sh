@@ -16,9 +16,9 @@ step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED"
 # 1. SFT: imitate the demonstrations
 step python sft.py --data "$OUT/data/demonstrations.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict
 # 2. sample and rank completions, learn to score them
-step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --out "$OUT/data/rankings.jsonl" --seed "$SEED"
-step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --out "$OUT/data/rankings_held_out.jsonl" --seed "$SEED"
-step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out "$OUT/data/rankings_test.jsonl" --seed "$SEED"
+step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --seed "$SEED"
+step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --seed "$SEED"
+step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --seed "$SEED"
 # 3b. DPO on the same rankings. It needs no reward model, so it runs beside the next two; its output goes to a file until then
 step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict > "$OUT/dpo.log" 2>&1 &
 dpo=$!
