@@ -287,10 +287,11 @@ class RunFolder:
         self.metrics, self.results = self.path / "metrics.jsonl", self.path / "results.json"
         self.start = time.perf_counter()
         if config.resume:
-            self.state = load_file(self.path / "state.pt")
-            refuse_another_config(self.state, config, self.path / "state.pt")
+            file = self.path / "state.pt"
+            self.state = load_file(file)
+            refuse_another_config(self.state, config, file)
+            print(f"{file}: {self.state['step']} of {total} steps are done")
             if self.state["step"] >= total and self.results.exists():
-                print(f"{self.path}: all {total} steps are done, nothing to resume")
                 self.done = json.loads(self.results.read_text(encoding="utf-8"))
             return
         try:
@@ -337,6 +338,7 @@ class RunFolder:
             torch.cuda.set_rng_state(self.state["rng"][1])
         if self.metrics.exists() and self.metrics.stat().st_size > self.state["logged"]:
             os.truncate(self.metrics, self.state["logged"])  # what was logged after the state was saved comes again
+        self.results.unlink(missing_ok=True)  # of the shorter run that this one makes longer
         write_json(dataclasses.asdict(self.config), self.path / "config.json")
         return self.state
 

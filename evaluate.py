@@ -208,6 +208,7 @@ def unique_names(paths: list[str]) -> list[str]:
 def run(config: Config) -> dict:
     check_ranges(config)
     check(bool(config.policies), "--policies needs at least one checkpoint")
+    check(not Path(config.out_dir).is_file(), f"--out_dir {config.out_dir} is a file; name a folder")
     device = pick_device(config.device)
     made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "dpo": "python dpo.py"}
     loaded = [load_model(p, device, made_by=made_by.get(Path(p).name, "")) for p in config.policies]

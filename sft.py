@@ -95,6 +95,7 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"--init {config.init}: can't be loaded ({one_line(error)})") from None
         rows = model.config.vocab_size
+        print(f"{config.init}: published weights, {rows:,} token ids, block size {model.config.block_size}")
         check(rows >= n_vocab, f"--init {config.init}: {rows} token ids, but {config.tokenizer} has {n_vocab}")
         if rows > n_vocab:  # a padded table: its extra rows are no tokens
             model.config.real_vocab = n_vocab
