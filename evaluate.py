@@ -273,7 +273,8 @@ def run(config: Config) -> dict:
         results["best_of_n"] = best_of_n(reference, reward_model, prompts, ids, gold, tokenizer, config)
 
     print_table(results)
-    print(f"+-: standard error of the mean gold reward over {len(prompts)} prompts; win rates against the first policy")
+    judge = "the gold reward (+-: its standard error)" if gold else f"the reward model {config.reward}"
+    print(f"{len(prompts)} prompts; win rates against {config.policies[0]}, judged by {judge}")
     results["gates"] = report_task(results) if ceiling is not None else []
     write_json(results, Path(config.out_dir) / "results.json")
     return results
@@ -295,7 +296,7 @@ def report_task(results: dict) -> list[dict]:
     for name, figures in policies.items():
         print(f"  {name:12} " + "  ".join(f"{k} {v:+.2f}" for k, v in figures["parts"].items()))
     shown = "" if results["demonstrations"] is None else f"; demonstrations {results['demonstrations']:.2f}"
-    print(f"ceiling {results['ceiling']:.2f}{shown}; win rates are by the gold reward")
+    print(f"ceiling {results['ceiling']:.2f}{shown}")
     if results["demonstrations"] is not None:
         left = (results["ceiling"] - policies[baseline]["gold"]) / (results["ceiling"] - results["demonstrations"])
         name = f"{baseline}: share of the way from demonstrations to ceiling still open"
