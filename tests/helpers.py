@@ -14,7 +14,7 @@ from torch import Tensor
 import sft
 from common import save_model
 from data.batches import Example, RankedExamples
-from model import GPT, GPTConfig, ScalarModel, completion_mask
+from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, sample_token
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real data; the tests that need it skip where it is absent
@@ -206,6 +206,30 @@ def checkpoint(folder: Path, model) -> str:
     """Save a model as a stage does; -> its folder."""
     save_model(folder, model, "toy", "test", sft.Config())
     return str(folder)
+
+
+@torch.no_grad()
+def slow_generate(
+    model, prompts: list[list[int]], max_new_tokens: int, *, eos_id: int, temperature=1.0, generator=None
+) -> Rollout:
+    """The obvious sampler: no cache and no padding, every row's whole text through the model again for each token. It
+    leaves rows that have ended behind when `generate` does on a CPU, so that both draw the same random numbers."""
+    texts, ended, computed = [list(p) for p in prompts], [False] * len(prompts), list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = torch.cat([model(torch.tensor([texts[i]]))[:, -1] for i in computed])
+        for i, token in zip(computed, sample_token(logits, temperature, None, None, generator).tolist(), strict=True):
+            if not ended[i]:
+                texts[i].append(token)
+                ended[i] = token == eos_id
+        alive = [i for i in computed if not ended[i]]
+        if not alive:
+            break
+        if len(alive) <= len(computed) // 2:
+            computed = alive
+    lens = [len(text) for text in texts]
+    tokens = torch.tensor([text + [eos_id] * (max(lens) - len(text)) for text in texts])
+    prompt_lens = torch.tensor([len(p) for p in prompts])
+    return Rollout(tokens, prompt_lens, torch.tensor(lens), torch.tensor(ended))
 
 
 def completion_logprobs(model, prompt: list[int], completion: list[int], temperature: float = 1.0) -> Tensor:

@@ -1,28 +1,32 @@
-"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics, GPT-2 import and
-export."""
+"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
-import struct
-from itertools import pairwise, product
+import weakref
+from dataclasses import fields
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import frame_batch, gradient_of, make_gpt, make_scalar, random_mask, random_prompts
+from helpers import frame_batch, gradient_of, make_gpt, make_scalar, random_mask, random_prompts, slow_generate
 from torch import nn
 
 import model as model_module
 from model import (
     GPT,
     GPTConfig,
+    KVCache,
     Rollout,
     ScalarModel,
     completion_mask,
+    decode_one_token,
     generate,
+    join,
     masked_mean,
+    prefill,
     sample_token,
     select_logprobs,
     token_logprobs,
@@ -43,14 +47,8 @@ def endless(seed: int = 0, **sizes) -> GPT:
 
 
 def greedy_alone(model, prompt: list[int], max_new_tokens: int, eos_id: int) -> tuple[list[int], bool]:
-    """The slow, obvious sampler: one prompt, no cache, no padding. -> (completion with its EOS, ended)"""
-    ids = list(prompt)
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        if ids[-1] == eos_id:
-            break
-    return ids[len(prompt) :], ids[-1] == eos_id and len(ids) > len(prompt)
+    """One prompt, no cache, no padding -> (completion with its EOS, ended)"""
+    return rows_of(slow_generate(model, [prompt], max_new_tokens, eos_id=eos_id, temperature=0))[0]
 
 
 def rows_of(rollout: Rollout) -> list[tuple[list[int], bool]]:
@@ -74,26 +72,18 @@ def successor(V: int = 12) -> GPT:
     return model
 
 
-class CountingModel(nn.Module):
-    """No GPT at all: logits that say (last + 1) mod V."""
-
-    def __init__(self, V: int = 12):
-        super().__init__()
-        self.V = V
-
-    def forward(self, tokens):
-        return 50.0 * nn.functional.one_hot((tokens + 1) % self.V, self.V).float()
-
-
-class Bigram(nn.Module):
-    """The next token depends on the last one alone, through a fixed table of logits: every probability is known."""
-
-    def __init__(self, table: torch.Tensor):
-        super().__init__()
-        self.table = nn.Parameter(table)
-
-    def forward(self, tokens):
-        return self.table[tokens]
+def bigram(V: int) -> tuple[GPT, torch.Tensor]:
+    """A GPT, with cache and all, whose next token depends on the last one alone (no positions, and blocks that add
+    nothing), so that every probability is known -> it, and its table of logits (V, V). Id V is filler, no token."""
+    model = make_gpt(seed=3, vocab=V + 1, real_vocab=V, dtype=torch.float64)
+    with torch.no_grad():
+        for part in (model.wpe, *(layer for block in model.h for layer in (block.attn.c_proj, block.mlp.c_proj))):
+            for p in part.parameters():
+                p.zero_()
+        for p in model.ln_f.parameters():
+            p *= 0.3  # logits of about -2 .. 2: no probability is tiny
+        x = nn.functional.layer_norm(model.wte.weight, (32,), model.ln_f.weight, model.ln_f.bias)
+        return model, (x @ model.wte.weight.T)[:V, :V]
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> tuple[float, float]:
@@ -103,6 +93,26 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> tuple[float, float]
     expected = n * probs[probs > 0]
     assert expected.min() > 5
     return float(((counts[probs > 0] - expected) ** 2 / expected).sum()), cells - 1 + 5 * math.sqrt(2 * (cells - 1))
+
+
+def test_names_and_signatures_that_others_build_on():
+    """An argument renamed, reordered or without its default: every script, and code of a user's own, calls these."""
+
+    def shown(f) -> str:
+        parts = []
+        for name, p in inspect.signature(f).parameters.items():
+            keyword = "*" if p.kind is p.KEYWORD_ONLY else ""
+            parts.append(keyword + name + ("" if p.default is p.empty else f"={p.default}"))
+        return " ".join(parts)
+
+    assert shown(GPTConfig).startswith("vocab_size block_size n_layer n_head n_embd dropout=0.0")
+    assert shown(token_logprobs) == "model tokens temperature=1.0"
+    options = "*eos_id *temperature=1.0 *top_k=None *top_p=None *generator=None"
+    assert shown(generate) == f"model prompts max_new_tokens {options}"
+    assert shown(masked_mean) == "x mask" and shown(whiten) == "x mask shift_mean=True"
+    assert shown(GPT.forward) == "self tokens" == shown(ScalarModel.forward) and shown(ScalarModel.from_gpt) == "gpt"
+    assert shown(GPT.hidden).startswith("self tokens ") and shown(GPT) == shown(ScalarModel) == "config"
+    assert [f.name for f in fields(Rollout)] == ["tokens", "prompt_lens", "lens", "ended"]
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -224,11 +234,9 @@ def test_dropout_is_off_in_eval_and_in_generate():
     assert torch.equal(model(tokens), twin(tokens))
     for training in (True, False):
         model.train(training)
-        for use_cache in (True, False):
-            settings = {"eos_id": V, "temperature": 0, "use_cache": use_cache}
-            found, expected = (generate(m, [[1, 2], [3]], 9, **settings).tokens for m in (model, twin))
-            assert torch.equal(found, expected)
-            assert all(m.training is training for m in model.modules())
+        found, expected = (generate(m, [[1, 2], [3]], 9, eos_id=V, temperature=0).tokens for m in (model, twin))
+        assert torch.equal(found, expected)
+        assert all(m.training is training for m in model.modules())
     with pytest.raises(RuntimeError):  # ... also when the model fails on the way
         model.train()
         model.ln_f.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
@@ -301,93 +309,17 @@ def test_scalar_normalisation_is_saved_with_it():
     assert torch.equal(twin(tokens), scalar(tokens))
 
 
-# ------------------------------------------------------------------------------------------------ GPT-2 weights
-
-
-def read_safetensors_by_hand(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The published format, parsed here by itself: u64 header length, JSON header, raw little-endian data."""
-    data = path.read_bytes()
-    (n,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + n])
-    spans = sorted(e["data_offsets"] for name, e in header.items() if name != "__metadata__")
-    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - n
-    assert all(a[1] == b[0] for a, b in pairwise(spans)), "the format allows no holes"
-    tensors = {}
-    for name, e in header.items():
-        if name != "__metadata__":
-            assert e["dtype"] == "F32"
-            raw = data[8 + n + e["data_offsets"][0] : 8 + n + e["data_offsets"][1]]
-            tensors[name] = torch.tensor(struct.unpack(f"<{len(raw) // 4}f", raw)).view(e["shape"])
-    return header, tensors
-
-
-def test_save_pretrained_writes_hugging_faces_layout(tmp_path):
-    """config.json's keys, "transformer." names, dense weights transposed to (in, out),
-    padded header: read without our own reader."""
-    model = make_gpt(seed=7, n_embd=20, dropout=0.25)
-    model.save_pretrained(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
-    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
-    expected |= {"vocab_size": V, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 20}
-    expected |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    expected |= {"resid_pdrop": 0.25, "embd_pdrop": 0.25, "attn_pdrop": 0.25}
-    assert expected.items() <= config.items()
-    header, tensors = read_safetensors_by_hand(tmp_path / "hf" / "model.safetensors")
-    assert header["__metadata__"] == {"format": "pt"}
-    state = model.state_dict()
-    assert set(tensors) == {f"transformer.{name}" for name in state}
-    for name, value in state.items():
-        dense = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
-        assert torch.equal(tensors[f"transformer.{name}"], value.T if dense else value), name
-    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (20, 60)
-    assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (80, 20)
-    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_save_pretrained_round_trip(tmp_path):
-    """save_pretrained -> from_pretrained gives bit-identical logits."""
-    model = make_gpt(seed=7)
-    model.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(str(tmp_path)).eval()
-    tokens = torch.randint(0, V, (3, 20), generator=gen())
-    assert torch.equal(again(tokens), model(tokens))
-    assert GPT.from_pretrained(str(tmp_path), dropout=0.3).config.dropout == 0.3
-
-
-def test_save_pretrained_keeps_the_real_vocabulary(tmp_path):
-    """A padded table saved and loaded again must not let its padding rows back into the softmax (trap 4)."""
-    model = make_gpt(seed=7, vocab=32, real_vocab=V)
-    model.save_pretrained(tmp_path)
-    tokens = torch.randint(0, V, (3, 20), generator=gen())
-    assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(tokens), model(tokens))
-
-
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_from_pretrained_reads_pytorch_model_bin(tmp_path, prefix):
-    """GPT-2's own file: names with or without "transformer.", causal masks as buffers, an
-    explicit tied lm_head, half precision."""
-    model = make_gpt(seed=8, block_size=16)
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    weights = {}
-    for name, value in model.state_dict().items():
-        dense = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
-        weights[prefix + name] = (value.T.contiguous() if dense else value.clone()).half()
-    for i in range(2):
-        weights[f"{prefix}h.{i}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16).to(torch.uint8)
-        weights[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    if prefix:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    loaded = GPT.from_pretrained(str(tmp_path))
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value.half().float()), name
-
-
-def test_from_pretrained_names_what_it_can_load():
-    """A wrong name is an error that lists the right ones, before any download."""
-    with pytest.raises(ValueError, match="gpt2-medium"):
-        GPT.from_pretrained("gpt3")
+def test_the_scalar_head_is_no_less_than_float32_under_autocast():
+    """Scores in bfloat16 have two and a half digits: behind a bias of -100 they are 0.5 apart, and so are rewards."""
+    scalar = make_scalar(seed=5)
+    tokens = torch.randint(0, V, (4, 12), generator=gen())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scalar.head.bias.fill_(-100.0)
+        found, hidden = scalar(tokens), scalar.gpt.hidden(tokens)
+    truth = hidden.double() @ scalar.head.weight[0].double() - 100
+    assert found.dtype == torch.float32
+    # float32 numbers near 100 are 8e-6 apart; each of 32 products and sums may round
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=33 * 8e-6)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -430,6 +362,47 @@ def test_select_logprobs_works_in_float32_at_least():
         assert ours.dtype == getattr(torch, wanted)
         atol = 1e-4 if wanted == "float32" else 1e-12
         torch.testing.assert_close(ours.double(), truth, rtol=0, atol=atol)
+
+
+def test_the_output_layer_is_no_less_than_float32_under_autocast():
+    """The product with the embedding table in bfloat16, and a cast to float32 when the digits are gone: logits near
+    -100 are then 0.5 apart. Against the float64 product of the same hidden states; float64 itself is left alone."""
+    model = make_gpt(seed=9, vocab=500)
+    with torch.no_grad():
+        model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, 10.0, -10.0  # every logit 100 lower
+    tokens = torch.randint(0, 500, (3, 12), generator=gen())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, hidden = model(tokens), model.hidden(tokens)
+        logprobs = token_logprobs(model, tokens)
+    assert found.dtype == logprobs.dtype == torch.float32
+    truth = hidden.double() @ model.wte.weight.double().T
+    assert truth.mean() < -90
+    # float32 numbers near 100 are 8e-6 apart; each of 32 products and sums may round, and the softmax once more
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=33 * 8e-6)
+    picked = truth.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), picked, rtol=0, atol=70 * 8e-6)
+    assert model.double()(tokens).dtype == torch.float64
+
+
+def test_log_probs_in_bfloat16_are_close_where_bfloat16_logits_are_not():
+    """GPT-2's shapes, and logits about -100 as GPT-2 has them: what bfloat16 blocks change is small, while logits that
+    went through bfloat16 once, as all do that leave such a product, are off by a tenth of a nat: as far as PPO's
+    clip."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(50257, 32, 2, 12, 768)).eval()
+        tokens = torch.randint(0, 50257, (4, 32))
+    with torch.no_grad():
+        model.wte.weight *= 4  # GPT-2's entries are about this large
+        model.ln_f.weight[0], model.ln_f.bias[0], model.wte.weight[:, 0] = 0.0, 10.0, -10.0
+        logits = model(tokens)
+        truth = token_logprobs(model, tokens)
+        assert logits.mean() == pytest.approx(-100, abs=1) and logits.std(-1).mean() > 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = token_logprobs(model, tokens)
+        coarse = select_logprobs(logits[:, :-1].bfloat16(), tokens[:, 1:])
+    assert (coarse - truth).abs().mean() > 0.1
+    assert 0 < (found - truth).abs().mean() < 0.02 and (found - truth).abs().max() < 0.1
 
 
 def test_token_logprobs_frame():
@@ -481,11 +454,9 @@ def test_real_vocab_gets_all_the_probability():
     assert everything.softmax(-1)[..., 6:].sum(-1).mean().item() > 0.5  # so the cut matters
     truth = everything[..., :6].log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(token_logprobs(padded, tokens), truth, rtol=0, atol=1e-11)
-    for use_cache in (True, False):
-        settings = {"eos_id": 39, "temperature": 5.0, "use_cache": use_cache}
-        rollout = generate(padded, [[1], [2, 3]] * 50, 10, generator=gen(), **settings)
-        assert int(rollout.tokens[:, 2:12].max()) < 40 and not rollout.ended.any()
-        assert all(max(c) < 6 for c in rollout.completions())
+    rollout = generate(padded, [[1], [2, 3]] * 50, 10, eos_id=39, temperature=5.0, generator=gen())
+    assert int(rollout.tokens[:, 2:12].max()) < 40 and not rollout.ended.any()
+    assert all(max(c) < 6 for c in rollout.completions())
 
 
 # ------------------------------------------------------------------------------------------------ masked statistics
@@ -612,20 +583,39 @@ def test_temperature_zero_and_top_k_one_are_greedy():
 # ------------------------------------------------------------------------------------------------ generate
 
 
-CACHE = pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 PROMPTS = random_prompts([1, 5, 17], V, seed=3)
 
 
-@CACHE
-def test_rows_of_a_batch_equal_each_alone(use_cache):
+def test_rows_of_a_batch_equal_each_alone():
     """Prompts of lengths 1, 5, 17, greedy: the batch gives what each prompt gives alone (need R5; trap 41)."""
     model = endless(seed=128, dtype=torch.float64)
-    rollout = generate(model, PROMPTS, 20, eos_id=V, temperature=0, use_cache=use_cache)
+    rollout = generate(model, PROMPTS, 20, eos_id=V, temperature=0)
     truth = [greedy_alone(model, p, 20, V) for p in PROMPTS]
     assert rows_of(rollout) == truth
     assert len({tuple(c) for c, _ in truth}) == 3 and all(len(set(c)) > 3 for c, _ in truth)  # no trivial loops
     assert rollout.prompt_lens.tolist() == [1, 5, 17] and rollout.lens.tolist() == [21, 25, 37]
     assert rollout.tokens.shape == (3, 37) and rollout.tokens[1, :5].tolist() == PROMPTS[1]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "whole-cache"])
+def test_prefill_and_decode_one_token_equal_the_full_forward(wide):
+    """Logits read from filler, a token that doesn't see itself, or sees stale slots behind it; the two functions that
+    sampling is made of, on given texts, however many slots are looked at."""
+    model = make_gpt(seed=20, dtype=torch.float64)
+    texts, filler = torch.randint(0, V, (2, 5, 20), generator=gen())
+    lens = torch.tensor([1, 5, 9, 3, 8])
+    prompts = torch.where(torch.arange(9) < lens[:, None], texts[:, :9], filler[:, :9])
+    caches = [KVCache(5, 20, model.config, model.wte.weight) for _ in model.h]
+    with torch.no_grad():
+        found = [prefill(model, prompts, lens, caches)]
+        for step in range(11):
+            positions = lens + step
+            last = texts[torch.arange(5), positions]
+            found.append(decode_one_token(model, last, positions, caches, 20 if wide else 10 + step))
+        for step, logits in enumerate(found):
+            for row, n in enumerate((lens + step).tolist()):
+                truth = model(texts[row : row + 1, :n])[0, -1]
+                torch.testing.assert_close(logits[row], truth, rtol=0, atol=1e-11)
 
 
 def test_cached_logits_equal_the_full_forward(monkeypatch):
@@ -650,19 +640,19 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cached_and_uncached_sample_the_same_tokens(float64, temperature):
+def test_generate_and_the_slow_sampler_draw_the_same_tokens(temperature):
     """The same generator, the same draws: with rows that end (and are left behind) and with rows that never do."""
-    for eos_id, model in ((V, endless(seed=13)), (0, make_gpt(seed=13, vocab=5))):
+    models = (V, endless(seed=13, dtype=torch.float64)), (0, make_gpt(seed=13, vocab=5, dtype=torch.float64))
+    for eos_id, model in models:
         prompts = random_prompts([1, 5, 17, 2, 9, 3, 1, 4], 5, seed=4)
         settings = {"eos_id": eos_id, "temperature": temperature}
         cached = generate(model, prompts, 20, generator=gen(2), **settings)
-        slow = generate(model, prompts, 20, generator=gen(2), use_cache=False, **settings)
+        slow = slow_generate(model, prompts, 20, generator=gen(2), **settings)
         assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
         assert bool(cached.ended.any()) is (eos_id == 0)
 
 
-@CACHE
-def test_rows_left_behind_don_t_disturb_the_others(use_cache):
+def test_rows_left_behind_don_t_disturb_the_others():
     """Many rows that end at different steps, so that the batch shrinks several times:
     each row equals itself alone, greedily."""
     model = make_gpt(seed=14, vocab=9, dtype=torch.float64)
@@ -672,18 +662,16 @@ def test_rows_left_behind_don_t_disturb_the_others(use_cache):
     eos_id = max(ends, key=lambda eos: len(set(ends[eos])))  # the id that spreads the ends most
     assert len(set(ends[eos_id])) >= 8
     assert sorted(ends[eos_id])[len(prompts) // 2] < 24 <= max(ends[eos_id])  # it shrinks; some rows are cut
-    rollout = generate(model, prompts, 24, eos_id=eos_id, temperature=0, use_cache=use_cache)
+    rollout = generate(model, prompts, 24, eos_id=eos_id, temperature=0)
     assert rows_of(rollout) == [greedy_alone(model, p, 24, eos_id) for p in prompts]
 
 
-@CACHE
-@pytest.mark.parametrize("make", [successor, CountingModel], ids=["gpt", "module"])
-def test_a_model_whose_next_token_is_known(make, use_cache):
+def test_a_model_whose_next_token_is_known():
     """next = last + 1 mod 12: rows stop by themselves at EOS = 9, a row that doesn't reach it
     is cut, the filler behind a row is no token of it."""
-    model = make()
+    model = successor()
     prompts = [[7], [3, 8], [1, 2, 3], [10, 0, 11], [5, 6, 7, 8], [11]]
-    rollout = generate(model, prompts, 6, eos_id=9, temperature=0, use_cache=use_cache)
+    rollout = generate(model, prompts, 6, eos_id=9, temperature=0)
     cut = [0, 1, 2, 3, 4, 5], False
     assert rows_of(rollout) == [([8, 9], True), ([9], True), ([4, 5, 6, 7, 8, 9], True), cut, ([9], True), cut]
     assert rollout.lens.tolist() == [3, 3, 9, 9, 5, 7] and rollout.prompt_lens.tolist() == [1, 2, 3, 3, 4, 1]
@@ -697,39 +685,105 @@ def test_a_model_whose_next_token_is_known(make, use_cache):
         assert rollout.action_mask[i, n - 2] and not rollout.action_mask[i, n - 1 :].any()
 
 
-@CACHE
-def test_eos_in_the_prompt_ends_nothing(use_cache):
+def test_eos_in_the_prompt_ends_nothing():
     """Only the completion is looked at for EOS, and an id next to the last slot counts as any other (need R23)."""
-    rollout = generate(successor(), [[9, 1], [9], [9, 9, 9], [8, 9]], 3, eos_id=9, temperature=0, use_cache=use_cache)
+    rollout = generate(successor(), [[9, 1], [9], [9, 9, 9], [8, 9]], 3, eos_id=9, temperature=0)
     assert rows_of(rollout) == [([2, 3, 4], False), ([10, 11, 0], False), ([10, 11, 0], False), ([10, 11, 0], False)]
     # EOS as the very last token that fits
-    rollout = generate(successor(), [[9, 6]], 3, eos_id=9, temperature=0, use_cache=use_cache)
+    rollout = generate(successor(), [[9, 6]], 3, eos_id=9, temperature=0)
     assert rows_of(rollout) == [([7, 8, 9], True)]
 
 
-def test_a_plain_function_can_be_sampled():
-    """Any callable tokens -> logits works: no parameters, no config, no module."""
-    rollout = generate(lambda t: 9.0 * nn.functional.one_hot((t * 2) % 7, 7), [[1], [3, 5]], 4, eos_id=6, temperature=0)
-    assert rows_of(rollout) == [([2, 4, 1, 2], False), ([3, 6], True)]
+def slices_of_the_cache(monkeypatch, numbers: int) -> tuple[list[int], list[int]]:
+    """Let `generate` hold this many keys and values -> (rows of each pass over prompts, numbers held at each new
+    cache), filled while it works."""
+    rows, held, peaks = [], [0], []
+
+    class Counted(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            n = self.k.numel() + self.v.numel()
+            held[0] += n
+            peaks.append(held[0])
+            weakref.finalize(self, lambda: held.__setitem__(0, held[0] - n))
+
+    def spy(model, tokens, *args):
+        rows.append(len(tokens))
+        return prefill(model, tokens, *args)
+
+    monkeypatch.setattr(model_module, "CACHE_NUMBERS", numbers)
+    monkeypatch.setattr(model_module, "KVCache", Counted)
+    monkeypatch.setattr(model_module, "prefill", spy)
+    return rows, peaks
 
 
-@CACHE
-def test_the_first_sampled_token_honours_top_k_and_top_p(use_cache):
+@pytest.mark.parametrize("at_a_time", [1, 3, 6, 7])
+def test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache(monkeypatch, at_a_time):
+    """192 rows of GPT-2 need 14 GB of keys and values: rows go in slices, none lost, swapped or widened, and each
+    slice's memory is given back before the next. What fits is not cut."""
+    model = make_gpt(seed=5, vocab=10, real_vocab=9, dtype=torch.float64)  # id 9 is never sampled
+    prompts = random_prompts([1, 7, 3, 12, 5, 2, 9], 9, seed=6)
+    a_row = 2 * 2 * 32 * (12 + 10)  # keys and values, layers, channels, slots of the longest
+    whole = [generate(model, prompts, 10, eos_id=eos, temperature=0) for eos in range(10)]
+    assert len({tuple(c) for c, _ in rows_of(whole[9])}) == 7  # no two alike
+    assert len({r.tokens.size(1) for r in whole}) > 1 and any(r.ended.any() for r in whole)
+    rows, peaks = slices_of_the_cache(monkeypatch, at_a_time * a_row + a_row // 2)
+    for eos, expected in enumerate(whole):
+        rows.clear()
+        found = generate(model, prompts, 10, eos_id=eos, temperature=0)
+        assert rows == [at_a_time] * (7 // at_a_time) + [7 % at_a_time] * (7 % at_a_time > 0)
+        assert rows_of(found) == rows_of(expected) and torch.equal(found.tokens, expected.tokens)
+        assert found.prompt_lens.tolist() == [1, 7, 3, 12, 5, 2, 9]
+    assert max(peaks) <= at_a_time * a_row
+
+
+def test_one_row_goes_whatever_the_cache_may_hold(monkeypatch):
+    """No slice of 0 rows: a single row that is too large is the user's business."""
+    model = endless(seed=12, dtype=torch.float64)
+    expected = generate(model, PROMPTS, 5, eos_id=V, temperature=0)
+    rows, _ = slices_of_the_cache(monkeypatch, 1)
+    assert torch.equal(generate(model, PROMPTS, 5, eos_id=V, temperature=0).tokens, expected.tokens)
+    assert rows == [1, 1, 1]
+
+
+def test_slices_sample_as_the_whole_does(monkeypatch):
+    """A setting that doesn't reach the slices, or slices that all draw the same noise."""
+    model, state = endless(seed=17, dtype=torch.float64), torch.get_rng_state()
+    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0).tokens
+    slices_of_the_cache(monkeypatch, 1)
+    for one in ({"top_k": 1}, {"top_p": 1e-9}):
+        assert torch.equal(generate(model, PROMPTS, 12, eos_id=V, generator=gen(), **one).tokens, greedy)
+    a, b, c = (generate(model, [[1, 2]] * 6, 12, eos_id=V, generator=gen(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
+    assert len({tuple(ids) for ids, _ in rows_of(a)}) == 6
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_joined_rollouts_by_hand():
+    """As wide as the widest, the filler behind, rows in order."""
+    one = Rollout(torch.tensor([[1, 2, 9]]), torch.tensor([1]), torch.tensor([3]), torch.tensor([True]))
+    two = [[3, 4, 5, 6, 7], [3, 9, 9, 9, 9]]
+    two = Rollout(torch.tensor(two), torch.tensor([2, 1]), torch.tensor([5, 2]), torch.tensor([False, True]))
+    both = join([one, two], 9)
+    assert both.tokens.tolist() == [[1, 2, 9, 9, 9], [3, 4, 5, 6, 7], [3, 9, 9, 9, 9]]
+    assert both.prompt_lens.tolist() == [1, 2, 1] and both.lens.tolist() == [3, 5, 2]
+    assert both.ended.tolist() == [True, False, True] and both.completions() == [[2], [5, 6, 7], []]
+
+
+def test_the_first_sampled_token_honours_top_k_and_top_p():
     """Anchors trap 45: the token that the prefill gives is drawn like all others."""
     model = endless(seed=15, dtype=torch.float64)
     logits = model(torch.tensor([[4, 2]]))[0, -1]
     best = logits.topk(3).indices.tolist()
     for kwargs, allowed in (({"top_k": 1}, best[:1]), ({"top_k": 3}, best), ({"top_p": 1e-6}, best[:1])):
-        settings = {"eos_id": V, "temperature": 3.0, "use_cache": use_cache, **kwargs}
-        rollout = generate(model, [[4, 2]] * 300, 2, generator=gen(), **settings)
+        rollout = generate(model, [[4, 2]] * 300, 2, eos_id=V, temperature=3.0, generator=gen(), **kwargs)
         assert set(rollout.tokens[:, 2].tolist()) == set(allowed)
-    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0, use_cache=use_cache)
-    sampled = generate(model, PROMPTS, 12, eos_id=V, top_k=1, generator=gen(), use_cache=use_cache)
+    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0)
+    sampled = generate(model, PROMPTS, 12, eos_id=V, top_k=1, generator=gen())
     assert torch.equal(sampled.tokens, greedy.tokens)
 
 
-@CACHE
-def test_whole_completions_have_the_right_probability(use_cache):
+def test_whole_completions_have_the_right_probability():
     """4,000 sampled completions of a GPT with 4 tokens, EOS and cut ones among them: the frequency of every possible
     completion against the product of its token probabilities, enumerated. Sampler, cache, shrinking batch and
     token_logprobs agree on one distribution (need R6)."""
@@ -744,8 +798,7 @@ def test_whole_completions_have_the_right_probability(use_cache):
             probs[kept] = float(lp.sum().exp())
         assert abs(sum(probs.values()) - 1) < 1e-11  # of 40 completions: they are all there are
         other = [1, 2, 3, 2] if len(prompt) == 1 else [3]  # batch mates of another length
-        settings = {"eos_id": eos_id, "temperature": T, "use_cache": use_cache}
-        rollout = generate(model, [prompt, other] * 4000, 3, generator=gen(len(prompt)), **settings)
+        rollout = generate(model, [prompt, other] * 4000, 3, eos_id=eos_id, temperature=T, generator=gen(len(prompt)))
         found = [tuple(c) for c, _ in rows_of(rollout)[::2]]
         names = [c for c in probs if 4000 * probs[c] > 5]
         counts = torch.tensor([found.count(c) for c in names] + [sum(c not in names for c in found)]).double()
@@ -757,11 +810,16 @@ def test_whole_completions_have_the_right_probability(use_cache):
         assert len(names) > 15 and statistic < bound
 
 
-def test_temperature_reaches_every_token():
-    """A bigram model's second token, at T = 0.5, has softmax(logits / 0.5): not only the first one is scaled."""
-    table = torch.randn(6, 6, generator=gen(3))
-    rollout = generate(Bigram(table), [[0]] * 6000, 2, eos_id=6, temperature=0.5, generator=gen())
-    second = (table[0] / 0.5).softmax(0).double() @ (table / 0.5).softmax(-1).double()
+@pytest.mark.parametrize("slices", [1, 3])
+def test_temperature_reaches_every_token(monkeypatch, slices):
+    """A bigram model's second token, at T = 0.5, has softmax(logits / 0.5): not only the first one is scaled, and not
+    only where all rows fit the cache."""
+    model, table = bigram(6)
+    torch.testing.assert_close(model(torch.tensor([[4, 2, 5]]))[0], table[[4, 2, 5]], rtol=0, atol=1e-12)
+    rows, _ = slices_of_the_cache(monkeypatch, 6000 // slices * 2 * 2 * 32 * 3)
+    rollout = generate(model, [[0]] * 6000, 2, eos_id=6, temperature=0.5, generator=gen())
+    assert len(rows) == slices
+    second = (table[0] / 0.5).softmax(0) @ (table / 0.5).softmax(-1)
     statistic, bound = chi_square(torch.bincount(rollout.tokens[:, 2], minlength=6).double(), second)
     assert statistic < bound
 
