@@ -44,9 +44,9 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
 
 
 def prompt_of(where: str, record: dict) -> str:
-    instruction, extra = text_field(where, record, "instruction").strip(), record.get("input") or ""
-    check(isinstance(extra, str), f'{where}: "input" must be a string, not {type(extra).__name__}')
-    return f"{instruction}\n{extra.strip()}" if extra.strip() else instruction
+    instruction = text_field(where, record, "instruction").strip()
+    extra = text_field(where, {"input": record.get("input") or ""}, "input").strip()
+    return f"{instruction}\n{extra}" if extra else instruction
 
 
 def prepare(path: Path, out_dir: Path, held_out: float, seed: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""data/: the tokenizers, the file formats, batching, the embedded task and its truth, the collection of preferences."""
+"""data/: the tokenizers, the file formats, batching, the embedded task and its truth, public data."""
 
 from __future__ import annotations
 
@@ -6,40 +6,48 @@ import hashlib
 import json
 import math
 import random
-import re
 import shutil
 import socket
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 
 import pytest
 import tiktoken
 import tiktoken.registry
 import torch
-from helpers import GPT2_BPE, ROOT, make_gpt
+from helpers import GPT2_BPE, ROOT, write_lines
 
-from common import UserError, load_model, save_model
-from data import collect, tiny
+from cli import UserError
+from data import tiny
 from data.batches import (
-    RankedExamples,
+    Example,
     by_length,
     encode_example,
+    encode_group,
+    encode_prompts,
     encode_rankings,
-    length_batches,
+    epoch_batches,
+    load_examples,
+    load_preferences,
+    load_rankings,
+    make_batch,
+    micro_batches,
     pad,
     ranked_batch,
-    truncate_prompt,
 )
 from data.files import (
     Ranking,
+    held_out_twin,
     nest_ties,
     parse_ranking,
+    prompts_beside,
     read_demonstrations,
     read_jsonl,
     read_prompts,
     read_rankings,
     write_jsonl,
 )
+from data.prepare import prepare
 from data.tokenizer import TINY_RANKS, format_prompt, load_tokenizer
 
 TINY = load_tokenizer("tiny")
@@ -207,7 +215,16 @@ def test_each_format_reads(tmp_path):
     pair = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
     ranking = '{"prompt": "p", "completions": ["a", ["b", "c"], "d"]}'
     path = lines(tmp_path / "r.jsonl", pair, ranking)
-    assert read_rankings(path) == [Ranking("p", ["a", "b"], [0, 1]), Ranking("p", ["a", "b", "c", "d"], [0, 1, 1, 2])]
+    assert read_rankings(path) == [
+        Ranking("p", ["a", "b"], [0, 1], [True] * 2),
+        Ranking("p", ["a", "b", "c", "d"], [0, 1, 1, 2], [True] * 4),
+    ]
+    path = lines(
+        tmp_path / "e.jsonl",
+        pair[:-1] + ', "ended": [false, true]}',
+        ranking[:-1] + ', "ended": [true, false, true, false]}',
+    )
+    assert [r.ended for r in read_rankings(path)] == [[False, True], [True, False, True, False]]
 
 
 def test_tolerated_files(tmp_path):
@@ -257,14 +274,60 @@ def test_bad_demonstrations_are_located(tmp_path, bad, says):
         ('{"prompt": "p", "completions": ["a", ["b", null]]}', "strings"),
         ('{"prompt": "p", "completions": ["a", [["b"]]]}', "strings"),
         ('{"completions": ["a", "b"]}', '"prompt"'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": [true]}', '"ended" must be a list of 2'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": [true, true, false]}', '"ended" must be a list of 2'),
+        ('{"prompt": "p", "completions": ["a", ["b", "c"]], "ended": [true, false]}', '"ended" must be a list of 3'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": [1, 0]}', '"ended"'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": ["true", "false"]}', '"ended"'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": true}', '"ended"'),
+        ('{"prompt": "p", "completions": ["a", "b"], "ended": null}', '"ended"'),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b", "ended": [false]}', '"ended" must be a list of 2'),
     ],
 )
 def test_bad_rankings_are_located(tmp_path, bad, says):
-    """Empty rankings, empty ties, wrong types: each at its line."""
+    """Empty rankings, empty ties, wrong types, "ended" of another length than the completions: each at its line."""
     path = lines(tmp_path / "r.jsonl", '{"prompt": "p", "completions": ["a", "b"]}', bad)
     with pytest.raises(UserError) as error:
         read_rankings(path)
     assert str(error.value).startswith(f"{path}:2: ") and says in str(error.value)
+
+
+HALF = "\\ud83d"  # as JSON spells half an emoji
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "key"),
+    [
+        (read_prompts, '{"prompt": "HALF"}', "prompt"),
+        (read_demonstrations, '{"prompt": "a HALF", "completion": "c"}', "prompt"),
+        (read_demonstrations, '{"prompt": "p", "completion": "c HALF"}', "completion"),
+        (read_rankings, '{"prompt": "p", "chosen": "HALF", "rejected": "b"}', "chosen"),
+        (read_rankings, '{"prompt": "p", "chosen": "a", "rejected": "HALF"}', "rejected"),
+        (read_rankings, '{"prompt": "HALF", "completions": ["a", "b"]}', "prompt"),
+        (read_rankings, '{"prompt": "p", "completions": ["a", ["b", "HALF"]]}', "completions"),
+    ],
+)
+def test_half_a_character_is_located(tmp_path, read, row, key):
+    """JSON can spell a lone surrogate, and json.loads takes it; the traceback came later, from the vocabulary or from
+    the first file that was to hold it."""
+    path = lines(tmp_path / "d.jsonl", row.replace("HALF", "\\ud83d\\ude00"), "", row.replace("HALF", HALF))
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f'{path}:3: "{key}" ') and "surrogate" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["instruction", "input", "output", "chosen", "rejected"])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_half_a_character_in_public_data_is_located(tmp_path, key, as_list):
+    """The same in what is prepared from elsewhere: one line, and no file begun."""
+    record = {"instruction": "i", "input": "in", "output": "o", "chosen": "c", "rejected": "r"}
+    rows = [json.dumps(record), json.dumps({**record, key: "x" + chr(0xD83D)})]
+    path = lines(tmp_path / "raw.json", "[" + ",".join(rows) + "]") if as_list else lines(tmp_path / "raw.json", *rows)
+    with pytest.raises(UserError) as error:
+        prepare(path, tmp_path / "out", held_out=0.0, seed=1)
+    where = f"{path}: record 2" if as_list else f"{path}:2"
+    assert str(error.value).startswith(f'{where}: "{key}" ') and "surrogate" in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("line", [1, 3, 400])
@@ -318,6 +381,23 @@ def test_write_jsonl_is_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_what_belongs_to_a_file_lies_beside_it(tmp_path, capsys):
+    """Data of one's own must never be judged by the demo's: "auto" takes the twin in the same folder or none, and says
+    so; a path that is given is taken as it is."""
+    mine = tmp_path / "mine.jsonl"
+    assert held_out_twin(str(mine), "auto") == "" and prompts_beside(str(mine), "auto") == str(mine)
+    said = capsys.readouterr().out
+    assert "mine_held_out.jsonl" in said and "prompts.jsonl" in said
+    for name in ("mine_held_out.jsonl", "prompts.jsonl"):
+        lines(tmp_path / name, GOOD)
+    assert held_out_twin(str(mine), "auto") == str(tmp_path / "mine_held_out.jsonl")
+    assert prompts_beside(str(mine), "auto") == str(tmp_path / "prompts.jsonl")
+    assert held_out_twin("out/data/rankings.jsonl", "auto") in ("", "out/data/rankings_held_out.jsonl")
+    assert capsys.readouterr().out.count("\n") <= 1
+    for given in ("", "other.jsonl"):
+        assert held_out_twin(str(mine), given) == prompts_beside(str(mine), given) == given
+
+
 # ------------------------------------------------------------------------------------------------ examples and batches
 
 
@@ -357,11 +437,14 @@ def test_truncation_keeps_the_completion(block_size, prompt, completion):
     else:
         assert ("".join(map(chr, example.prompt)), "".join(map(chr, example.completion))) == (prompt, completion)
         assert example.ids == example.prompt + example.completion and len(example) == len(example.ids) <= block_size
+        assert example.shortened == (block_size < 10)
 
 
 def test_empty_completions():
-    """Nothing to imitate: dropped. In a ranking silence is an answer: EOS alone."""
+    """Nothing to imitate: dropped. In a ranking silence is an answer: EOS alone, unless it was cut: then nothing was
+    said."""
     assert encode_example(Letters(), "abc", "", 9) is None
+    assert encode_example(Letters(), "abc", "", 9, ended=False, allow_empty=True) is None
     assert encode_example(Letters(), "abc", "", 9, allow_empty=True).completion == [0]
     assert encode_example(Letters(), "abcdefghijkl", "", 5, allow_empty=True).ids == [*b"ijkl", 0]
 
@@ -369,7 +452,7 @@ def test_empty_completions():
 def test_prompt_and_completion_decode_to_the_exact_text():
     """Encoded apart and joined: no merge crosses the boundary, nothing is lost (need R18; trap 15)."""
     rng = random.Random(1)
-    texts = [t for t in TEXTS if t] + [tiny.sample_prompt(rng, False) for _ in range(50)]
+    texts = [t for t in TEXTS if t] + [tiny.sample_prompt(rng, "train") for _ in range(50)]
     for prompt in texts:
         for completion in (" leading space", "cold", *TEXTS[1:6], prompt[::-1]):
             example = encode_example(TINY, prompt, completion, 10_000)
@@ -378,89 +461,251 @@ def test_prompt_and_completion_decode_to_the_exact_text():
             assert TINY.decode(example.ids[:-1]) == format_prompt(prompt) + completion
 
 
-def test_truncate_prompt_keeps_the_end():
-    assert truncate_prompt([1, 2, 3, 4], 2) == [3, 4] and truncate_prompt([1, 2], 5) == [1, 2]
+def text_of(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_a_cut_text_gets_no_eos():
+    """A text that --max_new_tokens cut must not be read as one that stopped there: DPO would learn to stop in
+    mid-sentence. And none is invented where block_size cuts it."""
+    assert encode_example(Letters(), "ab", "xyz", 9, ended=False).completion == [*b"xyz"]
+    texts = encode_group(Letters(), "ab", ["xyz", "xyz", ""], [True, False, True], 9)
+    assert [text_of(e.completion) for e in texts] == ["xyz\0", "xyz", "\0"]
+    texts = encode_group(Letters(), "ab", ["uvwxyz", "xyz", "xy"], [True, False, True], 4)
+    assert [text_of(e.completion) for e in texts] == ["uvw", "xyz", "xy\0"]
+
+
+@pytest.mark.parametrize("block_size", [4, 6, 8, 11, 12, 30])
+def test_completions_of_one_prompt_see_the_same_prompt(block_size):
+    """Each cut by itself, the longer text would answer another question than the shorter one: a comparison of two
+    things that were never compared."""
+    ranking = Ranking("abcdefgh", ["xyz", "u", "vwvwvw"], [0, 1, 2], [True, False, True])
+    item = encode_rankings([ranking], Letters(), block_size)[0]
+    assert len({tuple(e.prompt) for e in item.examples}) == 1
+    prompt = text_of(item.examples[0].prompt)
+    assert prompt and "abcdefgh".endswith(prompt) and len(prompt) == max(1, min(8, block_size - 7))
+    for example, text in zip(item.examples, ["xyz\0", "u", "vwvwvw\0"], strict=True):
+        assert text_of(example.completion) == text[: block_size - len(prompt)]
+        assert example.shortened == (block_size < 15) and len(example) <= block_size
+
+
+def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
+    """Cut in silence, a run with too many --max_new_tokens trained on prompts of one token."""
+    kept = encode_prompts(["abcde", "xy", "uvw"], Letters(), 3, "my.jsonl")
+    assert [text_of(p) for p in kept] == ["cde", "xy", "uvw"]
+    read, cut = capsys.readouterr().out.splitlines()
+    assert read == "my.jsonl: 3 prompts" and cut.startswith("my.jsonl: 1 of 3 prompts cut to their last 3 tokens")
+    assert "--block_size" in cut and "--max_new_tokens" in cut
+    encode_prompts(["abcde", "xy"], Letters(), 5, "my.jsonl")
+    assert capsys.readouterr().out == "my.jsonl: 2 prompts\n"
+
+
+def test_what_does_not_fit_is_counted(tmp_path, capsys):
+    """How many rows lost something to block_size, with the path and the flag; nothing where all fit."""
+    rankings = [{"prompt": "abc", "chosen": "xyz", "rejected": "u"}, {"prompt": "a", "chosen": "x", "rejected": "u"}]
+    path = write_lines(tmp_path / "r.jsonl", rankings)
+    assert [item.examples[0].shortened for item in load_rankings(path, Letters(), 6)] == [True, False]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: 2 rankings"
+    assert said[1].startswith(f"{path}: 1 of 2 rankings cut to 6 tokens a text") and "--block_size" in said[1]
+    load_rankings(path, Letters(), 7)
+    assert capsys.readouterr().out.splitlines() == [f"{path}: 2 rankings"]
+
+    rows = [
+        {"prompt": "abc", "completion": "xyz"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": "x"},
+    ]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert [text_of(e.ids) for e in load_examples(path, Letters(), 6)] == ["bcxyz\0", "ax\0"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: 2 demonstrations, dropped 1 without completion tokens"
+    assert said[1].startswith(f"{path}: 1 of 2 demonstrations cut to 6 tokens") and "--block_size" in said[1]
+    assert load_examples("", Letters(), 6) == load_rankings("", Letters(), 6) == []
+    with pytest.raises(UserError, match="no row has completion tokens"):
+        load_examples(write_lines(tmp_path / "e.jsonl", rows[1:2]), Letters(), 6)
+
+
+def test_cut_completions_of_a_file_carry_no_eos(tmp_path):
+    """The whole way from the line to the ids: EOS where "ended" is true or absent, none where it is false; a cut empty
+    text compares nothing."""
+    rows = [
+        {"prompt": "ab", "completions": ["x", ["yy", "z"], "x"], "ended": [True, False, True, False]},
+        {"prompt": "ab", "chosen": "x", "rejected": "y", "ended": [False, False]},
+        {"prompt": "ab", "chosen": "x", "rejected": "y"},
+        {"prompt": "ab", "chosen": "x", "rejected": "", "ended": [True, False]},
+        {"prompt": "ab", "chosen": "x", "rejected": "", "ended": [False, True]},
+    ]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    found = [[text_of(e.completion) for e in item.examples] for item in load_rankings(path, Letters(), 20)]
+    assert found == [["x\0", "yy", "z\0", "x"], ["x", "y"], ["x\0", "y\0"], ["x", "\0"]]
 
 
 def test_pad():
-    """On the right, to the longest row, or to a multiple; lens are the rows' own lengths,
-    even where a row ends in the filler id."""
-    tokens, lens = pad([[1, 2, 3], [4], [5, 9]], filler=9)
+    """On the right, to the longest row; lens are the rows' own lengths, even where a row ends in the filler id."""
+    tokens, lens = pad([[1, 2, 3], [4], [5, 9]], torch.device("cpu"), filler=9)
     assert tokens.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and lens.tolist() == [3, 1, 2]
     assert tokens.dtype == lens.dtype == torch.long
-    for multiple, width in ((1, 3), (2, 4), (3, 3), (8, 8)):
-        wide, lens = pad([[1, 2, 3], [4]], 0, multiple=multiple)
-        assert wide.shape == (2, width) and lens.tolist() == [3, 1]
-        assert wide[0, :3].tolist() == [1, 2, 3] and wide.sum() == 10
+    examples = [Example([1, 2], [3]), Example([4], [5, 0, 0])]
+    tokens, prompt_lens, lens = make_batch(examples, torch.device("cpu"))
+    assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1].tolist() == [4, 5, 0, 0]
+    assert prompt_lens.tolist() == [2, 1] and lens.tolist() == [3, 4]
 
 
-def filler_share(lengths, batches) -> float:
-    used = sum(lengths[i] for b in batches for i in b)
-    return 1 - used / sum(max(lengths[i] for i in b) * len(b) for b in batches)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_width_is_a_multiple_of_32():
+    for longest, width in ((1, 32), (32, 32), (33, 64)):
+        tokens, lens = pad([[7] * longest, [4]], torch.device("cuda"), filler=9)
+        assert tokens.shape == (2, width) and lens.tolist() == [longest, 1]
+        assert tokens[0, :longest].eq(7).all() and tokens[0, longest:].eq(9).all() and tokens[1, 1:].eq(9).all()
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 1025])
-def test_length_batches_cover_each_row_once(n):
-    """Each index once, only the last batch smaller (trap 46: a remainder silently dropped),
-    reproducible, another order every epoch."""
-    rng = random.Random(n)
-    lengths = [rng.randint(1, 60) for _ in range(n)]
-    batches = length_batches(lengths, 16, torch.Generator().manual_seed(1))
-    assert sorted(i for b in batches for i in b) == list(range(n))
-    assert sorted(map(len, batches), reverse=True) == [16] * (n // 16) + [n % 16] * (n % 16 > 0)
-    assert batches == length_batches(lengths, 16, torch.Generator().manual_seed(1))
-    if n > 100:
-        assert batches != length_batches(lengths, 16, torch.Generator().manual_seed(2))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(3)).tolist()
-        chance = filler_share(lengths, [order[i : i + 16] for i in range(0, n, 16)])
-        assert chance > 0.4 and filler_share(lengths, batches) < 0.15
-        # short and long batches in random order, no curriculum
-        means = [sum(lengths[i] for i in b) / len(b) for b in batches]
-        rises = sum(b > a for a, b in pairwise(means))
-        assert 0.25 * len(means) < rises < 0.75 * len(means)
-    if n > 1000:
-        together = {frozenset(b) for b in batches}
-        other = {frozenset(b) for b in length_batches(lengths, 16, torch.Generator().manual_seed(2))}
-        assert len(together & other) < 3  # batch mates change, not only the order of the batches
+@dataclass
+class Passes:
+    epochs: int = 2
+    batch_size: int = 16
+    seed: int = 1
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000])
+def test_an_epoch_takes_each_row_once(n):
+    """Each row once a pass, only the last batch smaller (trap 46: a remainder silently dropped), reproducible, another
+    order every epoch and for every seed."""
+    rows = [[i] for i in range(n)]
+    batches = epoch_batches(rows, Passes())
+    per_epoch = -(-n // 16)
+    sizes = [16] * (n // 16) + [n % 16] * (n % 16 > 0)
+    assert len(batches) == 2 * per_epoch and list(map(len, batches)) == sizes * 2
+    first, second = batches[:per_epoch], batches[per_epoch:]
+    for part in (first, second):
+        assert sorted(row for batch in part for row in batch) == rows
+    assert batches == epoch_batches(rows, Passes())
+    assert epoch_batches(rows, Passes(epochs=3))[: len(batches)] == batches  # more epochs go on where these stop
+    assert rows == [[i] for i in range(n)]  # the caller's list is left alone
+    if n > 10:
+        other = epoch_batches(rows, Passes(epochs=1, seed=2))
+        assert first != second and first != other
+    if n == 1000:  # batch mates change, not only the order of the batches
+        mates, *others = ({frozenset(row[0] for row in batch) for batch in part} for part in (first, second, other))
+        assert not any(mates & part for part in others)
+
+
+def test_a_step_holds_rows_of_all_lengths():
+    """Steps of similar lengths have few tokens or many, so a token of a short text weighs several times one of a long
+    text in the mean of its step. Rows must meet by chance: the deviation of a step's tokens is that of 16 random
+    rows."""
+    rng = random.Random(0)
+    rows = [[0] * rng.randint(1, 60) for _ in range(16_000)]
+    totals = torch.tensor([float(sum(map(len, batch))) for batch in epoch_batches(rows, Passes(epochs=1))])
+    lengths = torch.tensor([float(len(row)) for row in rows])
+    by_chance = 4 * lengths.std().item()  # of the sum of 16
+    assert totals.std().item() == pytest.approx(by_chance, rel=5 / math.sqrt(2 * len(totals)))
+    neighbours = torch.stack([totals[:-1], totals[1:]])  # no curriculum either
+    assert abs(torch.corrcoef(neighbours)[0, 1].item()) < 5 / math.sqrt(len(totals))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 7, 50])
+def test_micro_batches_are_the_whole_step_in_similar_lengths(size):
+    """Each row of the step once, whatever the size; from short to long, so that little filler is computed."""
+    rng = random.Random(1)
+    rows = [[i] * rng.randint(1, 30) for i in range(24)]
+    parts = micro_batches(rows, size)
+    assert sorted(row for part in parts for row in part) == sorted(rows)
+    assert [len(part) for part in parts] == [len(rows[i : i + (size or 24)]) for i in range(0, 24, size or 24)]
+    flat = [len(row) for part in parts for row in part]
+    assert flat == sorted(flat)
+    widest = [row for part in micro_batches(rows, size, length=lambda row: -len(row)) for row in part]
+    assert [len(row) for row in widest] == sorted(flat, reverse=True)
 
 
 def test_by_length():
     """Short to long, each index once."""
     lengths = [5, 1, 4, 1, 3, 9, 2]
-    batches = by_length(lengths, 3)
+    batches = by_length([[0] * n for n in lengths], 3)
     assert [[lengths[i] for i in b] for b in batches] == [[1, 1, 2], [3, 4, 5], [9]]
     assert sorted(i for b in batches for i in b) == list(range(7))
 
 
-def test_rankings_that_compare_nothing_are_dropped_and_counted():
+def test_rankings_that_compare_nothing_are_dropped_and_counted(tmp_path, capsys):
     """Ties only, one text several times, texts equal after truncation: the loss is the constant ln 2 there."""
-    rankings = [
-        Ranking("p", ["a", "b"], [0, 1]),
-        Ranking("p", ["a", "b", "c"], [0, 0, 0]),  # ties only
-        Ranking("p", ["a", "a"], [0, 1]),  # the same text twice
-        Ranking("p", ["abcdefgh1", "abcdefgh2"], [0, 1]),  # equal after truncation
-        Ranking("p", ["abcdefgh1", "b", "abcdefgh2"], [0, 1, 2]),  # two of three equal: two are left
-        Ranking("p", ["a", "", "b"], [0, 1, 1]),  # silence is an answer
+    rows = [
+        {"prompt": "p", "completions": ["a", "b"]},
+        {"prompt": "p", "completions": [["a", "b", "c"]]},  # ties only
+        {"prompt": "p", "completions": ["a", "a"]},  # the same text twice
+        {"prompt": "p", "completions": ["abcdefgh1", "abcdefgh2"]},  # equal after truncation
+        {"prompt": "p", "completions": ["abcdefgh1", "abcdefgh2", "b"]},  # two of three equal: two are left
+        {"prompt": "p", "completions": ["a", ["", "b"]]},  # silence is an answer
     ]
-    kept, dropped = encode_rankings(rankings, Letters(), block_size=6)
-    assert dropped == 3
-    assert [(item.ranks, ["".join(map(chr, e.completion)) for e in item.examples]) for item in kept] == [
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    kept = load_rankings(path, Letters(), block_size=6)
+    assert [(item.ranks, [text_of(e.completion) for e in item.examples]) for item in kept] == [
         ([0, 1], ["a\0", "b\0"]),
         ([0, 1], ["abcde", "b\0"]),
         ([0, 1, 1], ["a\0", "\0", "b\0"]),
     ]
     assert [len(item) for item in kept] == [3, 6, 3]
+    assert [item.n_pairs for item in kept] == [1, 1, 3] and [item.n_strict_pairs for item in kept] == [1, 1, 2]
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"{path}: 3 rankings, dropped 3 that compare nothing")
+    with pytest.raises(UserError, match=r"r\.jsonl: no ranking compares two different completions"):
+        load_rankings(write_lines(tmp_path / "r.jsonl", rows[1:4]), Letters(), block_size=6)
+
+
+@pytest.mark.parametrize(
+    ("texts", "ranks", "expected"),
+    [
+        (["a", "b", "a"], [0, 1, 2], None),  # above b as often as below: nothing is known
+        (["a", "b", "c", "a"], [0, 1, 2, 3], ("bac", [0, 1, 2])),  # 1, 1.5, 2
+        (["a", "a", "b"], [0, 1, 2], ("ab", [0, 1])),
+        (["b", "a", "a"], [0, 1, 2], ("ba", [0, 1])),
+        (["a", "b", "c", "b", "d"], [0, 1, 2, 3, 4], ("abcd", [0, 1, 1, 2])),  # b's mean is c's place
+        (["a", "b", "a", "c"], [0, 0, 1, 2], ("bac", [0, 1, 2])),  # 0, 0.5, 2
+        (["a", "b", "c", "a", "d"], [0, 1, 1, 2, 3], ("abcd", [0, 0, 0, 1])),
+    ],
+)
+def test_a_text_in_several_places_takes_their_mean(texts, ranks, expected):
+    """A, B, A: taken at its best place, A would be trained to beat B although it was put below B as often."""
+    kept = encode_rankings([Ranking("p", texts, ranks, [True] * len(texts))], Letters(), 20)
+    if expected is None:
+        assert kept == []
+        return
+    order, new_ranks = expected
+    found = {text_of(e.completion[:-1]): rank for e, rank in zip(kept[0].examples, kept[0].ranks, strict=True)}
+    assert found == dict(zip(order, new_ranks, strict=True)) and len(kept[0].ranks) == len(found)
+    assert kept[0].ranks == sorted(kept[0].ranks)
+
+
+def test_preferences_come_with_their_held_out_twin(tmp_path):
+    """mine.jsonl is judged by mine_held_out.jsonl beside it, and belongs to the task whose prompts it holds."""
+
+    @dataclass
+    class Paths:
+        data: str
+        held_out_data: str = "auto"
+
+    pair = {"chosen": "a", "rejected": "b"}
+    mine = write_lines(tmp_path / "mine.jsonl", [{"prompt": "p", **pair}])
+    write_lines(tmp_path / "rankings_held_out.jsonl", [{"prompt": "not these", **pair}])
+    items, held_out, task = load_preferences(Paths(mine), Letters(), 20)
+    assert (len(items), held_out, task) == (1, [], "")
+    twin = write_lines(tmp_path / "mine_held_out.jsonl", [{"prompt": "q", **pair}] * 2)
+    items, held_out, task = load_preferences(Paths(mine), Letters(), 20)
+    assert [text_of(item.examples[0].prompt) for item in held_out] == ["q", "q"]
+    tiny_prompt = tiny.sample_prompt(random.Random(1), "train")
+    write_lines(tmp_path / "mine.jsonl", [{"prompt": tiny_prompt, **pair}])
+    assert load_preferences(Paths(mine, ""), Letters(), 99)[1:] == ([], "tiny")
+    assert len(load_preferences(Paths(mine, twin), Letters(), 99)[1]) == 2
 
 
 def test_ranked_batch_of_unequal_k():
     """Every text is one row; index and ranks find them again, -1 where a ranking has fewer."""
     rankings = [
-        Ranking("pq", ["a", "bb"], [0, 1]),
-        Ranking("r", ["c", "d", "eee", "f"], [0, 1, 1, 2]),
-        Ranking("s", ["g", "h", "i"], [0, 1, 2]),
+        Ranking("pq", ["a", "bb"], [0, 1], [True] * 2),
+        Ranking("r", ["c", "d", "eee", "f"], [0, 1, 1, 2], [True] * 4),
+        Ranking("s", ["g", "h", "i"], [0, 1, 2], [True] * 3),
     ]
-    items, _ = encode_rankings(rankings, Letters(), 20)
-    batch = ranked_batch(items, filler=7, device=torch.device("cpu"))
+    items = encode_rankings(rankings, Letters(), 20)
+    batch = ranked_batch(items, torch.device("cpu"))
     assert batch.index.shape == batch.ranks.shape == (3, 4) and batch.tokens.shape == (9, 5)
     assert batch.ranks.tolist() == [[0, 1, -1, -1], [0, 1, 1, 2], [0, 1, 2, -1]]
     for n, ranking in enumerate(rankings):
@@ -469,34 +714,98 @@ def test_ranked_batch_of_unequal_k():
             start, end = int(batch.prompt_lens[row]), int(batch.lens[row])
             assert batch.tokens[row, :start].tolist() == [ord(c) for c in ranking.prompt]
             assert batch.tokens[row, start:end].tolist() == [*map(ord, text), 0]
-            assert (batch.tokens[row, end:] == 7).all()
-    assert ranked_batch(items, 7, torch.device("cpu"), multiple=8).tokens.shape == (9, 8)
-    assert isinstance(items[0], RankedExamples)
+            assert (batch.tokens[row, end:] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ the embedded task
 
 
+def question_of(prompt: str) -> str:
+    return prompt.split(": ", 1)[1]
+
+
 def test_the_world_is_large_enough():
-    """At least 20 families and 20,000 distinct prompts, held-out ones kept apart
-    by the text alone, so for every seed."""
+    """At least 20 families and 20,000 distinct training prompts, and for every seed the same split."""
     assert len(tiny.FAMILIES) >= 20
-    training = {p for seed in range(3) for p in tiny.distinct_prompts(20_000, random.Random(seed), held_out=False)}
-    held_out = {p for seed in range(3) for p in tiny.distinct_prompts(800, random.Random(seed), held_out=True)}
-    assert not training & held_out
-    many = tiny.distinct_prompts(20_000, random.Random(9), False)
+    many = tiny.distinct_prompts(20_000, random.Random(9), "train")
     assert len(many) == len(set(many)) == 20_000
-    families = {tiny.parse_prompt(p)[0] for p in held_out}
-    assert families == set(tiny.FAMILIES)
+    questions = {split: set() for split in tiny.SUFFIX}
+    for split, found in questions.items():
+        for seed in range(3):
+            found |= {question_of(p) for p in tiny.distinct_prompts(2000, random.Random(seed), split)}
+    for one, other in combinations(questions.values(), 2):
+        assert not one & other
+
+
+def test_a_question_belongs_to_one_split_whoever_asks_it():
+    """With the speaker's name in the hash three quarters of the held-out questions stood verbatim in the
+    demonstrations, asked by somebody else."""
+    rng = random.Random(4)
+    shares = dict.fromkeys(tiny.SUFFIX, 0)
+    for _ in range(3000):
+        family = tiny.FAMILIES[rng.choice(list(tiny.FAMILIES))]
+        question = rng.choice(family.phrasings).format(**family.draw(rng))
+        (split,) = {tiny.split_of(f"{name}: {question}") for name in tiny.NAMES}
+        shares[split] += 1
+    assert shares["train"] > 0.6 * 3000 and min(shares.values()) > 0.03 * 3000
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The files that `python -m data.tiny` writes; fewer rows than by default."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.run(tiny.Config(out_dir=str(folder), demonstrations=6000, prompts=4000))
+    return folder
+
+
+def test_no_held_out_question_occurs_in_another_split(world):
+    """Demonstrations and prompts of one split against both of any other, and all 24 families in each: what a figure on
+    held-out prompts says must be about questions that nothing was trained or chosen on."""
+    questions, families = {}, {}
+    for split, suffix in (("train", ""), ("dev", "_held_out"), ("test", "_test")):
+        prompts = read_prompts(world / f"prompts{suffix}.jsonl")
+        asked = prompts + [p for p, _ in read_demonstrations(world / f"demonstrations{suffix}.jsonl")]
+        assert len(prompts) == len(set(prompts)) == (4000 if split == "train" else 800)
+        assert len(asked) - len(prompts) == (6000 if split == "train" else 500)
+        questions[split] = {question_of(p) for p in asked}
+        families[split] = {tiny.parse_prompt(p)[0] for p in prompts}
+    assert not questions["train"] & questions["dev"]
+    assert not questions["train"] & questions["test"]
+    assert not questions["dev"] & questions["test"]
+    assert len(tiny.FAMILIES) == 24
+    assert families == {split: set(tiny.FAMILIES) for split in questions}
 
 
 def test_a_world_that_is_too_small_says_so(monkeypatch):
-    """More prompts than there are: a message, not an endless loop. (12 names, 2
-    phrasings, 7 days make 168 prompts in all.)"""
+    """More prompts than there are: a message, not an endless loop. (12 names ask 2 phrasings of 7 days, so all splits
+    together have 168 prompts.)"""
     monkeypatch.setattr(tiny, "FAMILIES", {"day_after": tiny.FAMILIES["day_after"]})
-    assert len(set(tiny.distinct_prompts(120, random.Random(0), False))) == 120
-    with pytest.raises(UserError, match="169 distinct"):
-        tiny.distinct_prompts(169, random.Random(0), False)
+    asked = [f"{name}: {form.format(w=day)}" for name in tiny.NAMES for form in tiny.FAMILIES["day_after"].phrasings
+             for day in tiny.DAYS]  # fmt: skip
+    n = sum(tiny.split_of(p) == "train" for p in asked)
+    assert len(asked) == 168 and 100 < n < 168
+    assert len(set(tiny.distinct_prompts(n - 5, random.Random(0), "train"))) == n - 5
+    with pytest.raises(UserError, match=f"{n + 1} distinct prompts for train"):
+        tiny.distinct_prompts(n + 1, random.Random(0), "train")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "task"),
+    [
+        (["Anna: What is the opposite of hot?"], "tiny"),
+        (["Anna: What is the opposite of hot?", "Tell me a joke."], ""),
+        (["What is the opposite of hot?"], ""),
+        (["Anna: What is 2 plus 3?"] * 200 + ["Tell me a joke."], "tiny"),  # the first 200 lines tell
+        (["Anna: What is 2 plus 3?"] * 199 + ["Tell me a joke."], ""),
+    ],
+)
+def test_a_task_is_known_by_its_prompts(tmp_path, prompts, task):
+    """By the vocabulary, own data with the tiny one got the task's gates, and the task's data with another one lost
+    them. All formats carry the prompt under the same key."""
+    for rest in ({}, {"completion": "c"}, {"chosen": "a", "rejected": "b"}, {"completions": ["a", "b"]}):
+        path = write_lines(tmp_path / "x.jsonl", [{"prompt": p, **rest} for p in prompts])
+        assert tiny.task_of(path) == task
+    assert tiny.task_of(write_lines(tmp_path / "x.jsonl", [{"prompt": None}, {"text": "p"}])) == ""
 
 
 def test_a_prompt_s_text_tells_its_family_and_answer():
@@ -648,7 +957,7 @@ def test_gold_parts_by_hand(prompt, completion, truth):
 def test_the_ceiling_is_reached_and_never_passed():
     """best_completion reaches it for 2,000 prompts; nothing that demonstrators or a shuffler writes is above it."""
     rng = random.Random(5)
-    prompts = [tiny.sample_prompt(rng, held_out=i % 2 == 0) for i in range(2000)]
+    prompts = [tiny.sample_prompt(rng, list(tiny.SUFFIX)[i % 3]) for i in range(2000)]
     assert set(tiny.gold_reward(prompts, [tiny.best_completion(p) for p in prompts])) == {tiny.CEILING}
     demonstrations = [tiny.demonstrate(p, rng) for p in prompts]
     rewards = tiny.gold_reward(prompts, demonstrations)
@@ -664,7 +973,7 @@ def test_a_wrong_answer_is_wrong():
     """The mistakes that demonstrations are made of are mistakes, and plausible: in the answer's own form."""
     rng = random.Random(6)
     for _ in range(2000):
-        prompt = tiny.sample_prompt(rng, False)
+        prompt = tiny.sample_prompt(rng, "train")
         family, answer = tiny.parse_prompt(prompt)
         if family != "story":
             wrong = tiny.wrong_answer(family, answer, rng)
@@ -675,7 +984,7 @@ def test_a_wrong_answer_is_wrong():
 def test_demonstrations_mix_all_qualities():
     """Right, wrong, polite, rude, rambling, repeated, unfinished: each a known, sizable share."""
     rng = random.Random(7)
-    prompts = [tiny.sample_prompt(rng, False) for _ in range(4000)]
+    prompts = [tiny.sample_prompt(rng, "train") for _ in range(4000)]
     parts = [tiny.gold_parts(p, tiny.demonstrate(p, rng)) for p in prompts]
     share = {
         "right": sum(p["correct"] == 1 for p in parts),
@@ -692,13 +1001,15 @@ def test_demonstrations_mix_all_qualities():
 
 
 def test_the_generator_is_seeded(tmp_path, capsys):
-    """Same seed, same four files; another seed, others; the files are what every stage reads."""
+    """Same seed, same six files; another seed, others; the size of one split doesn't change another; the files are what
+    every stage reads."""
     sizes = {"demonstrations": 60, "held_out_demonstrations": 20, "prompts": 50, "held_out_prompts": 30}
     results = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        results[name] = tiny.train(tiny.Config(out_dir=str(tmp_path / name), seed=seed, **sizes))
+        results[name] = tiny.run(tiny.Config(out_dir=str(tmp_path / name), seed=seed, **sizes))
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["demonstrations.jsonl", "demonstrations_held_out.jsonl", "prompts.jsonl", "prompts_held_out.jsonl"]
+    kinds, suffixes = ("demonstrations", "prompts"), ("", "_held_out", "_test")
+    assert files == sorted(f"{kind}{suffix}.jsonl" for kind in kinds for suffix in suffixes)
     for name in files:
         a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
         assert a == b != c
@@ -706,7 +1017,20 @@ def test_the_generator_is_seeded(tmp_path, capsys):
     assert len(rows) == 60 and len(read_prompts(tmp_path / "a" / "prompts_held_out.jsonl")) == 30
     mean = sum(tiny.gold_reward([p for p, _ in rows], [c for _, c in rows])) / 60
     assert results["a"]["demonstrations_gold"] == pytest.approx(mean) and f"{mean:.2f}" in capsys.readouterr().out
-    assert all(tiny.is_held_out(p) for p in read_prompts(tmp_path / "a" / "prompts_held_out.jsonl"))
+    for suffix, split in (("", "train"), ("_held_out", "dev"), ("_test", "test")):
+        assert {tiny.split_of(p) for p in read_prompts(tmp_path / "a" / f"prompts{suffix}.jsonl")} == {split}
+    tiny.run(tiny.Config(out_dir=str(tmp_path / "d"), **{**sizes, "demonstrations": 90, "prompts": 70}))
+    for name in files:
+        same = (tmp_path / "a" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+        assert same == ("_" in name)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, 10**30])
+def test_seeds_may_be_of_any_size_where_nothing_is_trained(tmp_path, seed):
+    """Beyond 64 bits torch raises; the generator of the world is Python's."""
+    sizes = {"demonstrations": 3, "held_out_demonstrations": 3, "prompts": 3, "held_out_prompts": 3}
+    tiny.run(tiny.Config(out_dir=str(tmp_path), seed=seed, **sizes))
+    assert len(read_demonstrations(tmp_path / "demonstrations.jsonl")) == 3
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -725,228 +1049,26 @@ def test_annotators_are_plackett_luce(temperature):
         assert abs(sum(o.index(i) < o.index(j) for o in orders) / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_bayes_accuracy_is_that_of_a_judge_who_knows():
+def test_bayes_accuracy_is_that_of_a_judge_who_knows(tmp_path):
     """The printed bound against simulated annotators and a judge who sorts by the true
     reward (a coin where they are equal)."""
     rng, temperature = random.Random(9), 0.5
-    groups = [[rng.choice([-1.0, 0.0, 0.3, 1.0]) for _ in range(4)] for _ in range(4000)]
-    agreed = total = 0
-    for rewards in groups:
+    rows, agreed, total = [], 0.0, 0
+    for _ in range(4000):
+        rewards = [rng.choice([-1.0, 0.0, 0.3, 1.0]) for _ in range(4)]
         order = tiny.annotator_ranking(rewards, temperature, rng)
-        for a in range(4):
-            for b in range(a + 1, 4):
-                gap = rewards[order[a]] - rewards[order[b]]
-                agreed += 0.5 if gap == 0 else gap > 0
-                total += 1
-    assert abs(tiny.bayes_accuracy(groups, temperature) - agreed / total) < 5 * 0.5 / math.sqrt(total)
-    assert tiny.bayes_accuracy([[0.0, math.log(3)]], 1.0) == pytest.approx(0.75)
-    assert tiny.bayes_accuracy([[0.0, 0.0, 0.0]], 1.0) == 0.5
+        rows.append({"prompt": "p", "completions": list("abcd"), "gold": [rewards[i] for i in order]})
+        rows[-1]["annotator_temperature"] = temperature
+        for better, worse in combinations(order, 2):
+            gap = rewards[better] - rewards[worse]
+            agreed += 0.5 if gap == 0 else gap > 0
+            total += 1
+    found = tiny.annotators_bayes_accuracy(write_lines(tmp_path / "r.jsonl", rows))
+    assert abs(found - agreed / total) < 5 * 0.5 / math.sqrt(total)
 
+    def bayes(*gold: float) -> float:
+        row = {"prompt": "p", "completions": list("abcd")[: len(gold)], "gold": gold, "annotator_temperature": 1.0}
+        return tiny.annotators_bayes_accuracy(write_lines(tmp_path / "r.jsonl", [row]))
 
-# ----------------------------------------------------------------------------------------------- collecting preferences
-
-
-@pytest.mark.parametrize(
-    ("answer", "ranks"),
-    [
-        ("1 2 3", [0, 1, 2]),
-        ("3 1 2", [1, 2, 0]),
-        ("2 1=3", [1, 0, 1]),
-        ("2 1 = 3", [1, 0, 1]),
-        ("1=2=3", [0, 0, 0]),
-        ("  3   2=1 ", [1, 1, 0]),
-        ("", None),
-        ("1 2", None),  # one is missing
-        ("1 2 2", None),  # named twice
-        ("1 2 4", None),
-        ("1 2 3 3", None),
-        ("1,2,3", None),
-        ("a b c", None),
-        ("1 = 2 =", None),
-    ],
-)
-def test_parse_order(answer, ranks):
-    """What annotators type -> the rank of each completion, or None to ask again."""
-    assert collect.parse_order(answer, 3) == ranks
-
-
-def test_equal_texts_tie():
-    """A text can't be better than itself (trap 36); the others keep distinct ranks."""
-    for seed in range(20):
-        ranks = collect.rank_simulated(["a", "b", "a", "c", "a"], [0.0, 1.0, 0.0, 0.5, 0.0], 1.0, random.Random(seed))
-        assert ranks[0] == ranks[2] == ranks[4] and len(set(ranks)) == 3 and set(ranks) == {0, 1, 2}
-
-
-def test_low_noise_annotators_rank_by_the_truth():
-    """Best first, and the rank belongs to the completion it stands beside."""
-    for seed in range(20):
-        ranks = collect.rank_simulated(["x", "y", "z", "w"], [0.1, 2.0, -1.0, 1.0], 1e-3, random.Random(seed))
-        assert ranks == [2, 0, 3, 1]
-
-
-@pytest.fixture
-def human(monkeypatch):
-    """Types the given answers; then ctrl-D."""
-
-    def start(*answers):
-        left = list(answers)
-
-        def answer(_):
-            if not left:
-                raise EOFError
-            return left.pop(0)
-
-        monkeypatch.setattr("builtins.input", answer)
-
-    return start
-
-
-def test_human_annotators_are_asked_until_the_answer_makes_sense(human, capsys):
-    human("1 2", "best", "2=3 1")
-    assert collect.rank_human("Prompt?", ["first", "second", "third"]) == [1, 0, 0]
-    shown = capsys.readouterr().out
-    assert "Prompt?" in shown and "2: second" in shown and shown.count("name each of 1..3 once") == 2
-    human("s")
-    assert collect.rank_human("p", ["a", "b"]) is None
-    for answers in (("q",), ()):  # stop, or end of input
-        human(*answers)
-        with pytest.raises(KeyboardInterrupt):
-            collect.rank_human("p", ["a", "b"])
-
-
-@dataclass
-class Made:
-    by: str = "a test"
-
-
-@pytest.fixture(scope="module")
-def random_policy(tmp_path_factory):
-    """Two checkpoints of small random GPTs with the tiny vocabulary, and a prompts file."""
-    folder = tmp_path_factory.mktemp("policy")
-    for seed in (1, 2):
-        policy = make_gpt(seed, vocab=TINY.n_vocab, block_size=64, n_embd=16)
-        save_model(folder / f"p{seed}", policy, "tiny", "test", Made())
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in tiny.distinct_prompts(11, random.Random(1), False)])
-    return folder
-
-
-def collecting(folder, out, **changes) -> collect.Config:
-    settings = {"policies": [str(folder / "p1")], "prompts": str(folder / "prompts.jsonl"), "out": str(out)}
-    settings |= {"n_prompts": 0, "batch_size": 4, "max_new_tokens": 6, "completions": 3, "device": "cpu"}
-    return collect.Config(**{**settings, **changes})
-
-
-def test_collected_rankings(random_policy, tmp_path):
-    """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew
-    stands in the order of the texts it belongs to (here a made-up truth that differs for every text)."""
-    (tmp_path / "truth.py").write_text(
-        "def f(prompts, completions):\n    return [len(set(c)) + len(c) / 100 for c in completions]\n", encoding="utf-8"
-    )
-    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
-    gold = f"{tmp_path / 'truth.py'}:f"
-    out = tmp_path / "r.jsonl"
-    collect.train(collecting(random_policy, out, policies=policies, temperatures=[0.7, 1.0], completions=5, gold=gold))
-    rankings = read_rankings(out)
-    assert [r.prompt for r in rankings] == read_prompts(random_policy / "prompts.jsonl")
-    assert all(len(r.completions) == 5 for r in rankings)
-    assert len({c for r in rankings for c in r.completions}) > 45
-    mixed = 0
-    for (_, row), ranking in zip(read_jsonl(out), rankings, strict=True):
-        assert row["gold"] == pytest.approx([len(set(c)) + len(c) / 100 for c in ranking.completions], abs=1e-4)
-        mixed += row["gold"] != sorted(row["gold"], reverse=True)
-    assert mixed > 3  # noisy annotators: not always the order of the truth
-    collect.train(collecting(random_policy, tmp_path / "sharp.jsonl", gold=gold, annotator_temperature=1e-3))
-    for _, row in read_jsonl(tmp_path / "sharp.jsonl"):  # without noise: best first
-        assert row["gold"] == sorted(row["gold"], reverse=True)
-
-
-def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path, float64):
-    """At a temperature of nearly 0 each policy's completion is its greedy one,
-    worked out here for each prompt alone."""
-    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
-    collect.train(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5]))
-    texts = set()
-    for ranking in read_rankings(tmp_path / "r.jsonl"):
-        greedy = []
-        for path in policies:
-            model, _ = load_model(path, torch.device("cpu"))
-            ids = TINY.encode_prompt(ranking.prompt)
-            start = len(ids)
-            while len(ids) < start + 6 and TINY.eos_id not in ids[start:]:
-                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-            greedy.append(TINY.decode([i for i in ids[start:] if i != TINY.eos_id]))
-        expected = [greedy[0], greedy[1], greedy[0]]  # completion k comes from policy k mod 2
-        assert sorted(ranking.completions) == sorted(expected)
-        texts.update(greedy)
-    assert len(texts) > 10  # so a completion beside the wrong prompt would be seen
-
-
-def test_a_resumed_collection_equals_an_unbroken_one(random_policy, tmp_path):
-    """Stopped anywhere, even within a line, and run again: the same file (need R24)."""
-    whole = tmp_path / "whole.jsonl"
-    collect.train(collecting(random_policy, whole))
-    data = whole.read_bytes()
-    ends = [m.end() for m in re.finditer(b"\n", data)]
-    assert len(ends) == 11
-    for i, cut in enumerate([0, ends[3], ends[5], ends[5] + 1, ends[6] + 30, len(data) - 1, len(data)]):
-        part = tmp_path / f"part{i}.jsonl"
-        part.write_bytes(data[:cut])
-        collect.train(collecting(random_policy, part))
-        assert part.read_bytes() == data, f"cut at byte {cut}"
-    collect.train(collecting(random_policy, tmp_path / "seed2.jsonl", seed=2))
-    assert (tmp_path / "seed2.jsonl").read_bytes() != data
-
-
-def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
-    """A crash can cut a line anywhere, also between the bytes of one letter."""
-    path = tmp_path / "r.jsonl"
-    whole = json.dumps({"prompt": "é", "completions": ["a", "b"]}, ensure_ascii=False).encode() + b"\n"
-    path.write_bytes(whole + '{"prompt": "é'.encode()[:-1])
-    assert collect.already_ranked(path) == {"é"} and path.read_bytes() == whole
-    path.write_bytes(b'{"pro')  # nothing whole
-    assert collect.already_ranked(path) == set() and path.read_bytes() == b""
-    assert collect.already_ranked(tmp_path / "none") == set()
-
-
-def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, capsys):
-    """Ranked, skipped, ranked, stopped: two lines stand in the file, best first, without
-    any simulated truth; then it goes on."""
-    out = tmp_path / "r.jsonl"
-    human("3 2 1", "s", "1=2 3")
-    with pytest.raises(KeyboardInterrupt):
-        collect.train(collecting(random_policy, out, annotator="human", seed=3))
-    shown = re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M)
-    texts = [[t for _, t in shown[i : i + 3]] for i in range(0, 9, 3)]
-    rows = [row for _, row in read_jsonl(out)]
-    prompts = read_prompts(random_policy / "prompts.jsonl")
-    assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]]
-    assert all(set(row) == {"prompt", "completions"} for row in rows)
-    if len(set(texts[0])) == 3 and not any("\n" in t or "\r" in t for t in texts[0]):
-        assert rows[0]["completions"] == texts[0][::-1]
-    assert len(rows[1]["completions"]) == 2 and len(rows[1]["completions"][0]) == 2  # the tie is a nested list
-    human("1 2 3")
-    with pytest.raises(KeyboardInterrupt):
-        collect.train(collecting(random_policy, out, annotator="human", seed=3))
-    asked = [row["prompt"] for _, row in read_jsonl(out)]
-    assert asked == [prompts[0], prompts[2], prompts[1]]  # the skipped one is asked again
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"completions": 1}, "--completions"),
-        ({"policies": []}, "--policies"),
-        ({"temperatures": [1.0, 0.0]}, "--temperatures"),
-        ({"annotator_temperature": 0.0}, "--annotator_temperature"),
-        ({"max_new_tokens": 64}, "--max_new_tokens"),
-        ({"skip": 99}, "--skip"),
-        ({"gold": ""}, "--gold"),
-        ({"prompts": "nowhere.jsonl"}, "data.tiny"),
-        ({"policies": ["nowhere"]}, "sft.py"),
-    ],
-)
-def test_collection_refuses_senseless_settings(random_policy, tmp_path, changes, says):
-    """A message that names the flag, or the script that makes the missing file, and no output file begun."""
-    with pytest.raises(UserError, match=re.escape(says)):
-        collect.train(collecting(random_policy, tmp_path / "r.jsonl", **changes))
-    assert not (tmp_path / "r.jsonl").exists()
+    assert bayes(0.0, math.log(3)) == pytest.approx(0.75)
+    assert bayes(0.0, 0.0, 0.0) == 0.5
