@@ -142,7 +142,10 @@ def run(config: Config) -> dict:
     ids = encode_prompts(prompts, tokenizer, room, config.prompts)
     sources = [(c.model, t) for c in loaded for t in config.temperatures]  # completion k comes from source k mod len
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {path.parent} can't be made a folder ({error.strerror})") from None
     done, written = already_ranked(path), 0
     stood_already = len(done)
     with open(path, "a", encoding="utf-8", newline="\n") as file:

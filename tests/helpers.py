@@ -307,3 +307,45 @@ GROUPS = [
     ("g", [["hijk"], ["a"], [""], ["cc"]]),
     ("hi", [["a"], ["b"]]),
 ]
+
+# completions that --max_new_tokens cut: no EOS belongs behind them
+CUT_RANKINGS = [
+    {"prompt": "ab", "completions": ["c", "de", "fgh"], "ended": [True, False, True]},
+    {"prompt": "b", "completions": [["cd", "d"], "e"], "ended": [False, True, False]},
+    {"prompt": "cde", "chosen": "a", "rejected": "bbbb", "ended": [False, False]},
+    {"prompt": "g", "completions": ["h", "h", ""], "ended": [True, False, True]},  # h: two answers
+]
+# the same by hand: as GROUPS, with "." where a text ended
+CUT_GROUPS = [
+    ("ab", [["c."], ["de"], ["fgh."]]),
+    ("b", [["cd", "d."], ["e"]]),
+    ("cde", [["a"], ["bbbb"]]),
+    ("g", [["h."], ["h"], ["."]]),
+]
+
+
+# ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def beside_a_demo(folder: Path, monkeypatch) -> tuple[Path, list[str]]:
+    """Step into a folder where the demo seems to have run (every file has its name, none can be read) -> a folder for
+    data of one's own, and the list of the demo's files that are opened from now on."""
+    kinds, suffixes = ("demonstrations", "prompts", "rankings"), ("", "_held_out", "_test")
+    names = [f"data/{kind}{suffix}.jsonl" for kind in kinds for suffix in suffixes]
+    names += [f"{stage}/model.pt" for stage in ("sft", "reward_model", "ppo", "dpo")]
+    demo, own, opened = folder.resolve() / "out", folder.resolve() / "own", []
+    for name in names:
+        (demo / name).parent.mkdir(parents=True, exist_ok=True)
+        (demo / name).write_text("the demo's\n", encoding="utf-8")
+    own.mkdir()
+    monkeypatch.chdir(folder)
+    plain_open = open
+
+    def watching(file, *args, **kwargs):
+        if isinstance(file, (str, Path)) and demo in Path(file).resolve().parents:
+            opened.append(str(file))
+        return plain_open(file, *args, **kwargs)
+
+    for name in ("builtins.open", "io.open"):  # pathlib uses the second
+        monkeypatch.setattr(name, watching)
+    return own, opened

@@ -1,0 +1,416 @@
+"""Collecting preferences: what annotators type, who is ranked where, which texts were cut, going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import EOS, ToyTokenizer, beside_a_demo, checkpoint, make_gpt, speak_toy, spread, write_lines
+
+import collect
+from cli import UserError
+from common import load_model, save_model
+from data import tiny
+from data.batches import load_rankings
+from data.files import read_jsonl, read_prompts, read_rankings, write_jsonl
+from data.tokenizer import load_tokenizer
+from model import generate
+
+TINY = load_tokenizer("tiny")
+
+
+@pytest.mark.parametrize(
+    ("answer", "ranks"),
+    [
+        ("1 2 3", [0, 1, 2]),
+        ("3 1 2", [1, 2, 0]),
+        ("2 1=3", [1, 0, 1]),
+        ("2 1 = 3", [1, 0, 1]),
+        ("1=2=3", [0, 0, 0]),
+        ("  3   2=1 ", [1, 1, 0]),
+        ("", None),
+        ("1 2", None),  # one is missing
+        ("1 2 2", None),  # named twice
+        ("1 2 4", None),
+        ("1 2 3 3", None),
+        ("1,2,3", None),
+        ("a b c", None),
+        ("1 = 2 =", None),
+    ],
+)
+def test_parse_order(answer, ranks):
+    """What annotators type -> the rank of each completion, or None to ask again."""
+    assert collect.parse_order(answer, 3) == ranks
+
+
+def test_equal_texts_tie():
+    """A text can't be better than itself (trap 36); the others keep distinct ranks."""
+    for seed in range(20):
+        ranks = collect.rank_simulated(["a", "b", "a", "c", "a"], [0.0, 1.0, 0.0, 0.5, 0.0], 1.0, random.Random(seed))
+        assert ranks[0] == ranks[2] == ranks[4] and len(set(ranks)) == 3 and set(ranks) == {0, 1, 2}
+
+
+def test_low_noise_annotators_rank_by_the_truth():
+    """Best first, and the rank belongs to the completion it stands beside."""
+    for seed in range(20):
+        ranks = collect.rank_simulated(["x", "y", "z", "w"], [0.1, 2.0, -1.0, 1.0], 1e-3, random.Random(seed))
+        assert ranks == [2, 0, 3, 1]
+
+
+@pytest.fixture
+def human(monkeypatch):
+    """Types the given answers; then ctrl-D."""
+
+    def start(*answers):
+        left = list(answers)
+
+        def answer(_):
+            if not left:
+                raise EOFError
+            return left.pop(0)
+
+        monkeypatch.setattr("builtins.input", answer)
+
+    return start
+
+
+def test_human_annotators_are_asked_until_the_answer_makes_sense(human, capsys):
+    human("1 2", "best", "2=3 1")
+    answers = [collect.Sample(text, True) for text in ("first", "second", "third")]
+    assert collect.rank_human("Prompt?", answers) == [1, 0, 0]
+    shown = capsys.readouterr().out
+    assert "Prompt?" in shown and "2: second" in shown and shown.count("name each of 1..3 once") == 2
+    human("s")
+    assert collect.rank_human("p", answers[:2]) is None
+    for typed in (("q",), ()):  # stop, or end of input
+        human(*typed)
+        with pytest.raises(KeyboardInterrupt):
+            collect.rank_human("p", answers[:2])
+
+
+def test_human_annotators_see_which_answers_were_cut(human, capsys):
+    """A text that stops in mid-sentence because of --max_new_tokens is not one that its writer left unfinished."""
+    human("1 2 3")
+    texts = [collect.Sample("It is", False), collect.Sample("It is", True), collect.Sample("", False)]
+    collect.rank_human("p", texts)
+    assert re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M) == [
+        ("1", "It is   [cut]"),
+        ("2", "It is"),
+        ("3", "   [cut]"),
+    ]
+
+
+@dataclass
+class Made:
+    by: str = "a test"
+
+
+@pytest.fixture(scope="module")
+def random_policy(tmp_path_factory):
+    """Two checkpoints of small random GPTs with the tiny vocabulary that stop now and then, and a prompts file."""
+    folder = tmp_path_factory.mktemp("policy")
+    for seed in (1, 2):
+        policy = make_gpt(seed, vocab=TINY.n_vocab, block_size=64, n_embd=16)
+        with torch.no_grad():  # towards EOS
+            policy.ln_f.bias += 4 * policy.wte.weight[TINY.eos_id]
+        save_model(folder / f"p{seed}", policy, "tiny", "test", Made())
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in tiny.distinct_prompts(11, random.Random(1), "train")])
+    return folder
+
+
+def collecting(folder, out, **changes) -> collect.Config:
+    settings = {"policies": [str(folder / "p1")], "prompts": str(folder / "prompts.jsonl"), "out": str(out)}
+    settings |= {"n_prompts": 0, "batch_size": 4, "max_new_tokens": 6, "completions": 3, "device": "cpu"}
+    return collect.Config(**{**settings, **changes})
+
+
+def test_collected_rankings(random_policy, tmp_path):
+    """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew
+    stands in the order of the texts it belongs to (here a made-up truth that differs for every text)."""
+    (tmp_path / "truth.py").write_text(
+        "def f(prompts, completions):\n    return [len(set(c)) + len(c) / 100 for c in completions]\n", encoding="utf-8"
+    )
+    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
+    gold = f"{tmp_path / 'truth.py'}:f"
+    out = tmp_path / "r.jsonl"
+    collect.run(collecting(random_policy, out, policies=policies, temperatures=[0.7, 1.0], completions=5, gold=gold))
+    rankings = read_rankings(out)
+    assert [r.prompt for r in rankings] == read_prompts(random_policy / "prompts.jsonl")
+    assert all(len(r.completions) == 5 for r in rankings)
+    assert len({c for r in rankings for c in r.completions}) > 45
+    mixed = 0
+    for (_, row), ranking in zip(read_jsonl(out), rankings, strict=True):
+        assert row["gold"] == pytest.approx([len(set(c)) + len(c) / 100 for c in ranking.completions], abs=1e-4)
+        mixed += row["gold"] != sorted(row["gold"], reverse=True)
+    assert mixed > 3  # noisy annotators: not always the order of the truth
+    collect.run(collecting(random_policy, tmp_path / "sharp.jsonl", gold=gold, annotator_temperature=1e-3))
+    for _, row in read_jsonl(tmp_path / "sharp.jsonl"):  # without noise: best first
+        assert row["gold"] == sorted(row["gold"], reverse=True)
+
+
+def greedy_answers(paths: list[str], prompt: str, max_new_tokens: int) -> list[tuple[str, bool]]:
+    """Of each policy, worked out for this prompt alone: text, and whether EOS ended it."""
+    answers = []
+    for path in paths:
+        model = load_model(path, torch.device("cpu")).model
+        ids = TINY.encode_prompt(prompt)
+        start = len(ids)
+        while len(ids) < start + max_new_tokens and TINY.eos_id not in ids[start:]:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        answers.append((TINY.decode([i for i in ids[start:] if i != TINY.eos_id]), TINY.eos_id in ids[start:]))
+    return answers
+
+
+def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path, float64):
+    """At a temperature of nearly 0 each policy's completion is its greedy one,
+    worked out here for each prompt alone; "ended" stands beside the text that it is about."""
+    policies = [str(random_policy / "p1"), str(random_policy / "p2")]
+    collect.run(collecting(random_policy, tmp_path / "r.jsonl", policies=policies, temperatures=[1e-5]))
+    texts, all_ended = set(), []
+    for ranking in read_rankings(tmp_path / "r.jsonl"):
+        greedy = greedy_answers(policies, ranking.prompt, 6)
+        expected = [greedy[0], greedy[1], greedy[0]]  # completion k comes from policy k mod 2
+        assert sorted(zip(ranking.completions, ranking.ended, strict=True)) == sorted(expected)
+        texts.update(greedy)
+        all_ended += ranking.ended
+    assert len(texts) > 10  # so a completion beside the wrong prompt would be seen
+    assert 3 < sum(all_ended) < len(all_ended) - 3
+
+
+def test_texts_cut_by_max_new_tokens_keep_that(random_policy, tmp_path, monkeypatch):
+    """Without it every cut text is read as one that stopped there: with 3 new tokens, 32 of 32 got an EOS. From the
+    rollout to the ids that the stages learn from."""
+    sampled = []
+
+    def record(*args, **kwargs):
+        sampled.append(generate(*args, **kwargs))
+        return sampled[-1]
+
+    monkeypatch.setattr(collect, "generate", record)
+    out = tmp_path / "r.jsonl"
+    collect.run(collecting(random_policy, out, max_new_tokens=3, completions=4))
+    ended = [e for rollout in sampled for e in rollout.ended.tolist()]
+    assert 3 < sum(ended) < len(ended) - 3
+    rankings = read_rankings(out)
+    for _, row in read_jsonl(out):
+        assert isinstance(row["ended"], list) and len(row["ended"]) == 4
+    assert sum(e for r in rankings for e in r.ended) == sum(ended) and len(ended) == 4 * len(rankings)
+    whole = {TINY.decode(c) for r in sampled for c, e in zip(r.completions(), r.ended.tolist(), strict=True) if e}
+    cut = {TINY.decode(c) for r in sampled for c, e in zip(r.completions(), r.ended.tolist(), strict=True) if not e}
+    for ranking in rankings:
+        for text, e in zip(ranking.completions, ranking.ended, strict=True):
+            assert text in (whole if e else cut)
+    learned = [e.completion for item in load_rankings(str(out), TINY, 64) for e in item.examples]
+    texts = {(TINY.decode(ids[:-1]), True) if ids[-1] == TINY.eos_id else (TINY.decode(ids), False) for ids in learned}
+    assert texts == {(t, e) for r in rankings for t, e in zip(r.completions, r.ended, strict=True)}
+
+
+def toy_policies(folder, monkeypatch, n_prompts: int) -> dict:
+    """Two policies whose greedy answers differ, and prompts; as settings of a collection that nobody has to judge."""
+    speak_toy(monkeypatch, collect)
+    policies = []
+    for seed in (3, 4):
+        policy = make_gpt(seed, block_size=24, n_layer=1)
+        spread(policy, seed, scale=0.5)
+        policies.append(checkpoint(folder / f"p{seed}", policy))
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, EOS, (n_prompts, 4), generator=generator).tolist()
+    (folder / "none.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n", encoding="utf-8")
+    return {
+        "policies": policies,
+        "prompts": write_lines(folder / "p.jsonl", [{"prompt": ToyTokenizer().decode(p)} for p in prompts]),
+        "gold": f"{folder / 'none.py'}:f",
+        **{"temperatures": [1e-5], "completions": 2, "n_prompts": 0, "max_new_tokens": 4, "device": "cpu"},
+    }
+
+
+def first_policy_of(settings: dict, folder) -> dict[str, tuple[str, str]]:
+    """{prompt: (the first policy's answer, the second's)}, where they differ; each by itself."""
+    alone = []
+    for number, path in enumerate(settings["policies"]):
+        out = folder / f"alone{number}.jsonl"
+        collect.run(collect.Config(**{**settings, "policies": [path], "out": str(out)}))
+        alone.append({r.prompt: r.completions[0] for r in read_rankings(out)})
+    return {p: (alone[0][p], alone[1][p]) for p in alone[0] if alone[0][p] != alone[1][p]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_annotators_noise_is_new_for_every_prompt(tmp_path, monkeypatch, batch_size):
+    """A stream that starts again with each chunk gives its k-th prompt the same noise every time: with one prompt a
+    chunk, the same policy would win always. Here neither is better, so each wins about half of the prompts."""
+    settings = toy_policies(tmp_path, monkeypatch, 100)
+    answers = first_policy_of(settings, tmp_path)
+    assert len(answers) > 50
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=batch_size))
+    wins = [
+        r.completions[0] == answers[r.prompt][0] for r in read_rankings(tmp_path / "r.jsonl") if r.prompt in answers
+    ]
+    assert abs(sum(wins) / len(wins) - 0.5) < 4 * 0.5 / len(wins) ** 0.5
+    changes = sum(a != b for a, b in zip(wins, wins[batch_size:], strict=False))
+    assert abs(changes / len(wins) - 0.5) < 4 * 0.5 / len(wins) ** 0.5 + batch_size / len(wins)
+
+
+def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path, monkeypatch):
+    """The same random numbers for each chunk: prompts of different chunks get the same completions in disguise."""
+    settings = toy_policies(tmp_path, monkeypatch, 10)
+    seeds = []
+
+    def record(*args, generator, **kwargs):
+        seeds.append(generator.initial_seed())
+        return generate(*args, generator=generator, **kwargs)
+
+    monkeypatch.setattr(collect, "generate", record)
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=3))
+    assert len(seeds) == len(set(seeds)) == 4 * 2  # chunks and policies
+
+
+def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, monkeypatch):
+    """Always in the policies' order, an annotator who likes to type "1 2" would prefer the first policy."""
+    settings = toy_policies(tmp_path, monkeypatch, 100)
+    answers = first_policy_of(settings, tmp_path)
+    shown = {}
+
+    def look(prompt, samples):
+        shown[prompt] = [s.text for s in samples]
+        return list(range(len(samples)))
+
+    monkeypatch.setattr(collect, "rank_human", look)
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), annotator="human", batch_size=8))
+    assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
+    first = sum(shown[p][0] == pair[0] for p, pair in answers.items()) / len(answers)
+    assert abs(first - 0.5) < 4 * 0.5 / len(answers) ** 0.5
+
+
+def test_a_resumed_collection_equals_an_unbroken_one(random_policy, tmp_path):
+    """Stopped anywhere, even within a line, and run again: the same file (need R24)."""
+    whole = tmp_path / "whole.jsonl"
+    collect.run(collecting(random_policy, whole))
+    data = whole.read_bytes()
+    ends = [m.end() for m in re.finditer(b"\n", data)]
+    assert len(ends) == 11
+    for i, cut in enumerate([0, ends[3], ends[5], ends[5] + 1, ends[6] + 30, len(data) - 1, len(data)]):
+        part = tmp_path / f"part{i}.jsonl"
+        part.write_bytes(data[:cut])
+        collect.run(collecting(random_policy, part))
+        assert part.read_bytes() == data, f"cut at byte {cut}"
+    collect.run(collecting(random_policy, tmp_path / "seed2.jsonl", seed=2))
+    assert (tmp_path / "seed2.jsonl").read_bytes() != data
+
+
+def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
+    """A crash can cut a line anywhere, also between the bytes of one letter."""
+    path = tmp_path / "r.jsonl"
+    whole = json.dumps({"prompt": "é", "completions": ["a", "b"]}, ensure_ascii=False).encode() + b"\n"
+    path.write_bytes(whole + '{"prompt": "é'.encode()[:-1])
+    assert collect.already_ranked(path) == {"é"} and path.read_bytes() == whole
+    path.write_bytes(b'{"pro')  # nothing whole
+    assert collect.already_ranked(path) == set() and path.read_bytes() == b""
+    assert collect.already_ranked(tmp_path / "none") == set()
+
+
+def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, capsys):
+    """Ranked, skipped, ranked, stopped: two lines stand in the file, best first, without
+    any simulated truth; then it goes on."""
+    out = tmp_path / "r.jsonl"
+    human("3 2 1", "s", "1=2 3")
+    with pytest.raises(KeyboardInterrupt):
+        collect.run(collecting(random_policy, out, annotator="human", seed=3))
+    shown = re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M)
+    texts = [[t for _, t in shown[i : i + 3]] for i in range(0, 9, 3)]
+    rows = [row for _, row in read_jsonl(out)]
+    prompts = read_prompts(random_policy / "prompts.jsonl")
+    assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]]
+    assert all(set(row) == {"prompt", "completions", "ended"} for row in rows)
+    if len(set(texts[0])) == 3 and not any("\n" in t or "\r" in t for t in texts[0]):
+        assert rows[0]["completions"] == [t.removesuffix("   [cut]") for t in texts[0][::-1]]
+        assert rows[0]["ended"] == [not t.endswith("   [cut]") for t in texts[0][::-1]]
+    assert len(rows[1]["completions"]) == 2 and len(rows[1]["completions"][0]) == 2  # the tie is a nested list
+    human("1 2 3")
+    with pytest.raises(KeyboardInterrupt):
+        collect.run(collecting(random_policy, out, annotator="human", seed=3))
+    asked = [row["prompt"] for _, row in read_jsonl(out)]
+    assert asked == [prompts[0], prompts[2], prompts[1]]  # the skipped one is asked again
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"completions": 1}, "--completions"),
+        ({"policies": []}, "--policies"),
+        ({"temperatures": [1.0, 0.0]}, "--temperatures"),
+        ({"temperatures": [1.0, float("inf")]}, "--temperatures"),
+        ({"annotator_temperature": 0.0}, "--annotator_temperature"),
+        ({"annotator_temperature": float("nan")}, "--annotator_temperature"),
+        ({"max_new_tokens": 64}, "--max_new_tokens"),
+        ({"skip": 99}, "--skip"),
+        ({"gold": ""}, "--gold"),
+        ({"prompts": "nowhere.jsonl"}, "data.tiny"),
+        ({"policies": ["nowhere"]}, "sft.py"),
+    ],
+)
+def test_collection_refuses_senseless_settings(random_policy, tmp_path, changes, says):
+    """A message that names the flag, or the script that makes the missing file, and no output file begun."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        collect.run(collecting(random_policy, tmp_path / "r.jsonl", **changes))
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_an_output_that_can_not_be_a_file_is_reported(random_policy, tmp_path):
+    """A folder in its place, or a file where its folder should be: one line, before anything is sampled."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for out in (tmp_path, tmp_path / "file" / "r.jsonl"):
+        with pytest.raises(UserError, match="--out"):
+            collect.run(collecting(random_policy, out))
+
+
+def test_seeds_beyond_64_bits_are_seeds(random_policy, tmp_path):
+    """torch refuses them with a traceback; they must count, down to the last bit."""
+    written = []
+    for number, seed in enumerate((2**64, 2**64 + 1, 2**64)):
+        out = tmp_path / f"{number}.jsonl"
+        collect.run(collecting(random_policy, out, seed=seed, n_prompts=3))
+        written.append(out.read_bytes())
+    assert written[0] == written[2] != written[1]
+
+
+def test_rankings_lie_beside_their_prompts(tmp_path, monkeypatch, capsys):
+    """With a fixed default, rankings of one's own prompts were appended to the demo's; and no file of the demo is read
+    for them."""
+    own, opened = beside_a_demo(tmp_path, monkeypatch)
+    settings = toy_policies(own, monkeypatch, 2)
+    for name, rankings in (
+        ("prompts.jsonl", "rankings.jsonl"),
+        ("prompts_test.jsonl", "rankings_test.jsonl"),
+        ("mine.jsonl", "mine_rankings.jsonl"),
+    ):
+        prompts = write_lines(own / name, [{"prompt": "abc"}, {"prompt": "bcd"}])
+        collect.run(collect.Config(**{**settings, "prompts": prompts}))
+        assert [r.prompt for r in read_rankings(own / rankings)] == ["abc", "bcd"]
+        said = capsys.readouterr().out
+        assert prompts in said and str(own / rankings) in said and settings["policies"][0] in said
+    assert opened == []
+
+
+def test_own_prompts_have_no_truth_unless_it_is_given(random_policy, tmp_path):
+    """By the tiny vocabulary own prompts got the embedded task's truth, and an error that named no flag."""
+    own = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Tell me a joke."}])
+    with pytest.raises(UserError, match="--gold"):
+        collect.run(collecting(random_policy, tmp_path / "r.jsonl", prompts=own))
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_own_prompts_for_the_demo_s_policy_are_noted(random_policy, tmp_path, capsys, human):
+    """Rarely meant: said, and done."""
+    save_model(tmp_path / "p", load_model(random_policy / "p1", torch.device("cpu")).model, "tiny", "t", Made(), "tiny")
+    own = write_lines(tmp_path / "own.jsonl", [{"prompt": "Tell me a joke."}])
+    for prompts, noted in ((own, True), (str(random_policy / "prompts.jsonl"), False)):
+        human("1 2 3")
+        with pytest.raises(KeyboardInterrupt):
+            changes = {"policies": [str(tmp_path / "p")], "prompts": prompts, "annotator": "human"}
+            collect.run(collecting(random_policy, tmp_path / "r.jsonl", **changes))
+            raise KeyboardInterrupt
+        assert ("NOTE" in capsys.readouterr().out) == noted
