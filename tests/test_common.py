@@ -1,5 +1,4 @@
-"""common.py and the scripts' outside: command line, side effects, checkpoints, errors that users see, logs, schedule,
-gates."""
+"""common.py: checkpoints, run folders and resuming, the user's own functions, seeds, schedule, gates."""
 
 from __future__ import annotations
 
@@ -9,362 +8,48 @@ import json
 import math
 import os
 import pickle
-import subprocess
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, make_gpt, make_scalar
+from helpers import (
+    ToyTokenizer,
+    completion_logprobs,
+    frame_batch,
+    make_gpt,
+    make_scalar,
+    random_prompts,
+    spread,
+    strict_json,
+)
 
 import common
+from cli import UserError
 from common import (
+    Checkpoint,
     RunFolder,
-    UserError,
     call_reward,
-    check,
-    flag,
+    clip_gradients,
     gate,
     generator_for,
     load_function,
     load_model,
+    load_scorer,
     lr_at,
-    parse_config,
     save_model,
 )
-from data.files import write_jsonl
-from data.tokenizer import load_tokenizer
+from model import Rollout, generate
 
 CPU = torch.device("cpu")
-SCRIPTS = ("sft.py", "reward_model.py", "ppo.py", "dpo.py", "evaluate.py", "sample.py")
-MODULES = ("data.tiny", "data.collect")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-ENV |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-def config_of(script: str):
-    return importlib.import_module(script.removesuffix(".py")).Config
-
-
-# ------------------------------------------------------------------------------------------------ flags
-
-
-@dataclass
-class Flags:
-    text: str = flag("abc", "some text, 100 % of it")
-    n: int = flag(3, "a number")
-    x: float = flag(0.5, "a real number")
-    on: bool = flag(True, "a switch")
-    off: bool = flag(False, "another")
-    names: list[str] = flag(["a", "b"], "names")
-    sizes: list[int] = flag([], "sizes")
-    kind: str = flag("one", "a choice", choices=("one", "two"))
-
-
-def parse(*argv: str) -> Flags:
-    return parse_config(Flags, "description", list(argv))
-
-
-@pytest.mark.parametrize(
-    ("argv", "changed"),
-    [
-        ([], {}),
-        (["--n", "7"], {"n": 7}),
-        (["--n=7"], {"n": 7}),
-        (["--n", "-7"], {"n": -7}),
-        (["--x", "2"], {"x": 2.0}),
-        (["--x=-1e-3"], {"x": -1e-3}),
-        (["--text", ""], {"text": ""}),
-        (["--text="], {"text": ""}),
-        (["--text", "a b"], {"text": "a b"}),
-        (["--no-on", "--off"], {"on": False, "off": True}),
-        (["--on", "--no-off"], {}),
-        (["--names", "x"], {"names": ["x"]}),
-        (["--names=x"], {"names": ["x"]}),
-        (["--names", "--n", "1"], {"names": [], "n": 1}),
-        (["--sizes", "1", "2", "16"], {"sizes": [1, 2, 16]}),
-        (["--kind", "two"], {"kind": "two"}),
-    ],
-)
-def test_flags(argv, changed):
-    """Both `--a 1` and `--a=1`, switches, lists, choices; every value has its field's type."""
-    expected = {**dataclasses.asdict(Flags()), **changed}
-    found = dataclasses.asdict(parse(*argv))
-    assert found == expected and {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in expected.items()}
-
-
-@pytest.mark.parametrize(
-    "line", ["--n 1.5", "--n", "--x abc", "--kind three", "--sizes 1 b", "--nonsense 1", "--nam x", "stray"]
-)
-def test_bad_flags_are_named(line, capsys):
-    """Status 2 and the flag in question; abbreviations are refused, for they
-    would change meaning when a flag is added."""
-    with pytest.raises(SystemExit) as stop:
-        parse(*line.split())
-    assert stop.value.code == 2 and line.split()[0] in capsys.readouterr().err
-
-
-def test_default_lists_are_not_shared():
-    """A list default that one config changes must not change the next one's."""
-    parse().names.append("c")
-    Flags().names.append("d")
-    assert parse().names == Flags().names == ["a", "b"]
-
-
-def test_help_of_the_flags(capsys):
-    """Each flag with its help (a percent sign too) and default."""
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "100 % of it (default: abc)" in shown and "names (default: a b)" in shown
-    assert "sizes (default: none)" in shown and "{one,two}" in shown and "--no-on" in shown
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
-def test_every_flag_is_documented(script):
-    """Each Config field has a help text, a default, and a type that the command line can give."""
-    fields = dataclasses.fields(config_of(script))
-    assert len(fields) >= 6
-    for f in fields:
-        assert len(f.metadata.get("help", "")) > 3, f.name
-        assert f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING, f.name
-        assert f.type in ("str", "int", "float", "bool", "list[str]", "list[int]", "list[float]"), (f.name, f.type)
-        choices = f.metadata["choices"]
-        assert choices is None or f.default in choices, f.name
-
-
-# --------------------------------------------------------------------------------------------- the scripts from outside
-
-# Runs many command lines in one process (importing torch takes seconds), each as `python X.py ...` would be: under
-# __main__, with its own argv, output and exit status. argv[0] that ends in .py is a file, any other a module.
-DRIVER = """
-import contextlib, io, json, runpy, sys, traceback
-import torch
-root, results = sys.argv[1], []
-for argv in json.loads(sys.stdin.read()):
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    torch.set_grad_enabled(True)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            if argv[0].endswith(".py"):
-                sys.argv = [argv[0], *argv[1:]]
-                runpy.run_path(root + "/" + argv[0], run_name="__main__")
-            else:
-                sys.argv = [root + "/" + argv[0].replace(".", "/") + ".py", *argv[1:]]
-                imported = sys.modules.pop(argv[0], None)  # or runpy warns that the module runs twice
-                runpy.run_module(argv[0], run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:
-            status = 1
-            traceback.print_exc()
-    if not argv[0].endswith(".py") and imported:
-        sys.modules[argv[0]] = imported
-    results.append([status, out.getvalue(), err.getvalue()])
-sys.__stdout__.write(json.dumps(results))
-"""
-
-
-def drive(cases: list[list[str]], cwd: Path) -> list[tuple[int, str, str]]:
-    command = [sys.executable, "-c", DRIVER, str(ROOT)]
-    run = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, cwd=cwd, env=ENV)
-    assert run.returncode == 0, run.stderr
-    return [tuple(r) for r in json.loads(run.stdout)]
 
 
 @dataclass
 class Made:
     by: str = "a test"
-
-
-def make_folder(folder: Path) -> Path:
-    """A policy, a reward model, good and bad data, damaged checkpoints: what the command lines below name."""
-    n_vocab = load_tokenizer("tiny").n_vocab
-    save_model(folder / "policy", make_gpt(1, vocab=n_vocab, block_size=64, n_embd=16), "tiny", "sft.py", Made())
-    scorer = make_scalar(1, vocab=n_vocab, block_size=64, n_embd=16)
-    save_model(folder / "rm", scorer, "tiny", "reward_model.py", Made())
-    good = {"prompt": "Anna: What is the opposite of hot?", "completion": "It is cold."}
-    write_jsonl(folder / "good.jsonl", [good] * 4)
-    write_jsonl(folder / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 4)
-    write_jsonl(folder / "ties.jsonl", [{"prompt": "p", "completions": [["a", "b"]]}])
-    (folder / "bad.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "p"}\n', encoding="utf-8")
-    (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "model.pt").write_bytes((folder / "policy" / "model.pt").read_bytes()[:500])
-    (folder / "rewards.py").write_text("def short(prompts, completions):\n    return [0.0]\n", encoding="utf-8")
-    (folder / "broken.py").write_text("import nonsense_that_is_not_there\n", encoding="utf-8")
-    return folder
-
-
-NO_HELD_OUT = ["--held_out_data", ""]
-SFT = ["sft.py", "--data", "good.jsonl", *NO_HELD_OUT, "--out_dir", "o"]
-DPO = ["dpo.py", "--policy", "policy", "--data", "pairs.jsonl", *NO_HELD_OUT, "--out_dir", "o"]
-RM = ["reward_model.py", "--policy", "policy", "--data", "pairs.jsonl", *NO_HELD_OUT]
-RM += ["--prompts", "good.jsonl", "--out_dir", "o"]
-PPO = ["ppo.py", "--policy", "policy", "--prompts", "good.jsonl", "--out_dir", "o", "--max_new_tokens", "4"]
-EVALUATE = ["evaluate.py", "--policies", "policy", "--prompts", "good.jsonl", "--out_dir", "o"]
-EVALUATE += ["--rankings", "", "--demonstrations", ""]
-TINY = ["data.tiny", "--demonstrations", "1", "--held_out_demonstrations", "1", "--prompts", "1"]
-MISTAKES = [
-    # command line -> what the one line on stderr must name
-    (["ppo.py", "--policy", "nowhere"], ["nowhere", "no such checkpoint", "python sft.py"]),
-    (["ppo.py", "--policy", "policy", "--reward", "nowhere"], ["nowhere", "python reward_model.py"]),
-    ([*PPO, "--reward", "policy"], ["policy", "reward model"]),
-    ([*PPO, "--reward", "nowhere.py:f"], ["nowhere.py:f"]),
-    ([*PPO, "--reward", "rewards.py:g"], ["rewards.py", "no function g"]),
-    ([*PPO, "--reward", "broken.py:f"], ["broken.py", "ModuleNotFoundError", "nonsense_that_is_not_there"]),
-    ([*PPO, "--reward", "rewards.py:short", "--rollouts", "4", "--minibatch", "4"], ["rewards", "1 rewards for 4"]),
-    ([*PPO, "--reward", "rm", "--max_new_tokens", "64"], ["--max_new_tokens"]),
-    (["ppo.py", "--temperature", "0"], ["--temperature"]),
-    (["ppo.py", "--minibatch", "500"], ["--minibatch"]),
-    (["ppo.py", "--kl_coef=-1"], ["--kl_coef"]),
-    (["sft.py", "--data", "nowhere.jsonl"], ["nowhere.jsonl", "python -m data.tiny"]),
-    (["sft.py", "--data", "bad.jsonl"], ["bad.jsonl:2:", '"completion"']),
-    (["sft.py", "--data", "empty.jsonl"], ["empty.jsonl", "no rows"]),
-    ([*SFT, "--init", "nowhere"], ["nowhere"]),
-    ([*SFT, "--init", "damaged"], ["damaged", "checkpoint"]),
-    ([*SFT, "--init", "rm"], ["rm", "policy"]),
-    ([*SFT, "--device", "quantum"], ["--device quantum"]),
-    ([*SFT, "--resume", "--out_dir", "fresh"], ["state.pt", "no such file"]),
-    ([*SFT, "--batch_size", "0"], ["--batch_size"]),
-    ([*SFT, "--n_head", "3"], ["n_head"]),
-    ([*SFT, "--dropout", "1.5"], ["dropout"]),
-    ([*SFT, "--lr=-1"], ["lr"]),
-    ([*SFT, "--log_every", "0"], ["--log_every"]),
-    (["dpo.py", "--beta", "0"], ["--beta"]),
-    ([*DPO, "--data", "ties.jsonl"], ["ties.jsonl"]),
-    ([*DPO, "--data", "good.jsonl"], ["good.jsonl:1:", '"chosen"']),
-    ([*DPO, "--kind", "ipo", "--label_smoothing", "0.1"], ["--label_smoothing"]),
-    ([*RM, "--policy", "rm"], ["rm", "policy"]),
-    ([*RM, "--normalise_samples", "1"], ["--normalise_samples"]),
-    (["evaluate.py", "--policies"], ["--policies"]),
-    ([*EVALUATE, "--reward", "", "--gold", ""], ["--gold", "--reward"]),
-    ([*EVALUATE, "--reward", "", "--best_of", "0"], ["--best_of"]),
-    (["sample.py", "--policy", "policy", "--top_p", "0"], ["--top_p"]),
-    (["sample.py", "--policy", "policy", "--max_new_tokens", "64"], ["--max_new_tokens"]),
-    (["sample.py", "--policy", "nowhere"], ["nowhere"]),
-    (["data.collect", "--policies", "nowhere"], ["nowhere", "python sft.py"]),
-    (["data.collect", "--policies", "policy", "--prompts", "empty.jsonl"], ["empty.jsonl"]),
-    ([*TINY, "--held_out_prompts", "-1"], ["held-out"]),
-]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """{command line: (status, stdout, stderr)} of all mistakes and all --help pages, from one process."""
-    cases = [argv for argv, _ in MISTAKES] + [[name, "--help"] for name in (*SCRIPTS, *MODULES)]
-    return dict(zip(map(" ".join, cases), drive(cases, make_folder(tmp_path_factory.mktemp("folder"))), strict=True))
-
-
-@pytest.mark.parametrize(("argv", "names"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
-def test_user_mistakes_are_one_line(outcomes, argv, names):
-    """Exit status 2 and one line on stderr that names the flag, file or line, and which
-    script makes a missing file. No traceback."""
-    status, _, err = outcomes[" ".join(argv)]
-    lines = [line for line in err.splitlines() if line.strip()]
-    shown = [line for line in lines if "it/s]" not in line and "?it" not in line]  # progress bars aside
-    assert status == 2 and "Traceback" not in err, err[-500:]
-    script = argv[0] if argv[0].endswith(".py") else argv[0].split(".")[-1] + ".py"
-    assert len(shown) == 1 and shown[0].startswith(f"{script}: error: "), shown
-    assert all(name in shown[0] for name in names), shown
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
-def test_help_shows_every_flag(outcomes, script):
-    """`--help` of each script: the docstring's usage lines, every flag, what it does and its default."""
-    status, out, err = outcomes[f"{script} --help"]
-    assert status == 0 and not err
-    shown = " ".join(out.split())
-    name = script if script.endswith(".py") else f"-m {script}"
-    assert f"python {name}" in shown
-    fields = dataclasses.fields(config_of(script))
-    assert shown.count("(default: ") == len(fields)
-    for f in fields:
-        assert f"--{f.name} " in shown or f"--{f.name}, " in shown, f.name
-        assert " ".join(f.metadata["help"].split()) in shown, f.name
-
-
-def test_a_real_process_in_another_folder(tmp_path):
-    """The same from outside, without the driver: exit status, stderr, no file left, and `python
-    data/collect.py` finds the project by itself."""
-    env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "data" / "collect.py"), "--policies", "nowhere"]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    message = f"collect.py: error: {Path('nowhere') / 'model.pt'}: no such checkpoint; run `python sft.py` first\n"
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", message)
-    assert list(tmp_path.iterdir()) == []
-
-
-IMPORTS = """
-import io, json, logging, os, random, signal, sys, warnings
-import numpy, regex, requests, tiktoken, torch, tqdm
-def state():
-    return {
-        "torch's generator": torch.get_rng_state().tolist(), "threads": torch.get_num_threads(),
-        "random": repr(random.getstate()), "numpy": repr(numpy.random.get_state()),
-        "gradients": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "environment": dict(os.environ), "sys.path": sys.path[:], "folder": os.getcwd(), "argv": sys.argv[:],
-        "log handlers": repr(logging.getLogger().handlers), "signals": repr(signal.getsignal(signal.SIGINT)),
-        "excepthook": repr(sys.excepthook), "recursion": sys.getrecursionlimit(),
-        "stdout": [repr(sys.stdout), sys.stdout.encoding],
-    }
-before = state()
-for name in sys.argv[1:]:
-    __import__(name)
-after = state()
-sys.stderr.write(json.dumps([key for key in before if before[key] != after[key]]))
-"""
-
-
-def test_importing_has_no_side_effect(tmp_path):
-    """Every module imports silently: no output, no file, no changed generator, thread
-    count, precision, path or environment."""
-    names = [p.stem for p in ROOT.glob("*.py")]
-    names += [f"data.{p.stem}" for p in (ROOT / "data").glob("*.py") if p.stem != "__init__"]
-    assert {"model", "ppo", "data.tiny"} <= set(names)
-    run = subprocess.run([sys.executable, "-c", IMPORTS, *names], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "" and run.stderr == "[]"
-    assert list(tmp_path.iterdir()) == []
-
-
-def run_main_with(monkeypatch, train, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["folder/script.py", *argv])
-    try:
-        common.run_main(train, StrictFlags, "description")
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-@dataclass
-class StrictFlags:
-    strict: bool = flag(False, "fail on gates")
-
-
-def test_exit_statuses(monkeypatch, capsys):
-    """0 done, 1 a failed gate under --strict, 2 a user's mistake, 130 interrupted; a bug keeps its traceback."""
-    failed = {"gates": [{"name": "A", "ok": True}, {"name": "B", "ok": False}]}
-    assert run_main_with(monkeypatch, lambda config: failed) == 0
-    assert run_main_with(monkeypatch, lambda config: {"gates": [{"name": "A", "ok": True}]}, "--strict") == 0
-    assert run_main_with(monkeypatch, lambda config: None, "--strict") == 0
-    assert capsys.readouterr().err == ""
-    assert run_main_with(monkeypatch, lambda config: failed, "--strict") == 1
-    assert capsys.readouterr().err == "script.py: error: gate failed: B\n"
-    assert run_main_with(monkeypatch, lambda config: check(False, "wrong")) == 2
-    assert capsys.readouterr().err == "script.py: error: wrong\n"
-
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    def bug(config):
-        raise KeyError("bug")
-
-    assert run_main_with(monkeypatch, interrupted) == 130
-    with pytest.raises(KeyError):
-        run_main_with(monkeypatch, bug)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -391,8 +76,8 @@ def test_a_saved_policy_is_the_loaded_one(tmp_path):
     save_model(tmp_path / "stage", model, "tiny", "sft.py", Made())
     tokens = torch.randint(0, 23, (2, 9))
     for path in (tmp_path / "stage", str(tmp_path / "stage"), tmp_path / "stage" / "model.pt"):
-        loaded, tokenizer = load_model(path, CPU)
-        assert tokenizer == "tiny" and not loaded.training and loaded.config == model.config
+        loaded, tokenizer, task = load_model(path, CPU)
+        assert (tokenizer, task) == ("tiny", "") and not loaded.training and loaded.config == model.config
         assert torch.equal(loaded(tokens), model(tokens))
     assert [p.name for p in (tmp_path / "stage").iterdir()] == ["model.pt"]
 
@@ -403,9 +88,13 @@ def test_a_saved_reward_model_is_the_loaded_one(tmp_path):
     model.mean.fill_(1.25)
     model.std.fill_(0.75)
     save_model(tmp_path, model, "gpt2", "reward_model.py", Made())
-    loaded, tokenizer = load_model(tmp_path, CPU, "scalar")
+    save_model(tmp_path / "other", model, "gpt2", "reward_model.py", Made(), "tiny")
+    assert load_model(tmp_path / "other", CPU, "scalar").task == "tiny"
+    loaded, tokenizer, task = load_model(tmp_path, CPU, "scalar")
     tokens = torch.randint(0, 23, (2, 9))
-    assert tokenizer == "gpt2" and torch.equal(loaded(tokens), model(tokens)) and float(loaded.mean) == 1.25
+    assert (
+        (tokenizer, task) == ("gpt2", "") and torch.equal(loaded(tokens), model(tokens)) and float(loaded.mean) == 1.25
+    )
 
 
 def test_checkpoints_hold_tensors_and_plain_python(tmp_path):
@@ -414,12 +103,13 @@ def test_checkpoints_hold_tensors_and_plain_python(tmp_path):
     save_model(tmp_path, model, "tiny", "sft.py", Made("hand"))
     content = content_of(tmp_path / "model.pt")
     assert plain(content)
-    assert content["made"] == {"script": "sft.py", "config": {"by": "hand"}} and content["kind"] == "gpt"
+    made = {"script": "sft.py", "config": {"by": "hand"}, "task": ""}
+    assert content["made"] == made and content["kind"] == "gpt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
-    run = RunFolder(OutDir(str(tmp_path / "run")))
-    run.save_state(7, model=dict(model.state_dict()), optimizer=optimizer.state_dict(), kl_coef=0.1)
+    run = RunFolder(Run(str(tmp_path / "run")), 9)
+    run.save_state(7, model=model, optimizer=optimizer, kl_coef=0.1)
     assert plain(content_of(tmp_path / "run" / "state.pt"))
 
 
@@ -451,10 +141,13 @@ def test_write_json_leaves_no_half_file(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8")) == {"ü": [1, None]}
 
 
+MADE = {"script": "sft.py", "config": {}, "task": ""}
+
+
 def good_content() -> dict:
     model = make_gpt(n_embd=8)
     shape = dataclasses.asdict(model.config)
-    return {"kind": "gpt", "config": shape, "tokenizer": "tiny", "made": {}, "weights": model.state_dict()}
+    return {"kind": "gpt", "config": shape, "tokenizer": "tiny", "made": MADE, "weights": model.state_dict()}
 
 
 def without(key: str) -> dict:
@@ -531,6 +224,76 @@ def test_missing_and_mistaken_checkpoints(tmp_path):
         load_model(tmp_path / "gpt", CPU, "scalar")
     with pytest.raises(UserError, match=r"holds a reward model .* a policy .* is needed"):
         load_model(tmp_path / "rm", CPU)
+
+
+def test_a_wrong_state_dict_names_a_key(tmp_path):
+    """torch's message has the keys on its second line: the first alone says that something is wrong, and not what."""
+    content = good_content()
+    del content["weights"]["h.1.ln_2.bias"]
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"h\.1\.ln_2\.bias") as error:
+        load_model(tmp_path, CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["gpt.h.1.mlp.c_fc.weight", "head.bias", "std"])
+def test_weights_that_are_not_finite_are_no_model(tmp_path, name, value):
+    """One nan anywhere, in a buffer too, and every later stage computes nan. The model that stood there stays."""
+    save_model(tmp_path, make_scalar(1), "tiny", "reward_model.py", Made())
+    before = contents(tmp_path)
+    model = make_scalar(2)
+    model.state_dict()[name].view(-1)[-1] = value
+    with pytest.raises(UserError, match=r"not finite.*--lr"):
+        save_model(tmp_path, model, "tiny", "reward_model.py", Made())
+    assert contents(tmp_path) == before
+
+
+@dataclass
+class MadeFrom:
+    data: str = "some/where.jsonl"
+
+
+def test_what_was_loaded_is_named(tmp_path, capsys):
+    """The file, the script that made it and the data it learned from: so the demo's checkpoint among one's own shows."""
+    save_model(tmp_path / "a", make_gpt(), "tiny", "sft.py", MadeFrom())
+    save_model(tmp_path / "b", make_scalar(), "tiny", "reward_model.py", Made())
+    load_model(tmp_path / "a", CPU)
+    assert capsys.readouterr().out == f"{tmp_path / 'a' / 'model.pt'}: made by sft.py from some/where.jsonl\n"
+    load_scorer(tmp_path / "b", Checkpoint(make_gpt(), "tiny", ""), CPU)
+    assert capsys.readouterr().out == f"{tmp_path / 'b' / 'model.pt'}: made by reward_model.py\n"
+
+
+def test_a_scorer_reads_what_the_policy_writes(tmp_path):
+    """Ids of another vocabulary give plausible scores of a text that nobody wrote; texts longer than the scorer's block
+    size a traceback in the middle of a run. A longer block size is no harm."""
+    policy = Checkpoint(make_gpt(block_size=40), "tiny", "")
+    for name, tokenizer, block_size in (("same", "tiny", 40), ("longer", "tiny", 41)):
+        model = make_scalar(3, block_size=block_size)
+        save_model(tmp_path / name, model, tokenizer, "reward_model.py", Made(), "tiny")
+        scorer = load_scorer(tmp_path / name, policy, CPU)
+        assert (scorer.tokenizer, scorer.task) == ("tiny", "tiny") and not scorer.model.training
+        assert torch.equal(scorer.model.head.weight, model.head.weight)
+    save_model(tmp_path / "gpt2", make_scalar(block_size=40), "gpt2", "reward_model.py", Made())
+    with pytest.raises(UserError, match="gpt2 reads gpt2 tokens, the policy writes tiny tokens"):
+        load_scorer(tmp_path / "gpt2", policy, CPU)
+    save_model(tmp_path / "short", make_scalar(block_size=39), "tiny", "reward_model.py", Made())
+    with pytest.raises(UserError, match="short reads texts of 39 tokens at most, the policy's have up to 40"):
+        load_scorer(tmp_path / "short", policy, CPU)
+    save_model(tmp_path / "policy", policy.model, "tiny", "sft.py", Made())
+    with pytest.raises(UserError, match=r"a reward model .* is needed"):
+        load_scorer(tmp_path / "policy", policy, CPU)
+    with pytest.raises(UserError, match=r"run `python reward_model\.py` first"):
+        load_scorer(tmp_path / "nowhere", policy, CPU)
+
+
+def test_the_demo_s_policy_on_one_s_own_data_is_noted(capsys):
+    """It is rarely meant, and nothing else would show it. In all other cases: silence."""
+    for of_policy, of_data in (("tiny", "tiny"), ("", "tiny"), ("", "")):
+        common.note_task(Checkpoint(None, "tiny", of_policy), of_data, "mine.jsonl")
+    assert capsys.readouterr().out == ""
+    common.note_task(Checkpoint(None, "tiny", "tiny"), "", "mine.jsonl")
+    assert "mine.jsonl" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- the user's own functions
@@ -611,6 +374,31 @@ def test_call_reward_takes_all_kinds_of_numbers():
         call_reward(refuses, ["p"], ["c"])
 
 
+def test_a_reward_function_is_told_what_was_cut_if_it_asks():
+    """A function with a parameter `ended` learns which texts ended by themselves (nobody says: all); one without is
+    called as before."""
+    told = []
+
+    def asks(prompts, completions, ended):
+        told.append(ended)
+        return [float(e) for e in ended]
+
+    def asks_with_a_default(prompts, completions, *, ended=None):
+        return asks(prompts, completions, ended)
+
+    for function in (asks, asks_with_a_default):
+        assert call_reward(function, ["p", "q"], ["a", "b"], [True, False]) == [1.0, 0.0]
+        assert call_reward(function, ["p", "q"], ["a", "b"]) == [1.0, 1.0]
+    assert told == [[True, False], [True, True]] * 2
+    assert call_reward(lambda prompts, completions: [2.0, 3.0], ["p", "q"], ["a", "b"], [True, False]) == [2.0, 3.0]
+
+
+def test_a_wrong_reward_names_the_function():
+    """With several rewards it has to be clear whose it is."""
+    with pytest.raises(UserError, match=r"^mine\.py:f returned 1 rewards for 2 completions$"):
+        call_reward(lambda p, c: [0.0], ["p", "q"], ["a", "b"], name="mine.py:f")
+
+
 def test_a_bug_in_a_reward_function_is_not_blamed_on_its_result():
     """A TypeError inside the user's function is no wrong return value: the user needs to see where it was raised."""
 
@@ -622,30 +410,115 @@ def test_a_bug_in_a_reward_function_is_not_blamed_on_its_result():
     assert "must return one number" not in str(error.value)
 
 
-def test_gold_function():
-    """auto: the embedded task's truth where its vocabulary is used, none otherwise; empty: none."""
+def test_gold_function(tmp_path):
+    """auto: the embedded task's truth on the embedded task's prompts, none otherwise; empty: none; a name: that."""
     assert common.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [1.0]
-    assert common.gold_function("auto", "gpt2") is None and common.gold_function("", "tiny") is None
+    assert common.gold_function("auto", "") is None and common.gold_function("", "tiny") is None
+    (tmp_path / "mine.py").write_text("def f(p, c):\n    return [7.0]\n", encoding="utf-8")
+    for task in ("", "tiny"):
+        assert common.gold_function(f"{tmp_path / 'mine.py'}:f", task)(["p"], ["c"]) == [7.0]
+
+
+# ------------------------------------------------------------------------------------------------ several rewards
+
+
+def a_rollout(seed: int = 0, B: int = 5) -> Rollout:
+    frame = frame_batch(B, seed=seed)
+    return Rollout(frame.tokens, frame.prompt_lens, frame.lens, torch.arange(B) % 2 == 0)
+
+
+def test_score_rollout_equals_each_row_alone(float64):
+    """In slices of any size, each cut to its longest row: a row's score is that of its text without filler."""
+    model, rollout = make_scalar(4), a_rollout(3, B=7)
+    alone = [model(rollout.tokens[i : i + 1, : int(n)])[0, -1].item() for i, n in enumerate(rollout.lens)]
+    for rows in (1, 2, 3, 7, 64):
+        assert common.score_rollout(model, rollout, rows).tolist() == pytest.approx(alone, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weights", "combine", "expected"),
+    [
+        (None, "sum", lambda a, b, c: a + b + c),
+        ([0.5, 2.0, -1.0], "sum", lambda a, b, c: 0.5 * a + 2 * b - c),
+        (None, "mean", lambda a, b, c: (a + b + c) / 3),
+        ([1.0, 2.0, 5.0], "mean", lambda a, b, c: (a + 2 * b + 5 * c) / 8),
+        (None, "min", min),
+        ([1.0, 2.0, -1.0], "min", lambda a, b, c: min(a, 2 * b, -c)),
+    ],
+)
+def test_rewards_are_combined_as_the_flags_say(tmp_path, float64, weights, combine, expected):
+    """A reward model and two functions, one of which asks which texts were cut: weighted first, then combined, row by
+    row; and the reward models among them are handed on."""
+    model, rollout = make_scalar(4), a_rollout(3)
+    save_model(tmp_path / "rm", model, "toy", "reward_model.py", Made())
+    source = "def length(prompts, completions):\n    return [float(len(c)) for c in completions]\n"
+    source += "def whole(prompts, completions, ended):\n    return [3.0 * e for e in ended]\n"
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    mine = f"{tmp_path / 'mine.py'}"
+    policy = Checkpoint(make_gpt(), "toy", "")
+    specs = [f"{mine}:length", str(tmp_path / "rm"), f"{mine}:whole"]
+    score, models = common.load_reward(specs, policy, "", CPU, weights, combine)
+    completions = ["a" * n for n in range(5)]
+    found = score(rollout, ["p"] * 5, completions).tolist()
+    scores = model.score(rollout.tokens, rollout.lens).tolist()
+    parts = zip((0, 1, 2, 3, 4), scores, (3.0, 0.0, 3.0, 0.0, 3.0), strict=True)
+    assert found == pytest.approx([expected(*p) for p in parts], abs=1e-9)
+    assert len(models) == 1 and torch.equal(models[0].head.weight, model.head.weight)
+
+
+def test_rewards_that_do_not_fit_are_refused(tmp_path):
+    """No reward; weights for another number of rewards; a mean that divides by nothing; the demo's reward model on
+    prompts that are not of its task, which is plausible and wrong."""
+    save_model(tmp_path, make_scalar(), "tiny", "reward_model.py", Made(), "tiny")
+    policy, rm = Checkpoint(make_gpt(), "tiny", "tiny"), str(tmp_path)
+    for arguments, says in (
+        (([], policy, "tiny", CPU), "--reward needs"),
+        (([rm], policy, "tiny", CPU, [1.0, 2.0]), "--reward_weights has 2 values for 1"),
+        (([rm, rm], policy, "tiny", CPU, [1.0, -1.0], "mean"), "--reward_combine mean"),
+        (([rm], policy, "", CPU), "embedded task"),
+    ):
+        with pytest.raises(UserError, match=says):
+            common.load_reward(*arguments)
+    assert len(common.load_reward([rm], policy, "tiny", CPU)[1]) == 1
 
 
 # ------------------------------------------------------------------------------------------------ run folder
 
 
 @dataclass
-class OutDir:
+class Run:
+    """The flags that a run folder looks at, and a few that it doesn't know."""
+
     out_dir: str
     lr: float = 0.5
+    seed: int = 1
+    data: str = "a.jsonl"
+    reward: list[str] = dataclasses.field(default_factory=lambda: ["one", "two"])
+    epochs: int = 2
+    iterations: int = 3
+    warmup: int = 0
+    save_every: int = 0
+    log_every: int = 1
+    device: str = "cpu"
+    trace: bool = False
+    strict: bool = False
+    resume: bool = False
 
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_a_run_folder(tmp_path):
     """config.json first, one JSON object a log step, results at the end with the time; a new run starts fresh logs."""
     folder = tmp_path / "out" / "stage"
-    run = RunFolder(OutDir(str(folder)))
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == {"out_dir": str(folder), "lr": 0.5}
+    config = Run(str(folder))
+    run = RunFolder(config, 9)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == dataclasses.asdict(config)
     run.log(step=1, loss=0.123456789, note="ü")
     run.log(step=2, loss=1e-3)
     first, second = lines_of(folder / "metrics.jsonl")
@@ -653,42 +526,254 @@ def test_a_run_folder(tmp_path):
     results = run.finish({"a": 1})
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
     assert results["a"] == 1 and results["seconds"] >= 0
-    RunFolder(OutDir(str(folder)))
+    assert run.resume(model=torch.nn.Linear(1, 1)) == {"step": 0} and run.done is None
+    RunFolder(config, 9)
     assert (folder / "metrics.jsonl").read_text(encoding="utf-8") == "" and not (folder / "results.json").exists()
+
+
+def finished_run(config: Run, total: int) -> dict:
+    """A run whose every step did nothing but log -> its results."""
+    run = RunFolder(config, total)
+    for step in range(total):
+        run.log(step=step + 1, loss=1.0)
+        run.save_state(step + 1, model=torch.nn.Linear(2, 1))
+    (run.path / "model.pt").write_bytes(b"a model")
+    return run.finish({"gates": [{"name": "A", "ok": False}], "loss": 1.0})
+
+
+def test_a_fresh_start_leaves_no_state_behind(tmp_path):
+    """Else a run that dies before its first save is resumed from the previous run's weights, under its own flags. The
+    model stays until there is a new one: a mistyped flag must not cost it."""
+    config = Run(str(tmp_path / "run"))
+    finished_run(config, 3)
+    RunFolder(dataclasses.replace(config, seed=2), 3)
+    assert sorted(contents(tmp_path / "run")) == ["config.json", "metrics.jsonl", "model.pt"]
+    with pytest.raises(UserError, match=r"state\.pt: no such file"):
+        RunFolder(dataclasses.replace(config, seed=2, resume=True), 3)
 
 
 def test_a_resumed_run_continues_its_log(tmp_path):
     """Lines after the saved step, and one that a crash tore, are taken off; torch's generator goes on where it was."""
-    run = RunFolder(OutDir(str(tmp_path)))
+    config = Run(str(tmp_path))
+    run, model, other = RunFolder(config, 9), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     for step in (1, 2):
         run.log(step=step, loss=float(step))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        run.save_state(2, weight=torch.ones(2))
+        run.save_state(2, model=model, coefficient=0.25)
         following = torch.rand(3)
         run.log(step=3, loss=3.0)
         with open(run.metrics, "a", encoding="utf-8") as f:
             f.write('{"step": 4, "lo')
         torch.manual_seed(99)
-        resumed = RunFolder(OutDir(str(tmp_path)), resume=True)
-        state = resumed.load_state(CPU)
+        resumed = RunFolder(dataclasses.replace(config, resume=True), 9)
+        assert resumed.done is None
+        state = resumed.resume(model=other)
         assert torch.equal(torch.rand(3), following)
-    assert state["step"] == 2 and torch.equal(state["weight"], torch.ones(2))
+    assert state["step"] == 2 and state["coefficient"] == 0.25 and torch.equal(other.weight, model.weight)
     resumed.log(step=3, loss=3.5)
     assert [(r["step"], r["loss"]) for r in lines_of(run.metrics)] == [(1, 1.0), (2, 2.0), (3, 3.5)]
 
 
+def test_the_history_is_that_of_the_whole_run(tmp_path):
+    """Means over "the last quarter" and "at the start" are of the run, not of the part after a resume. Rows without the
+    figure are left out."""
+    config = Run(str(tmp_path))
+    run = RunFolder(config, 4)
+    run.log(step=0, held_out_loss=5.0)
+    run.log(step=1, loss=4.0)
+    run.save_state(1)
+    run.log(step=2, loss=9.0)  # after the state: it comes again
+    resumed = RunFolder(dataclasses.replace(config, resume=True), 4)
+    resumed.resume()
+    resumed.log(step=2, loss=3.0)
+    resumed.log(step=2, held_out_loss=2.0)
+    assert [row["held_out_loss"] for row in resumed.history("held_out_loss")] == [5.0, 2.0]
+    assert [(row["step"], row["loss"]) for row in resumed.history("loss")] == [(1, 4.0), (2, 3.0)]
+    assert [row["step"] for row in resumed.history()] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({"lr": 0.25}, "--lr 0.5, not 0.25"),
+        ({"seed": 2}, "--seed 1, not 2"),
+        ({"data": "b.jsonl"}, "--data a.jsonl, not b.jsonl"),
+        ({"reward": ["two", "one"]}, "--reward ['one', 'two'], not ['two', 'one']"),
+        ({"warmup": 1}, "--warmup 0, not 1"),
+        ({"epochs": 1}, "--epochs 2, not 1"),
+        ({"iterations": 2}, "--iterations 3, not 2"),
+    ],
+)
+def test_another_configuration_is_not_resumed(tmp_path, changed, shown):
+    """Going on from one run's weights with another seed or learning rate gives neither run: refused, the flag named, no
+    byte written. A run that shrinks has done more than it was asked for."""
+    config = Run(str(tmp_path))
+    finished_run(config, 3)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        RunFolder(dataclasses.replace(config, resume=True, **changed), 5)
+    assert str(tmp_path / "state.pt") in str(error.value) and shown in str(error.value)
+    assert "\n" not in str(error.value) and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device": "cuda"},
+        {"log_every": 7},
+        {"save_every": 1},
+        {"trace": True},
+        {"strict": True},
+        {"epochs": 5},
+        {"iterations": 4},
+    ],
+    ids=str,
+)
+def test_what_changes_no_result_may_differ(tmp_path, changed):
+    """A run goes on on another device, with another rhythm of logs and states, or for longer."""
+    config = Run(str(tmp_path))
+    run = RunFolder(config, 3)
+    run.save_state(1)
+    resumed = RunFolder(dataclasses.replace(config, resume=True, **changed), 5)
+    assert resumed.resume()["step"] == 1
+    found = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert {name: found[name] for name in changed} == changed
+
+
+def test_a_folder_that_moved_is_resumed(tmp_path):
+    """out_dir names the place, not the run."""
+    RunFolder(Run(str(tmp_path / "here")), 3).save_state(1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert RunFolder(Run(str(tmp_path / "there"), resume=True), 3).resume()["step"] == 1
+
+
+def test_a_state_from_before_a_flag_existed_is_not_resumed(tmp_path):
+    """What it was trained with is not known."""
+    config = Run(str(tmp_path))
+    RunFolder(config, 3).save_state(1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["config"]["lr"]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"--lr None, not 0\.5"):
+        RunFolder(dataclasses.replace(config, resume=True), 3)
+
+
+def test_what_is_no_state_is_not_resumed(tmp_path):
+    """A model, a list, torn bytes: one line that names the file."""
+    config = Run(str(tmp_path))
+    RunFolder(config, 3).save_state(1)
+    whole = (tmp_path / "state.pt").read_bytes()
+    for content in ({"weights": torch.ones(2)}, [1, 2], None):
+        torch.save(content, tmp_path / "state.pt") if content else (tmp_path / "state.pt").write_bytes(whole[:300])
+        before = contents(tmp_path)
+        with pytest.raises(UserError) as error:
+            RunFolder(dataclasses.replace(config, resume=True), 3)
+        assert str(tmp_path / "state.pt") in str(error.value) and "\n" not in str(error.value)
+        assert contents(tmp_path) == before
+
+
+def test_nothing_to_resume_writes_nothing(tmp_path):
+    """--resume without a state: no folder, no config.json; one that stands there stays as it is."""
+    with pytest.raises(UserError, match=r"state\.pt: no such file"):
+        RunFolder(Run(str(tmp_path / "deep" / "run"), resume=True), 3)
+    assert list(tmp_path.iterdir()) == []
+    finished_run(Run(str(tmp_path / "run")), 3)
+    (tmp_path / "run" / "state.pt").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"state\.pt: no such file"):
+        RunFolder(Run(str(tmp_path / "run"), lr=0.25, resume=True), 3)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_is_done(tmp_path, capsys):
+    """To resume it gives the stored results, gates included, so that --strict fails as it did; no byte changes. Before,
+    the results were replaced by those of no step at all."""
+    config = Run(str(tmp_path), strict=True)
+    results = finished_run(config, 3)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    again = RunFolder(dataclasses.replace(config, resume=True), 3)
+    assert again.done == results and contents(tmp_path) == before
+    assert capsys.readouterr().out == f"{tmp_path / 'state.pt'}: 3 of 3 steps are done\n"
+
+
+def test_killed_before_its_results_a_run_is_not_done(tmp_path):
+    """All steps done and the last state saved, but no results yet: the end of the run is still to come."""
+    config = Run(str(tmp_path))
+    finished_run(config, 3)
+    (tmp_path / "results.json").unlink()
+    resumed = RunFolder(dataclasses.replace(config, resume=True), 3)
+    assert resumed.done is None and resumed.resume()["step"] == 3
+
+
+def test_a_longer_run_is_not_done_with_the_results_of_the_shorter(tmp_path):
+    """Resumed with more epochs, then killed between its last state and its results: what stands there is the shorter
+    run's."""
+    finished_run(Run(str(tmp_path)), 3)
+    longer = Run(str(tmp_path), epochs=4, resume=True)
+    run = RunFolder(longer, 6)
+    assert run.done is None and run.resume()["step"] == 3
+    run.save_state(6)  # and killed
+    assert RunFolder(longer, 6).done is None
+
+
+def test_the_generator_of_a_gpu_is_part_of_the_state(tmp_path, monkeypatch):
+    """Dropout on a GPU draws from the GPU's generator. A state goes from a machine with one to a machine without, and
+    back."""
+    config, given = Run(str(tmp_path)), []
+    resume = dataclasses.replace(config, resume=True)
+    state = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *device: state.clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *device: given.append(state))
+    RunFolder(config, 3).save_state(1)
+    RunFolder(resume, 3).resume()
+    assert len(given) == 1 and torch.equal(given[0], state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    RunFolder(resume, 3).resume()
+    RunFolder(config, 3).save_state(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    RunFolder(resume, 3).resume()
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("deeper", ["", "deeper"])
+def test_an_out_dir_that_is_a_file(tmp_path, deeper):
+    """One line that names the flag, and the file is as it was."""
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--out_dir .*notes\.txt.*folder"):
+        RunFolder(Run(str(tmp_path / "notes.txt" / deeper)), 3)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
+    """The learning rate would never be reached. The figure that is needed is told, before anything is written."""
+    with pytest.raises(UserError, match=r"--warmup 4 .* 3 steps"):
+        RunFolder(Run(str(tmp_path / "run"), warmup=4), 3)
+    assert list(tmp_path.iterdir()) == []
+    RunFolder(Run(str(tmp_path / "run"), warmup=3), 3)
+
+
+@pytest.mark.parametrize("name", ["loss", "policy_loss", "value_loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, name, value):
+    """Hours of nan are of no use, and their weights are no model: say at which step, and what to do."""
+    run = RunFolder(Run(str(tmp_path)), 9)
+    run.log(step=3, **{name: 1e30})
+    with pytest.raises(UserError, match=f"{name} is {value} at step 4; lower --lr"):
+        run.log(step=4, **{name: value})
+    assert [row["step"] for row in run.history()] == [3]
+
+
 def test_logs_and_results_are_valid_json(tmp_path):
     """A figure that is nan (no held-out data: no held-out loss) must not make a file that JSON readers refuse."""
-    run = RunFolder(OutDir(str(tmp_path)))
-    run.log(step=1, loss=float("nan"))
-    run.finish({"held_out_loss": float("nan"), "gates": []})
-
-    def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    for path in (tmp_path / "metrics.jsonl", tmp_path / "results.json"):
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    run = RunFolder(Run(str(tmp_path)), 9)
+    run.log(step=1, loss=1.0, held_out_loss=float("nan"), score=float("-inf"))
+    run.finish({"held_out_loss": float("nan"), "deep": [{"x": float("inf")}], "gates": []})
+    assert strict_json(tmp_path / "metrics.jsonl") == {"step": 1, "loss": 1.0, "held_out_loss": None, "score": None}
+    results = strict_json(tmp_path / "results.json")
+    assert results["held_out_loss"] is None and results["deep"] == [{"x": None}]
 
 
 # --------------------------------------------------------------------------------------- device, seeds, schedule, gates
@@ -775,12 +860,13 @@ def test_set_lr():
 @pytest.mark.parametrize(
     ("value", "low", "high", "ok", "shown"),
     [
-        (0.5, 0.4, 0.6, True, "0.500 (expected 0.4-0.6)  OK"),
+        (0.5, 0.4, 0.6, True, "0.500 (expected at default settings: 0.4 to 0.6)  OK"),
         (0.4, 0.4, 0.6, True, "OK"),
-        (0.7, 0.4, 0.6, False, "0.700 (expected 0.4-0.6)  FAILED"),
-        (0.3, 0.4, math.inf, False, "(expected at least 0.4)  FAILED"),
-        (9.0, 0.4, math.inf, True, "(expected at least 0.4)  OK"),
-        (9.0, -math.inf, 5.0, False, "(expected at most 5)  FAILED"),
+        (0.6, 0.4, 0.6, True, "OK"),
+        (0.7, 0.4, 0.6, False, "0.700 (expected at default settings: 0.4 to 0.6)  FAILED"),
+        (0.3, 0.4, math.inf, False, "(expected at default settings: at least 0.4)  FAILED"),
+        (9.0, 0.4, math.inf, True, "(expected at default settings: at least 0.4)  OK"),
+        (9.0, -math.inf, 5.0, False, "(expected at default settings: at most 5)  FAILED"),
         (math.nan, 0.4, 0.6, False, "FAILED"),
     ],
 )
@@ -793,3 +879,202 @@ def test_gates(capsys, value, low, high, ok, shown):
     assert result["low"] in (low, None) and result["high"] in (high, None)
     if math.isfinite(value):
         json.dumps(result, allow_nan=False)
+
+
+def test_a_gate_shows_its_note(capsys):
+    gate("figure", 0.5, 0.4, 0.6, "standard error 0.1")
+    assert "(expected at default settings: 0.4 to 0.6; standard error 0.1)  OK" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def model_with_gradients(seed: int, dtype=torch.float64):
+    """A GPT whose gradients are known -> the model, and its gradients as one vector."""
+    model = make_gpt(seed, n_embd=8, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+    return model, gradients(model)
+
+
+def gradients(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_gradients_are_clipped_by_their_common_norm():
+    """Scaled down all together to the given length, their direction kept; shorter ones are left alone. What comes back
+    is their norm before."""
+    for share in (0.1, 0.999):
+        model, before = model_with_gradients(1)
+        norm = before.norm().item()
+        assert clip_gradients(model, share * norm).item() == pytest.approx(norm, rel=1e-9)
+        assert torch.allclose(gradients(model), share * before, rtol=1e-6, atol=0)  # torch adds 1e-6 to the norm
+    model, before = model_with_gradients(1)
+    assert clip_gradients(model, 1.001 * norm).item() == pytest.approx(norm, rel=1e-9)
+    assert torch.equal(gradients(model), before)
+
+
+def test_a_limit_of_0_leaves_the_gradients_alone():
+    """--grad_clip 0 is off. Taken for a limit it would train nothing: every gradient becomes 0."""
+    model, before = model_with_gradients(2)
+    assert clip_gradients(model, 0.0).item() == pytest.approx(before.norm().item(), rel=1e-9)
+    assert torch.equal(gradients(model), before) and before.norm() > 1
+
+
+def test_frozen_parameters_do_not_count_when_clipping():
+    """A left-over gradient of a frozen layer would shrink those that are trained."""
+    model, _ = model_with_gradients(3)
+    model.wte.requires_grad_(False)
+    expected = torch.cat([p.grad.flatten() for name, p in model.named_parameters() if name != "wte.weight"]).norm()
+    assert clip_gradients(model, 1.0).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("make", [make_gpt, make_scalar])
+def test_train_last_layers(make):
+    """The last n blocks, the final LayerNorm and a scalar head; 0: everything. The token embedding is the output layer
+    too, so it stays. More blocks than there are: the flag is named."""
+    for n, kept in ((0, r""), (1, r"(gpt\.)?(h\.2|ln_f)\.|head\."), (2, r"(gpt\.)?(h\.[12]|ln_f)\.|head\.")):
+        model = make(n_layer=3)
+        common.train_last_layers(model, n)
+        expected = [name for name, _ in model.named_parameters() if re.match(kept, name)]
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
+        assert len(common.trainable(model)) == len(expected) > 0
+    with pytest.raises(UserError, match="--train_layers 4: the model has 3 blocks"):
+        common.train_last_layers(make(n_layer=3), 4)
+
+
+def test_due_is_every_n_steps_and_at_the_end():
+    assert [step for step in range(7) if common.due(step, 3, 7)] == [2, 5, 6]
+    assert [step for step in range(6) if common.due(step, 3, 6)] == [2, 5]
+    assert [step for step in range(3) if common.due(step, 1, 3)] == [0, 1, 2]
+    assert [step for step in range(7) if common.due(step, 0, 7)] == [6]
+
+
+def test_the_bar_starts_where_the_run_goes_on():
+    bar = common.progress(2, 5, "name")
+    assert (bar.n, bar.total, list(bar)) == (2, 5, [2, 3, 4])
+
+
+def test_every_block_is_compiled_and_no_name_changes(monkeypatch):
+    """torch.compile(model) would put _orig_mod before every name, and no checkpoint would load."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+    policy, scorer = make_gpt(), make_scalar()
+    names = [*policy.state_dict(), *scorer.state_dict()]
+    common.compile_blocks(policy, scorer)
+    assert compiled == [*policy.h, *scorer.gpt.h]
+    assert [*policy.state_dict(), *scorer.state_dict()] == names
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+TOY = ToyTokenizer()
+
+
+def test_sample_prompts_leaves_room_for_an_answer(monkeypatch):
+    """The end of each prompt, where the question is; and at least one token of it, whatever --max_new_tokens says."""
+    policy, seen = make_gpt(block_size=16), []
+
+    def record(policy, prompts, max_new_tokens, **options):
+        seen.append((prompts, max_new_tokens, options["eos_id"], options.get("temperature", 1.0)))
+        return generate(policy, prompts, max_new_tokens, **options)
+
+    monkeypatch.setattr(common, "generate", record)
+    prompts = [list(range(20)), [1, 2, 3]]
+    common.sample_prompts(policy, prompts, TOY, 6, seed=1)
+    common.sample_prompts(policy, prompts, TOY, 99, seed=1)
+    assert seen == [
+        ([list(range(10, 20)), [1, 2, 3]], 6, TOY.eos_id, 1.0),
+        ([[19], [3]], 15, TOY.eos_id, 1.0),
+    ]
+
+
+def test_show_samples(capsys):
+    """Three prompts with what was made of them, without EOS, and scores if there are any."""
+    tokens = torch.tensor([[0, 1, 2, TOY.eos_id], [3, 4, 5, 6], [7, 8, TOY.eos_id, 0], [1, 1, 1, 1]])
+    rollout = Rollout(tokens, torch.tensor([2, 1, 1, 1]), torch.tensor([4, 4, 3, 4]), torch.tensor([1, 0, 1, 0]).bool())
+    common.show_samples(rollout, TOY, torch.tensor([1.0, -0.256, 0.0, 9.0]))
+    common.show_samples(rollout, TOY)
+    with_scores = ["  [+1.00] 'ab' -> 'c'", "  [-0.26] 'd' -> 'efg'", "  [+0.00] 'h' -> 'i'"]
+    without = ["  'ab' -> 'c'", "  'd' -> 'efg'", "  'h' -> 'i'"]
+    assert capsys.readouterr().out.splitlines() == [*with_scores, *without]
+
+
+def test_compare_samples_equals_a_loop(float64, capsys):
+    """EOS rates of both, and the mean over the policy's own samples of log pi/pi_ref, token after token; the same
+    whether or not the two have been compared before."""
+    policy, reference = make_gpt(1), make_gpt(1)
+    spread(policy, 5, 0.05)
+    prompts = random_prompts([3, 1, 4, 2, 5, 2, 3, 3], 22)
+    found = common.compare_samples(policy, reference, prompts, TOY, 8, seed=3)
+    rollout, before = (common.sample_prompts(m, prompts, TOY, 8, seed=3) for m in (policy, reference))
+    ratios = []
+    for row, prompt in enumerate(prompts):
+        completion = rollout.tokens[row, len(prompt) : int(rollout.lens[row])].tolist()
+        both = [completion_logprobs(m, prompt, completion).sum().item() for m in (policy, reference)]
+        ratios.append(both[0] - both[1])
+    assert found["kl"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-9) and abs(found["kl"]) > 0.01
+    assert found["eos_rate"] == rollout.ended.double().mean() and found["ref_eos_rate"] == before.ended.double().mean()
+    assert f"EOS rate {found['eos_rate']:.2f} (reference {found['ref_eos_rate']:.2f})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ended", "ref_ended", "per_token", "warned"),
+    [
+        (10, 10, 0.0, False),
+        (8, 10, 2.4, False),  # 10 tokens each: 24 nats
+        (7, 10, 0.0, True),
+        (5, 6, 0.0, False),
+        (10, 10, 2.6, True),
+        (0, 0, 0.0, False),  # neither has learned to stop
+    ],
+)
+def test_a_collapse_is_said_aloud(monkeypatch, capsys, ended, ref_ended, per_token, warned):
+    """A policy that no longer stops, or that is far from where it began: without held-out data, nothing else shows
+    it."""
+    policy, reference = make_gpt(1), make_gpt(2)
+    tokens, ten = torch.zeros(10, 12, dtype=torch.long), torch.arange(10)
+    lens = torch.full((10,), 12), torch.full((10,), 2)
+
+    def sampled(model, *arguments):
+        return Rollout(tokens, lens[1], lens[0], ten < (ended if model is policy else ref_ended))
+
+    monkeypatch.setattr(common, "sample_prompts", sampled)
+    per = {policy: per_token, reference: 0.0}
+    monkeypatch.setattr(common, "token_logprobs", lambda model, tokens: torch.full((10, 11), per[model]))
+    found = common.compare_samples(policy, reference, [[1, 2]] * 10, TOY, 10, 1)
+    assert found == {
+        "eos_rate": pytest.approx(ended / 10),
+        "ref_eos_rate": pytest.approx(ref_ended / 10),
+        "kl": pytest.approx(10 * per_token, rel=1e-6),
+    }
+    assert ("WARNING" in capsys.readouterr().out) is warned
+
+
+def test_a_trace_shows_one_rollout_token_by_token(capsys):
+    """Every action with its figures, and no other position: the shift by one between a token and its log-prob is where
+    a reader looks first."""
+    names = ("logprobs", "ref_logprobs", "kl", "rewards", "values", "advantages", "returns")
+    columns = {name: torch.arange(8.0).view(2, 4) + 10 * n for n, name in enumerate(names)}
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    tokens = torch.tensor([[0, 1, 2, TOY.eos_id, 0], [3, 4, 5, 6, 7]])
+    common.print_trace(SimpleNamespace(tokens=tokens, action_mask=mask, **columns), TOY, row=0)
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["token", *names]
+    assert [line.split() for line in lines] == [
+        [repr("c"), *(f"{1 + 10 * n}.000" for n in range(7))],
+        [repr("w"), *(f"{2 + 10 * n}.000" for n in range(7))],
+    ]
+
+
+def test_the_last_quarter_of_a_run(capsys):
+    """Means over the last quarter, not over all, nor the last row alone; a run of three rows has a last one. Gates are
+    on these means."""
+    history = [{"score": float(n), "kl": 10.0 * n, "eos_rate": 1.0} for n in range(8)]
+    expected = (("score", "a score", 6.0, 7.0), ("kl", "a KL", 0.0, 60.0))
+    results = common.last_quarter(history, expected)
+    assert (results["score"], results["kl"], results["eos_rate"]) == (6.5, 65.0, 1.0)
+    assert [(g["name"], g["value"], g["ok"]) for g in results["gates"]] == [("a score", 6.5, True), ("a KL", 65, False)]
+    assert "score 6.50 (0.00), kl 65.00 (0.00)" in capsys.readouterr().out
+    assert common.last_quarter(history[:3], ())["score"] == 2.0
