@@ -283,7 +283,7 @@ def measure(
 def make_experience(
     policy: GPT,
     reference: GPT,
-    value_model: ScalarModel,
+    value_model: ScalarModel | None,
     rollout: Rollout,
     scores: Tensor,
     kl_coef: float,
@@ -380,9 +380,11 @@ def update(
     return dict(zip(STATISTICS, means, strict=True)) | facts
 
 
-def make_optimizer(policy: GPT, value_model: ScalarModel, config: Config) -> torch.optim.Adam:
+def make_optimizer(policy: GPT, value_model: ScalarModel | None, config: Config) -> torch.optim.Adam:
     """Adam with eps 1e-5, as in OpenAI's code: with 1e-8 the first steps, while second moments are tiny, are huge."""
-    groups = [{"params": trainable(policy), "lr": config.lr}, {"params": trainable(value_model), "lr": config.value_lr}]
+    groups = [{"params": trainable(policy), "lr": config.lr}]
+    if value_model is not None:
+        groups.append({"params": trainable(value_model), "lr": config.value_lr})
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
 
 
@@ -496,7 +498,7 @@ def initial_value_model(policy: GPT, reward_models: list[ScalarModel], config: C
     a function has a part in the reward, its units are not known: then the head starts at 0, on the reward model's body
     or the policy's, so that the first advantages are just the rewards."""
     weights = config.reward_weights or [1.0] * len(config.reward)
-    scale = sum(weights) if config.reward_combine == "sum" else 1.0
+    scale = {"sum": sum(weights), "mean": 1.0, "min": weights[0]}[config.reward_combine]
     if reward_models and len(reward_models) == len(config.reward) and scale:
         value_model = copy.deepcopy(reward_models[0])
         value_model.std /= scale

@@ -14,6 +14,8 @@ from helpers import (
     ToyTokenizer,
     assert_same_weights,
     checkpoint,
+    completion_logprobs,
+    descend,
     frame_batch,
     make_gpt,
     make_scalar,
@@ -25,9 +27,9 @@ from helpers import (
 )
 
 import ppo
-from common import UserError, load_file, load_model
-from model import GPT, GPTConfig, Rollout, generate
-from ppo import Config, load_reward, make_experience
+from common import Checkpoint, UserError, call_reward, load_file, load_model, load_reward, lr_at, save_model
+from model import GPT, Block, GPTConfig, Rollout, generate
+from ppo import Config, initial_value_model, make_experience
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,12 @@ def words(prompts, completions):
 def none(prompts, completions):
     return None
 
+def stops(prompts, completions, ended):
+    return ended
+
+def same(prompts, completions):
+    return [1.0] * len(completions)
+
 number = 3
 """
 
@@ -60,11 +68,21 @@ def reward_file(folder: Path) -> str:
     return str(path)
 
 
+def toy_policy(**sizes) -> Checkpoint:
+    return Checkpoint(make_gpt(0, **sizes), ToyTokenizer.name, "")
+
+
+def cut_rollout(*ended: bool) -> Rollout:
+    """A rollout of which only `ended` is looked at."""
+    ones = torch.ones(len(ended), dtype=torch.long)
+    return Rollout(torch.zeros(len(ended), 2, dtype=torch.long), ones, 2 * ones, torch.tensor(ended))
+
+
 def test_reward_from_a_file(tmp_path):
     """A user's own function: the right texts in the right order, numbers of any kind back as a tensor."""
-    score, model = load_reward(f"{reward_file(tmp_path)}:letters", ToyTokenizer(), CPU)
-    assert model is None
-    assert score(None, ["bb", "b"], ["aab", "c"]).tolist() == pytest.approx([2.2, 0.1])
+    score, models = load_reward([f"{reward_file(tmp_path)}:letters"], toy_policy(), "", CPU)
+    assert models == []
+    assert score(cut_rollout(True, True), ["bb", "b"], ["aab", "c"]).tolist() == pytest.approx([2.2, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -79,9 +97,9 @@ def test_reward_from_a_file(tmp_path):
 def test_wrong_rewards_are_reported(tmp_path, name, message):
     """A reward function that returns too few, nan or text: a message with its name, not a crash
     later or silent training on nonsense."""
-    score, _ = load_reward(f"{reward_file(tmp_path)}:{name}", ToyTokenizer(), CPU)
+    score, _ = load_reward([f"{reward_file(tmp_path)}:{name}"], toy_policy(), "", CPU)
     with pytest.raises(UserError, match=message) as error:
-        score(None, ["b", "b"], ["c", "d"])
+        score(cut_rollout(True, True), ["b", "b"], ["c", "d"])
     assert f"toy_rewards.py:{name}" in str(error.value)
 
 
@@ -89,25 +107,86 @@ def test_wrong_rewards_are_reported(tmp_path, name, message):
 def test_a_reward_that_is_no_function_is_reported(tmp_path, name):
     """A misspelt function name."""
     with pytest.raises(UserError, match=f"no function {name}"):
-        load_reward(f"{reward_file(tmp_path)}:{name}", ToyTokenizer(), CPU)
+        load_reward([f"{reward_file(tmp_path)}:{name}"], toy_policy(), "", CPU)
 
 
 def test_a_reward_that_can_not_be_loaded_is_reported(tmp_path):
-    """A missing file, a file that doesn't import, a policy in the place of a reward model, another vocabulary."""
+    """A missing file, a file that doesn't import, a policy in the place of a reward model, another vocabulary, texts
+    that are too long for it, another task: scores would be plausible and wrong, or a traceback hours later."""
     broken = tmp_path / "broken_rewards.py"
     broken.write_text("import no_such_module_anywhere\n", encoding="utf-8")
     policy, scorer = checkpoint(tmp_path / "policy", make_gpt(0)), checkpoint(tmp_path / "scorer", make_scalar(0))
-    other = ToyTokenizer()
-    other.name = "other"
-    for spec, tokenizer, message in (
-        (f"{tmp_path}/absent.py:f", ToyTokenizer(), "file to exist"),
-        (f"{broken}:f", ToyTokenizer(), "no_such_module_anywhere"),
-        (str(tmp_path / "absent"), ToyTokenizer(), "reward_model.py"),
-        (policy, ToyTokenizer(), "reward model"),
-        (scorer, other, "toy tokens"),
+    short = checkpoint(tmp_path / "short", make_scalar(0, block_size=47))
+    save_model(tmp_path / "demo", make_scalar(0), "toy", "test", Config(), "tiny")
+    toy = toy_policy()
+    for spec, asking, message in (
+        (f"{tmp_path}/absent.py:f", toy, "file to exist"),
+        (f"{broken}:f", toy, "no_such_module_anywhere"),
+        (str(tmp_path / "absent"), toy, "reward_model.py"),
+        (policy, toy, "reward model"),
+        (scorer, toy._replace(tokenizer="other"), "reads toy tokens, the policy writes other tokens"),
+        (short, toy, "texts of 47 tokens at most, the policy's have up to 48"),
+        (str(tmp_path / "demo"), toy, "trained on the embedded task, and the prompts are not of it"),
     ):
         with pytest.raises(UserError, match=message):
-            load_reward(spec, tokenizer, CPU)
+            load_reward([f"{reward_file(tmp_path)}:letters", spec], asking, "", CPU)
+    for spec in (scorer, str(tmp_path / "demo")):  # the same are right where they belong
+        assert len(load_reward([spec], toy, "tiny", CPU)[1]) == 1
+
+
+def test_a_function_may_ask_which_completions_ended(tmp_path):
+    """A function with a parameter `ended` that is told nothing, or that all have ended, can't tell a cut text from a
+    finished one; one without it must not be given it."""
+    score, _ = load_reward([f"{reward_file(tmp_path)}:stops"], toy_policy(), "", CPU)
+    assert score(cut_rollout(True, False, True), ["b"] * 3, ["c"] * 3).tolist() == [1, 0, 1]
+
+    def stops(prompts, completions, *, ended):
+        return ended
+
+    assert call_reward(stops, ["b"] * 2, ["c"] * 2, [False, True]) == [0, 1]
+    assert call_reward(stops, ["b"] * 2, ["c"] * 2) == [1, 1]  # texts of which nothing is known are whole
+
+
+MIXES = [
+    ("sum", [0.5, -2.0], lambda a, b: 0.5 * a - 2 * b),
+    ("sum", None, lambda a, b: a + b),
+    ("mean", [0.5, 2.0], lambda a, b: (0.5 * a + 2 * b) / 2.5),
+    ("mean", None, lambda a, b: (a + b) / 2),
+    ("min", [0.5, 2.0], lambda a, b: min(0.5 * a, 2 * b)),
+    ("min", None, min),
+]
+
+
+@pytest.mark.parametrize(("combine", "weights", "truth"), MIXES)
+def test_several_rewards_by_hand(tmp_path, float64, combine, weights, truth):
+    """A reward model and a function together, each with its own weight, against plain arithmetic: weights exchanged,
+    forgotten, or not part of the mean's divisor; a minimum over rows instead of over rewards."""
+    scorer = make_scalar(1)
+    frame = frame_batch(B=6, seed=48)
+    rollout = Rollout(frame.tokens, frame.prompt_lens, frame.lens, torch.ones(6, dtype=torch.bool))
+    specs = [checkpoint(tmp_path / "scorer", scorer), f"{reward_file(tmp_path)}:letters"]
+    score, models = load_reward(specs, toy_policy(), "", CPU, weights, combine)
+    completions = ["a", "", "aaa", "b", "aa", "ca"]
+    found = score(rollout, ["b"] * 6, completions)
+    parts = [(scorer(frame.row(i))[0, -1].item(), completions[i].count("a") + 0.1) for i in range(6)]
+    assert found.tolist() == pytest.approx([truth(a, b) for a, b in parts], abs=1e-7)
+    assert len(models) == 1
+    assert {a < b for a, b in parts} == {True, False}, "each of the two must be the smaller one somewhere"
+
+
+@pytest.mark.parametrize(
+    ("specs", "weights", "combine", "message"),
+    [
+        (2, [1.0], "sum", "--reward_weights has 1 values for 2 rewards"),
+        (1, [1.0, 2.0], "sum", "--reward_weights has 2 values for 1 rewards"),
+        (2, [1.0, -1.0], "mean", "--reward_combine mean"),
+        (0, [], "sum", "--reward needs"),
+    ],
+)
+def test_a_mix_that_means_nothing_is_refused(tmp_path, specs, weights, combine, message):
+    """A weight too few would drop a reward silently; weights that sum to 0 have no mean."""
+    with pytest.raises(UserError, match=message):
+        load_reward([f"{reward_file(tmp_path)}:letters"] * specs, toy_policy(), "", CPU, weights, combine)
 
 
 def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path, float64):
@@ -115,7 +194,7 @@ def test_a_checkpoint_scores_every_rollout_as_if_it_were_alone(tmp_path, float64
     scorer = make_scalar(1)
     scorer.mean.fill_(0.7)
     scorer.std.fill_(3.0)
-    score, _ = load_reward(checkpoint(tmp_path / "scorer", scorer), ToyTokenizer(), CPU)
+    score, _ = load_reward([checkpoint(tmp_path / "scorer", scorer)], toy_policy(), "", CPU)
     frame = frame_batch(B=70, extra=3, seed=47)
     found = score(Rollout(frame.tokens, frame.prompt_lens, frame.lens, torch.ones(70, dtype=torch.bool)), [], [])
     assert found.shape == (70,)
@@ -153,7 +232,7 @@ def run_ppo(tmp_path: Path, monkeypatch, policy, **changes):
         **{"temperature": 0.7, "minibatch": 5, "micro_batch": 2},
         **{"lr": 3e-3, "value_lr": 3e-3, "warmup": 0, "eos_penalty": 1.5, "kl_coef": 0.2, "device": "cpu"},
         **{"ppo_epochs": 2, "gamma": 1.0, "lam": 0.95, "clip": 0.2},
-        **{"value_clip": 0.5, "target_kl": 0.1, "kl": "k1", "kl_target": 0.0},
+        **{"value_clip": 0.5, "stop_kl": 0.1, "kl": "k1", "kl_target": 0.0},
     }
     results = ppo.train(Config(**{**settings, **changes}))
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl"), calls
@@ -225,10 +304,9 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float
     scorer.mean.fill_(-0.4)
     scorer.std.fill_(1.7)
     loaded = []
-    original = load_reward
 
-    def record(*args):
-        loaded.append(original(*args))
+    def record(*args, **options):
+        loaded.append(load_reward(*args, **options))
         return loaded[-1]
 
     monkeypatch.setattr(ppo, "load_reward", record)
@@ -237,7 +315,7 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float
     first = calls[0]
     for name, tensor in scorer.state_dict().items():
         assert torch.equal(first["value_start"][name], tensor), name
-        assert torch.equal(loaded[0][1].state_dict()[name], tensor), f"the reward model's {name} has changed"
+        assert torch.equal(loaded[0][1][0].state_dict()[name], tensor), f"the reward model's {name} has changed"
     rollout = first["rollout"]
     expected = scorer.score(rollout.tokens, rollout.lens) - 1.5 * (~rollout.ended)
     torch.testing.assert_close(first["scores"], expected.detach(), rtol=0, atol=1e-11)
@@ -248,6 +326,49 @@ def test_without_a_reward_model_values_start_at_0(tmp_path, monkeypatch):
     """A random critic makes the first advantages noise."""
     _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(4, block_size=24), iterations=1)
     assert (calls[0]["experience"].values == 0).all()
+
+
+def test_with_a_function_in_the_mix_values_start_at_0(tmp_path, monkeypatch, float64):
+    """A critic in the units of the reward model alone, where a function of unknown size has a part in the reward: the
+    first advantages are worse than without a critic (explained variance -1.8 was seen). At 0 it is 0."""
+    scorer = checkpoint(tmp_path / "scorer", make_scalar(2, block_size=24))
+    for specs in ([scorer, f"{reward_file(tmp_path)}:letters"], [f"{reward_file(tmp_path)}:letters", scorer]):
+        _, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(4, block_size=24), iterations=1, reward=specs)
+        assert (calls[0]["experience"].values == 0).all()
+        assert log[0]["explained_variance"] == pytest.approx(0, abs=1e-6)
+        body = load_model(scorer, CPU, "scalar").model.gpt.state_dict()  # it knows what a good text looks like
+        assert all(torch.equal(calls[0]["value_start"][f"gpt.{k}"], v) for k, v in body.items())
+
+
+@pytest.mark.parametrize(
+    ("combine", "weights", "factor"),
+    [
+        ("sum", [], 1.0),
+        ("sum", [2.5], 2.5),
+        ("sum", [-0.5], -0.5),
+        ("sum", [0.5, 1.5], 2.0),
+        ("mean", [0.5, 1.5], 1.0),
+        ("mean", [3.0], 1.0),
+        ("min", [3.0], 3.0),
+        ("sum", [1.0, -1.0], 0.0),
+    ],
+    ids=str,
+)
+def test_the_value_model_starts_in_the_units_of_the_reward(tmp_path, float64, combine, weights, factor):
+    """A reward with a weight of 2.5 is 2.5 times as large, and so is what the critic has to predict. With equal reward
+    models the truth is known: at the last token it is the very reward."""
+    scorer, frame = make_scalar(2), frame_batch(B=6, seed=49)
+    scorer.mean.fill_(-0.4)
+    scorer.std.fill_(1.7)
+    specs = [checkpoint(tmp_path / "scorer", scorer)] * max(1, len(weights))
+    config = Config(reward=specs, reward_weights=weights, reward_combine=combine)
+    score, models = load_reward(specs, toy_policy(), "", CPU, weights, combine)
+    value_model = initial_value_model(make_gpt(0), models, config)
+    found = value_model.score(frame.tokens, frame.lens)
+    rollout = Rollout(frame.tokens, frame.prompt_lens, frame.lens, torch.ones(6, dtype=torch.bool))
+    torch.testing.assert_close(found, score(rollout, [""] * 6, [""] * 6), rtol=0, atol=1e-12)
+    torch.testing.assert_close(value_model(frame.tokens), factor * scorer(frame.tokens), rtol=0, atol=1e-12)
+    assert {p.data_ptr() for p in value_model.parameters()}.isdisjoint(p.data_ptr() for p in models[0].parameters())
 
 
 def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch, float64):
@@ -316,6 +437,195 @@ def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch, fl
         assert_same_weights(model, trained[0], start)
 
 
+def test_every_iteration_samples_anew(tmp_path, monkeypatch):
+    """The same sampling noise in every iteration (a generator seeded without the iteration) draws the same prompts and
+    the same completions for ever, and the same order of the rows. With lr 0 nothing else could make them differ."""
+    orders: list[list[int]] = []
+    original = torch.randperm
+
+    def record(*args, **options):
+        orders.append(original(*args, **options).tolist())
+        return torch.tensor(orders[-1])
+
+    monkeypatch.setattr(torch, "randperm", record)
+    monkeypatch.setattr("test_ppo.PROMPTS", ["abc"])
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(8, block_size=24), lr=0.0, value_lr=0.0)
+    written = [str(call["rollout"].completions()) for call in calls]
+    assert len(set(written)) == 3
+    assert len({str(o) for o in orders}) == len(orders) == 6  # three iterations of two epochs
+
+    monkeypatch.setattr("test_ppo.PROMPTS", list("abcdefgh"))
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(8, block_size=24), lr=0.0, value_lr=0.0)
+    assert len({str(call["rollout"].tokens[:, 0].tolist()) for call in calls}) == 3
+
+
+def test_the_learning_rates_warm_up_and_decay(tmp_path, monkeypatch):
+    """A schedule that is logged and not used, or used for one of the two networks: what the optimiser really has at
+    each of its steps, against lr_at."""
+    steps: list[tuple[float, float]] = []
+    original = ppo.make_optimizer
+
+    def record(*args):
+        optimizer = original(*args)
+        optimizer.register_step_pre_hook(lambda o, *_: steps.append(tuple(g["lr"] for g in o.param_groups)))
+        return optimizer
+
+    monkeypatch.setattr(ppo, "make_optimizer", record)
+    changes = {"iterations": 6, "warmup": 2, "lr": 4e-4, "value_lr": 1e-3, "ppo_epochs": 1, "minibatch": 12}
+    _, _, log, _ = run_ppo(tmp_path, monkeypatch, make_gpt(8, block_size=24), **changes)
+    factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]  # up in two iterations, then down towards 0 after the last
+    assert factors == [lr_at(i, 6, 2, "linear") for i in range(6)]
+    assert [row["lr"] for row in log] == pytest.approx([4e-4 * f for f in factors], abs=1e-6)
+    assert [s[0] for s in steps] == pytest.approx([4e-4 * f for f in factors], rel=1e-12)
+    assert [s[1] for s in steps] == pytest.approx([1e-3 * f for f in factors], rel=1e-12)
+
+
+def test_every_block_is_compiled(tmp_path, monkeypatch):
+    """--compile that is ignored, or leaves one of the three networks as it was."""
+    compiled: list[int] = []
+    monkeypatch.setattr(Block, "compile", lambda self, *_, **__: compiled.append(id(self)))
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(8, block_size=24), iterations=1)
+    assert not compiled
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(8, block_size=24), iterations=1, compile=True)
+    networks = calls[0]["policy"], calls[0]["reference"], calls[0]["value_model"].gpt
+    assert sorted(compiled) == sorted(id(block) for network in networks for block in network.h)
+
+
+def test_the_true_reward_is_told_which_completions_ended(tmp_path, monkeypatch):
+    """--gold with a function that asks for `ended`: its mean is then the share of completions that ended."""
+    changes = {"gold": f"{reward_file(tmp_path)}:stops", "reward": f"{reward_file(tmp_path)}:stops"}
+    _, _, log, _ = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), **changes)
+    for row in log:
+        assert row["gold"] == pytest.approx(row["eos_rate"], abs=1e-6)
+        assert row["score"] == pytest.approx(row["eos_rate"], abs=1e-6)
+    assert any(0 < row["gold"] < 1 for row in log)
+
+
+def test_the_weights_reach_the_training(tmp_path, monkeypatch, float64):
+    """--reward_weights and --reward_combine that are checked and then forgotten."""
+    letters = f"{reward_file(tmp_path)}:letters"
+    mix = {"reward": [letters, letters], "reward_weights": [3.0, 1.0], "reward_combine": "min", "eos_penalty": 0.0}
+    _, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), iterations=1, **mix)
+    rollout = calls[0]["rollout"]
+    texts = zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)
+    expected = [sum(c == 0 for c in completion) + 0.1 * n for n, completion in texts]
+    assert calls[0]["scores"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert log[0]["score"] == pytest.approx(sum(expected) / 12, abs=1e-6)
+
+
+def test_the_pretraining_term_reaches_the_training(tmp_path, monkeypatch, float64):
+    """--ptx_coef that is read and then forgotten. The reward is the same for all and nothing else is, so PPO itself has
+    no gradient, and a step of plain SGD is that of the SFT loss."""
+    plain_sgd(monkeypatch)
+    start = make_gpt(9, block_size=24)
+    expected = copy.deepcopy(start)
+    descend(expected, -0.5 * completion_logprobs(expected, [0, 1], [2, 3, EOS]).mean(), 0.1)
+    ptx = {"ptx_coef": 0.5, "ptx_data": write_lines(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "cd"}])}
+    calm = {"reward": f"{reward_file(tmp_path)}:same", "eos_penalty": 0.0, "kl_coef": 0.0, "lam": 1.0, "grad_clip": 0.0}
+    once = {"iterations": 1, "ppo_epochs": 1, "minibatch": 12, "lr": 0.1}
+    _, policy, _, _ = run_ppo(tmp_path, monkeypatch, start, **ptx, **calm, **once)
+    assert_same_weights(policy, expected, start)
+
+
+def test_prompts_that_are_cut_are_counted(tmp_path, monkeypatch, capsys):
+    """A long --max_new_tokens leaves little room: prompts were cut to one token in silence. Their end stays."""
+    changes = {"max_new_tokens": 20, "iterations": 1, "rollouts": 30}
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), **changes)
+    said = f"{tmp_path / 'p.jsonl'}: 2 of 8 prompts cut to their last 4 tokens; "
+    advice = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
+    assert len(advice) == 1 and "--block_size" in advice[0] and "--max_new_tokens" in advice[0]
+    rollout = calls[0]["rollout"]
+    seen = {ToyTokenizer().decode(t[:n]) for t, n in zip(rollout.tokens.tolist(), rollout.prompt_lens, strict=True)}
+    assert seen <= {p[-4:] for p in PROMPTS}
+    assert {"fghi", "pqrs"} & seen
+    run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), iterations=1)
+    assert "prompts cut" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+class Killed(Exception):
+    pass
+
+
+def run_and_die(tmp_path: Path, monkeypatch, policy, after: int, **changes) -> None:
+    """run_ppo, killed in the rollout of the iteration that follows `after` whole ones."""
+    iterations = iter(range(after))
+
+    def dying(*args, **options):
+        if next(iterations, None) is None:
+            raise Killed
+        return generate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "generate", dying)
+        with pytest.raises(Killed):
+            run_ppo(tmp_path, patch, policy, **changes)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_results(tmp_path, monkeypatch):
+    """Resuming a finished run wrote {"gates": []} over its results, and --strict was satisfied."""
+    monkeypatch.setattr(ppo, "task_of", lambda path: "tiny")
+    scorer = checkpoint(tmp_path / "scorer", make_scalar(2, block_size=24))
+    changes = {"reward": scorer, "gold": ""}
+    results, _, _, _ = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), **changes)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert not all(gate["ok"] for gate in results["gates"]), "a random network must fail"
+    again, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), resume=True, **changes)
+    assert not calls
+    assert again == strict_json(tmp_path / "out" / "results.json")
+    assert again["gates"] == results["gates"] and len(again["gates"]) == 3
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_resumed_run_tells_of_the_whole_run(tmp_path, monkeypatch, capsys):
+    """The summary of a resumed run covered the resumed part only: another start, and a tail of one iteration."""
+    changes = {"iterations": 8, "save_every": 7, "lr": 1e-2}
+    (whole_path := tmp_path / "whole").mkdir()
+    whole, _, log, _ = run_ppo(whole_path, monkeypatch, make_gpt(0, block_size=24), **changes)
+    summary = [line for line in capsys.readouterr().out.splitlines() if line.startswith("last quarter")]
+    run_and_die(tmp_path, monkeypatch, make_gpt(0, block_size=24), after=7, **changes)
+    capsys.readouterr()
+    resumed, _, again, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), resume=True, **changes)
+    assert len(calls) == 1
+    for name in ("score", "kl", "k3", "eos_rate", "distinct", "length"):
+        assert [row[name] for row in again] == [row[name] for row in log]
+        assert resumed[name] == whole[name] == pytest.approx((log[6][name] + log[7][name]) / 2, abs=1e-9)
+        assert f"{name} {resumed[name]:.2f} ({log[0][name]:.2f})" in summary[0]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("last quarter")] == summary
+
+
+def test_more_iterations_go_on_from_a_finished_run(tmp_path, monkeypatch):
+    """A finished run with a larger --iterations is not finished: it goes on where it was."""
+    run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), iterations=2)
+    results, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), iterations=4, resume=True)
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert len(calls) == 2
+    assert results["score"] == pytest.approx(log[3]["score"], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ gates, refusals
+
+
+def test_only_the_usual_reward_of_the_task_is_judged(tmp_path, monkeypatch):
+    """The expected ranges are those of one reward model, unweighted, on the embedded task: for any other reward a gate
+    would fail, or pass, by accident."""
+    scorer = checkpoint(tmp_path / "scorer", make_scalar(2, block_size=24))
+    letters = f"{reward_file(tmp_path)}:letters"
+    for task, changes, gates in (
+        ("tiny", {"reward": scorer}, 3),
+        ("", {"reward": scorer}, 0),
+        ("tiny", {"reward": letters}, 0),
+        ("tiny", {"reward": [scorer, letters]}, 0),
+        ("tiny", {"reward": scorer, "reward_weights": [2.0]}, 0),
+    ):
+        monkeypatch.setattr(ppo, "task_of", lambda path, task=task: task)
+        start = make_gpt(0, block_size=24)
+        results, _, _, _ = run_ppo(tmp_path, monkeypatch, start, iterations=1, gold="", **changes)
+        assert len(results["gates"]) == gates, (task, changes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -331,11 +641,25 @@ def test_gradients_are_those_of_the_script_s_optimiser(tmp_path, monkeypatch, fl
         {"train_layers": 3},
         {"micro_batch": -1},
         {"iterations": 0},
+        {"train_layers": -1},
+        {"grad_clip": -1.0},
+        {"kl_target": 4.0, "kl_coef": 0.0},
+        {"kl_target": 4.0, "kl_horizon": 0.0},
+        {"kl_target": -1.0},
+        {"kl": "k4"},
+        {"reward_combine": "product"},
+        {"reward_weights": [1.0, 1.0]},
+        {"reward_weights": [math.nan]},
+        {"lr": math.nan},
+        {"warmup": 4},
     ],
     ids=str,
 )
 def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes):
-    """A setting that can't work stops at once with one line, not as a crash or as
-    silent nonsense after the first rollout."""
-    with pytest.raises(UserError):
+    """A setting that can't work stops at once with one line that names its flag, not as a crash or as silent nonsense
+    after the first rollout. (A gradient norm of -1 ascends; a coefficient of 0 stays 0 whatever the target is.)"""
+    with pytest.raises(UserError) as error:
         run_ppo(tmp_path, monkeypatch, make_gpt(10, block_size=24), **changes)
+    assert "\n" not in str(error.value)
+    assert any(f"--{name}" in str(error.value) for name in changes)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
