@@ -4,13 +4,19 @@ that loss."""
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import math
+import random
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     EOS,
+    ToyTokenizer,
     assert_same_weights,
     checkpoint,
     completion_logprobs,
@@ -30,11 +36,28 @@ from helpers import (
 from torch import Tensor
 
 import sft
+from cli import UserError, flag
 from common import load_model
-from data.batches import Example
-from sft import Config, held_out_loss, make_batch, sft_loss
+from data.batches import Example, make_batch
+from model import completion_mask
+from sft import held_out_loss, sft_loss
+from weights import save_pretrained
 
 CPU = torch.device("cpu")
+
+
+@dataclass
+class Config(sft.Config):
+    """The flags of sft.py in a world where the toy tokenizer is one of its vocabularies."""
+
+    tokenizer: str = flag("toy", "vocabulary", choices=("toy",))
+
+
+def batch_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """tokens (B, T) with EOS as filler, the worst there is; completion mask (B, T)."""
+    tokens, prompt_lens, lens = make_batch(examples, CPU)
+    tokens[torch.arange(tokens.size(1)) >= lens[:, None]] = EOS
+    return tokens, completion_mask(prompt_lens, lens, tokens.size(1))
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -56,9 +79,17 @@ def test_loss_equals_a_loop_over_tokens():
     """Logits shifted by one against their labels, or a mean over rows instead of tokens."""
     frame = frame_batch(B=6, extra=2, seed=1)
     logits = randn(*frame.tokens.shape, 23, seed=2, scale=2)
-    assert sft_loss(logits, frame.tokens, frame.completion_mask).item() == pytest.approx(
-        loop_loss(logits, frame.tokens, frame.completion_mask).item(), rel=1e-12
-    )
+    found = sft_loss(logits=logits, tokens=frame.tokens, completion_mask=frame.completion_mask)
+    assert found.item() == pytest.approx(loop_loss(logits, frame.tokens, frame.completion_mask).item(), rel=1e-12)
+
+
+def test_loss_of_bfloat16_logits_is_taken_in_float32():
+    """The log-softmax in bfloat16: two and a half digits of the loss and of each gradient."""
+    frame = frame_batch(B=6, extra=2, seed=1)
+    logits = randn(*frame.tokens.shape, 23, seed=2, scale=2).bfloat16()
+    found = sft_loss(logits, frame.tokens, frame.completion_mask)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(loop_loss(logits, frame.tokens, frame.completion_mask).item(), rel=1e-5)
 
 
 def test_gradient_equals_finite_differences():
@@ -74,7 +105,7 @@ def test_prompt_and_filler_give_no_gradient_and_eos_does():
     """Pad id equal to EOS and a mask made from ids: EOS is never learned, or the prompt and
     the filler are (the model never stops)."""
     examples = [Example([3, EOS, 4], [5, 6, EOS]), Example([7], [8, EOS]), Example([1, 2, 3, 4], [EOS])]
-    tokens, mask = make_batch(examples, EOS, CPU)
+    tokens, mask = batch_of(examples)
     logits = randn(*tokens.shape, 23, seed=5)
     gradient = gradient_of(lambda x: sft_loss(x, tokens, mask), logits)
     where = [[t for t in range(tokens.size(1)) if gradient[b, t].abs().max() > 0] for b in range(3)]
@@ -86,7 +117,7 @@ def test_prompt_and_filler_give_no_gradient_and_eos_does():
 
 def test_cut_completion_is_not_taught_to_stop():
     """A completion cut by the block size has no EOS; filler of the EOS id behind it must not become its label."""
-    tokens, mask = make_batch([Example([1, 2], [3, 4]), Example([1, 2], [3, 4, 5, 6, EOS])], EOS, CPU)
+    tokens, mask = batch_of([Example([1, 2], [3, 4]), Example([1, 2], [3, 4, 5, 6, EOS])])
     gradient = gradient_of(lambda x: sft_loss(x, tokens, mask), torch.zeros(*tokens.shape, 23))
     assert (gradient[0, :, EOS] >= 0).all()  # pushed down where it is a rival, never up
     assert gradient[1, 5, EOS] < 0
@@ -131,7 +162,7 @@ def test_all_rows_masked_is_zero_not_nan():
 
 def test_untrained_loss_is_about_ln_v():
     """A loss at the start far from ln V: wrong initialisation, wrong labels, or a sum where a mean is meant."""
-    for config in (Config(), Config(n_layer=1, n_head=2, n_embd=16)):
+    for config in (sft.Config(), sft.Config(n_layer=1, n_head=2, n_embd=16)):
         torch.manual_seed(0)
         model = sft.initial_model(config, 1000, CPU)
         frame = frame_batch(B=16, vocab=1000, seed=9)
@@ -168,8 +199,9 @@ def test_held_out_loss_is_the_mean_over_all_tokens(float64):
     ]
     with torch.no_grad():
         nats = torch.cat([-completion_logprobs(model, e.prompt, e.completion) for e in examples])
-    for batch_size in (1, 2, 5):
-        assert held_out_loss(model, examples, batch_size, EOS, CPU) == pytest.approx(nats.mean().item(), rel=1e-11)
+    for batch_size, micro_batch in itertools.product((1, 2, 5), (0, 1, 2, 8)):
+        config = Config(batch_size=batch_size, micro_batch=micro_batch)
+        assert held_out_loss(model, examples, config) == pytest.approx(nats.mean().item(), rel=1e-11)
 
 
 def test_held_out_loss_has_no_dropout(float64):
@@ -178,8 +210,8 @@ def test_held_out_loss_has_no_dropout(float64):
     clean = make_gpt(5)
     examples = [Example([1, 2], [3, 4, EOS])]
     noisy.train()
-    expected = held_out_loss(clean, examples, 4, EOS, CPU)
-    assert held_out_loss(noisy, examples, 4, EOS, CPU) == pytest.approx(expected, rel=1e-12)
+    expected = held_out_loss(clean, examples, Config())
+    assert held_out_loss(noisy, examples, Config()) == pytest.approx(expected, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -198,13 +230,34 @@ def run_sft(tmp_path: Path, model=None, demonstrations=DEMONSTRATIONS, held_out=
     settings = {
         "data": write_demonstrations(tmp_path / "d.jsonl", demonstrations),
         "held_out_data": write_demonstrations(tmp_path / "h.jsonl", held_out) if held_out else "",
-        "init": checkpoint(tmp_path / "init", model) if model is not None else "",
-        **{"out_dir": str(out), "tokenizer": "toy", "block_size": 24, "n_layer": 1},
-        **{"n_embd": 32, "batch_size": 8, "warmup": 0, "weight_decay": 0.0},
-        **{"grad_clip": 1e9, "lr": 0.1, "log_every": 1, "device": "cpu"},
+        **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "weight_decay": 0.0, "grad_clip": 1e9, "lr": 0.1},
+        **{"log_every": 1, "device": "cpu"},
     }
+    if model is None:
+        settings |= {"block_size": 24, "n_layer": 1, "n_embd": 32}
+    else:
+        settings["init"] = checkpoint(tmp_path / "init", model)
     results = sft.train(Config(**{**settings, **changes}))
     return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl")
+
+
+def watch_the_loss(monkeypatch) -> list[tuple[Tensor, Tensor, float]]:
+    """What each call of the loss in training is given: tokens, mask, the completion tokens of its step."""
+    seen = []
+
+    def spy(logits, tokens, mask, n_tokens):
+        if torch.is_grad_enabled():
+            seen.append((tokens, mask, n_tokens))
+        return sft_loss(logits, tokens, mask, n_tokens)
+
+    monkeypatch.setattr(sft, "sft_loss", spy)
+    return seen
+
+
+def texts_of(tokens: Tensor, mask: Tensor) -> list[str]:
+    """The completions of a batch, without EOS."""
+    rows = zip(tokens.tolist(), mask.tolist(), strict=True)
+    return [ToyTokenizer().decode([t for t, m in zip(*row, strict=True) if m and t != EOS]) for row in rows]
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
@@ -245,7 +298,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path, monkeypatch, 
         _, _, log = run_sft(tmp_path, held_out=DEMONSTRATIONS[:3], dropout=dropout, lr=0.0, epochs=3, eval_every=1)
         losses = [row["loss"] for row in log if "loss" in row]
         held_out = [row["held_out_loss"] for row in log if "held_out_loss" in row]
-        assert len(losses) == len(held_out) == 3
+        assert len(losses) == 3 and len(held_out) == 4  # one before the first step
         assert len(set(held_out)) == 1
         # without dropout the order of the rows alone differs
         assert (max(losses) - min(losses) < 1e-5) == (dropout == 0)
@@ -262,14 +315,289 @@ def test_decay_spares_biases_and_gains():
     }
 
 
-def test_dropout_flag_holds_for_every_start(tmp_path, monkeypatch):
-    """An option that is silently ignored: --dropout must count when training goes on
-    from a checkpoint, not only from scratch."""
+def test_steps_are_adamws_by_the_textbook(tmp_path, monkeypatch, float64):
+    """Another epsilon, other betas, no bias correction, decay of gains or biases: the loss still falls, slower. Four
+    steps of the script against Loshchilov and Hutter's algorithm 2 in loops."""
+    tokenizer = speak_toy(monkeypatch, sft)
+    before = make_gpt(11, block_size=24)
+    expected = copy.deepcopy(before)
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in expected.named_parameters()}
+    for step in range(1, 5):
+        lr = 0.01 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
+        ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+        loss = torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean()
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        for (name, p), g in zip(expected.named_parameters(), gradients, strict=True):
+            m, v = moments[name]
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.99).add_(0.01 * g * g)
+            decay = 0.1 if p.dim() == 2 else 0.0
+            p.data -= lr * (m / (1 - 0.9**step) / ((v / (1 - 0.99**step)).sqrt() + 1e-8) + decay * p.data)
+    _, after, _ = run_sft(tmp_path, before, lr=0.01, weight_decay=0.1, epochs=4)
+    # a gradient that is 0 (the key bias has none) is 1e-16 here and there, which Adam divides by its epsilon
+    assert_same_weights(after, expected, before, tolerance=1e-6)
+
+
+def test_warm_up_and_decay_reach_the_steps(tmp_path, monkeypatch, float64):
+    """--warmup ignored, or a rate that is logged and not used: lr/2, lr, then half a cosine from lr down."""
+    tokenizer = speak_toy(monkeypatch, sft)
+    plain_sgd(monkeypatch)
+    before = make_gpt(12, block_size=24)
+    expected, rates = copy.deepcopy(before), [0.05, 0.1, 0.1, 0.075, 0.025]
+    for lr in rates:
+        ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+        descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), lr)
+    _, after, log = run_sft(tmp_path, before, lr=0.1, warmup=2, epochs=5)
+    assert [row["lr"] for row in log] == pytest.approx(rates, abs=1e-6)
+    assert_same_weights(after, expected, before)
+
+
+def test_grad_clip_0_is_no_limit(tmp_path, monkeypatch, float64):
+    """A norm of at most 0 trains nothing at all, and a negative one climbs the loss."""
+    tokenizer = speak_toy(monkeypatch, sft)
+    plain_sgd(monkeypatch)
+    before = make_gpt(7, block_size=24)
+    expected = copy.deepcopy(before)
+    ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+    descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), 0.1)
+    _, after, log = run_sft(tmp_path, before, grad_clip=0.0)
+    assert_same_weights(after, expected, before)
+    assert log[0]["grad_norm"] == pytest.approx(distance(after, before) / 0.1, rel=1e-5)
+    with pytest.raises(UserError, match="--grad_clip must be at least 0"):
+        run_sft(tmp_path, before, grad_clip=-1.0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_train_layers_moves_the_last_blocks_alone(tmp_path, monkeypatch, float64, n):
+    """Frozen parameters that weight decay still shrinks, or a step that differs from that of the parameters left."""
+    tokenizer = speak_toy(monkeypatch, sft)
+    before = make_gpt(13, block_size=24, n_layer=3)
+    last = ("ln_f.", *(f"h.{i}." for i in range(3 - n, 3)))
+    settings = {"train_layers": n, "epochs": 3, "lr": 0.01, "weight_decay": 0.1}
+    _, after, _ = run_sft(tmp_path, before, **settings)
+    for (name, a), b in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b) is not name.startswith(last), name
+    plain_sgd(monkeypatch)
+    expected = copy.deepcopy(before)
+    for name, p in expected.named_parameters():
+        p.requires_grad_(name.startswith(last))
+    ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+    descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), 0.1)
+    _, after, _ = run_sft(tmp_path, before, train_layers=n)
+    assert_same_weights(after, expected, before)
+
+
+# ------------------------------------------------------------------------------------------------ the order
+
+SPREAD = random.Random(0)  # completions of 1 to 12 letters
+UNEVEN = [("ab", "".join(SPREAD.choices("cdefghijk", k=SPREAD.randint(1, 12)))) for _ in range(240)]
+
+
+def test_every_step_has_about_as_many_completion_tokens(tmp_path, monkeypatch):
+    """Batches of similar length make a token of a short answer weigh several times one of a long answer, because each
+    step divides by its own tokens. In random batches the tokens of a step vary as a sum of independent lengths does:
+    variance B s^2 (N - B) / (N - 1), against about B^2 s^2 in batches of equal length."""
     speak_toy(monkeypatch, sft)
-    folder = checkpoint(tmp_path / "start", make_gpt(9))
-    for init in ("", folder):
-        model = sft.initial_model(Config(init=init, tokenizer="toy", dropout=0.25, n_embd=32), 23, CPU)
-        assert model.config.dropout == 0.25
+    seen = watch_the_loss(monkeypatch)
+    run_sft(tmp_path, demonstrations=UNEVEN, lr=0.0, micro_batch=0)
+    sums = [n for _, _, n in seen]
+    assert len(sums) == 30 and all(int(mask.sum()) == n for _, mask, n in seen)
+    of_a_text = statistics.pvariance([len(c) + 1 for _, c in UNEVEN])
+    chance = 8 * of_a_text * (240 - 8) / (240 - 1)
+    assert statistics.variance(sums) < 2.3 * chance  # five standard errors of a variance of 30 figures
+
+
+def test_micro_batches_hold_little_filler(tmp_path, monkeypatch):
+    """Within a step the order changes no gradient, so texts of similar length go together: no other split of the
+    step's texts has less filler."""
+    speak_toy(monkeypatch, sft)
+    seen = watch_the_loss(monkeypatch)
+    run_sft(tmp_path, demonstrations=UNEVEN[:48], lr=0.0, micro_batch=2)
+    assert len(seen) == 6 * 4
+    for step in range(6):
+        parts = seen[4 * step : 4 * step + 4]
+        lens = sorted(2 + len(c) + 1 for tokens, mask, _ in parts for c in texts_of(tokens, mask))
+        assert len(lens) == 8
+        assert sum(tokens.numel() for tokens, _, _ in parts) == 2 * sum(lens[1::2])
+
+
+def test_every_demonstration_once_an_epoch_in_a_fresh_order(tmp_path, monkeypatch):
+    """The same order in every epoch, a remainder that is dropped, a seed that orders nothing."""
+    speak_toy(monkeypatch, sft)
+    demonstrations = [("ab", c) for c in "abcdefghijk"]
+    seen = watch_the_loss(monkeypatch)
+    orders = []
+    for seed in (1, 2):
+        seen.clear()
+        run_sft(tmp_path, demonstrations=demonstrations, lr=0.0, batch_size=4, micro_batch=0, epochs=3, seed=seed)
+        steps = [sorted(texts_of(tokens, mask)) for tokens, mask, _ in seen]
+        assert [len(step) for step in steps] == [4, 4, 3] * 3
+        epochs = [steps[i : i + 3] for i in (0, 3, 6)]
+        assert all(sorted(itertools.chain(*epoch)) == list("abcdefghijk") for epoch in epochs)
+        orders += epochs
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_dtype_is_that_of_the_products_in_training(tmp_path, monkeypatch, dtype, products):
+    """--dtype ignored: the run is merely slow. And the weights stay float32."""
+    speak_toy(monkeypatch, sft)
+    found = set()
+
+    def note(module, inputs, output):
+        if isinstance(module, torch.nn.Linear) and module.training:
+            found.add(output.dtype)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        _, after, _ = run_sft(tmp_path, make_gpt(6, block_size=24), dtype=dtype)
+    finally:
+        hook.remove()
+    assert found == {products}
+    assert all(p.dtype == torch.float32 for p in after.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_compiles_each_block(tmp_path, monkeypatch, compiled):
+    """--compile ignored, or a graph for the whole network, whose parameters then have other names."""
+    speak_toy(monkeypatch, sft)
+    names = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: names.append(type(self).__name__))
+    run_sft(tmp_path, make_gpt(6, block_size=24), compile=compiled)
+    assert names == ["Block", "Block"] * compiled
+
+
+def starts(tmp_path) -> dict[str, str]:
+    """--init of each kind, all of the same network."""
+    save_pretrained(make_gpt(9), tmp_path / "hf")
+    return {"scratch": "", "folder": str(tmp_path / "hf"), "checkpoint": checkpoint(tmp_path / "start", make_gpt(9))}
+
+
+@pytest.mark.parametrize("start", ["scratch", "folder", "checkpoint"])
+def test_dropout_flag_holds_for_every_start(tmp_path, start):
+    """An option that is silently ignored: --dropout must count when training goes on from a checkpoint or from
+    published weights, not only from scratch; in every part that drops, and in what is saved."""
+    init = starts(tmp_path)[start]
+    model = sft.initial_model(Config(init=init, dropout=0.25), 23, CPU)
+    assert model.config.dropout == 0.25
+    parts = [m for m in model.modules() if type(m).__name__ in ("Attention", "MLP")]
+    assert len(parts) == 2 * model.config.n_layer and all(m.dropout == 0.25 for m in parts)
+
+
+@pytest.mark.parametrize("start", ["folder", "checkpoint"])
+def test_a_start_from_weights_computes_what_they_do(tmp_path, start):
+    """Weights left out or transposed on the way in: training then starts from a guess."""
+    model = sft.initial_model(Config(init=starts(tmp_path)[start]), 23, CPU).eval()
+    tokens = torch.randint(0, 23, (2, 48), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens), make_gpt(9)(tokens))
+
+
+def test_block_size_is_honoured_or_refused(tmp_path):
+    """--block_size ignored with --init: memory for 1,024 positions where 96 were asked for. Published weights are cut
+    to it; a checkpoint has its own."""
+    inits = starts(tmp_path)
+    short = sft.initial_model(Config(init=inits["folder"], block_size=16), 23, CPU).eval()
+    tokens = torch.randint(0, 23, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert short.config.block_size == 16 and torch.equal(short(tokens), make_gpt(9)(tokens))
+    for start, block_size in (("folder", 0), ("folder", 48), ("checkpoint", 0), ("checkpoint", 48)):
+        model = sft.initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
+        assert model.config.block_size == 48
+    for start, block_size in (("folder", 49), ("checkpoint", 16), ("checkpoint", 49)):
+        with pytest.raises(UserError, match=rf"block_size {block_size}: .* 48"):
+            sft.initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
+    for block_size, expected in ((0, 96), (17, 17)):
+        assert sft.initial_model(Config(block_size=block_size), 23, CPU).config.block_size == expected
+
+
+@pytest.mark.parametrize("start", ["folder", "checkpoint"])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd"])
+def test_sizes_are_refused_where_the_weights_have_their_own(tmp_path, start, name):
+    """--n_layer 12 --init FOLDER trains the folder's two layers, and nobody notices."""
+    with pytest.raises(UserError, match=f"--{name} is for a model from scratch"):
+        sft.initial_model(Config(init=starts(tmp_path)[start], **{name: 8}), 23, CPU)
+
+
+def test_published_weights_must_have_the_vocabulary_s_rows(tmp_path):
+    """Fewer rows than token ids: an index error at some later token. More: padding that would be given probability."""
+    save_pretrained(make_gpt(9), tmp_path)
+    config = Config(init=str(tmp_path))
+    assert sft.initial_model(config, 20, CPU)(torch.tensor([[1, 2]])).shape == (1, 2, 20)
+    with pytest.raises(UserError, match="23 token ids, but toy has 24"):
+        sft.initial_model(config, 24, CPU)
+
+
+@pytest.mark.parametrize("broken", ["nothing", "config", "weights", "another"])
+def test_an_init_that_can_not_be_loaded_is_one_line(tmp_path, broken):
+    """A traceback, or an error of torch's that says nothing, for a folder that lacks a file or holds something else."""
+    folder = tmp_path / "hf"
+    if broken != "nothing":
+        save_pretrained(make_gpt(9), folder)
+    if broken == "config":
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    elif broken == "weights":
+        (folder / "model.safetensors").unlink()
+    elif broken == "another":
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**shape, "n_layer": 3}), encoding="utf-8")
+    with pytest.raises(UserError, match=str(folder)) as error:
+        sft.initial_model(Config(init=str(folder)), 23, CPU)
+    assert "\n" not in str(error.value)
+    if broken == "another":
+        assert "h.2." in str(error.value)  # what is missing, not only that something is
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+@pytest.mark.parametrize("lr", [1e20, 1e39], ids=["the loss", "the weights"])
+def test_a_run_that_blows_up_stops_and_saves_no_model(tmp_path, monkeypatch, lr):
+    """NaN or inf is saved as a model, and the next stage starts from it: one line says what happened instead. The last
+    step is the subtle one: its loss was still finite."""
+    speak_toy(monkeypatch, sft)
+    epochs = 5 if lr < 1e38 else 1
+    with pytest.raises(UserError, match="lower --lr") as error:
+        run_sft(tmp_path, make_gpt(6, block_size=24), lr=lr, epochs=epochs)
+    assert "\n" not in str(error.value)
+    assert ("the loss is" if epochs == 5 else "weights are not finite") in str(error.value)
+    assert not (tmp_path / "out" / "model.pt").exists() and not (tmp_path / "out" / "results.json").exists()
+    assert read_lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0  # what there was before is kept
+
+
+def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, monkeypatch, float64):
+    """`first_loss` taken from the first evaluation of this process: after a resume the figure "before training" is
+    that of a trained model."""
+    speak_toy(monkeypatch, sft)
+    before = make_gpt(10, block_size=24)
+    held_out = [Example([0, 1], [2, EOS]), Example([1], [2, 3, EOS])]
+    truth = held_out_loss(before, held_out, Config())
+    settings = {"held_out": [("ab", "c"), ("b", "cd")], "lr": 0.01}
+    first, _, _ = run_sft(tmp_path, before, epochs=2, **settings)
+    resumed, after, log = run_sft(tmp_path, before, epochs=4, resume=True, **settings)
+    assert first["first_loss"] == resumed["first_loss"] == pytest.approx(truth, abs=1e-6)
+    assert [row["step"] for row in log if "held_out_loss" in row] == [0, 2, 4]
+    assert resumed["held_out_loss"] == pytest.approx(held_out_loss(after, held_out, Config()), abs=1e-6)
+    assert abs(resumed["first_loss"] - first["held_out_loss"]) > 0.01
+
+
+def test_gates_belong_to_the_embedded_task_s_data(tmp_path, monkeypatch):
+    """Data of one's own with the demo's vocabulary is judged by the demo's ranges: a good run FAILED."""
+
+    class Tiny(ToyTokenizer):
+        name = "tiny"
+
+    monkeypatch.setattr(sft, "load_tokenizer", lambda name: Tiny())
+    own, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2])
+    assert own["gates"] == [] and load_model(tmp_path / "out", CPU).task == ""
+    monkeypatch.setattr(sft, "task_of", lambda path: "tiny")
+    demo, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2])
+    figures = {gate["name"]: gate["value"] for gate in demo["gates"]}
+    assert figures == pytest.approx(
+        {"SFT held-out loss": demo["held_out_loss"], "SFT EOS rate": demo["eos_rate"]}, abs=1e-4
+    )
+    assert load_model(tmp_path / "out", CPU).task == "tiny"
 
 
 def test_after_training_the_model_stops(tmp_path, monkeypatch):
