@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import sft
 from common import save_model
+from data import tiny
 from data.batches import Example, RankedExamples
 from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, sample_token
 
@@ -179,6 +182,20 @@ class ToyTokenizer:
 EOS = ToyTokenizer.eos_id
 
 
+class ByteTokenizer:
+    """One byte is one token: a vocabulary for any text that is neither tiny nor GPT-2's."""
+
+    name, n_vocab, eos_id = "bytes", 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    encode_prompt = encode
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
 def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
     """Let the scripts load the toy tokenizer."""
     for module in modules:
@@ -324,7 +341,61 @@ CUT_GROUPS = [
 ]
 
 
+def record_steps(batches: list, monkeypatch, module) -> None:
+    """Fill `batches` with the items of every batch that `module` makes for training."""
+    original = module.ranked_batch
+
+    def record(items, device):
+        if torch.is_grad_enabled():
+            batches.append(items)
+        return original(items, device)
+
+    monkeypatch.setattr(module, "ranked_batch", record)
+
+
+def rankings_of_all_lengths(n: int) -> list[dict]:
+    """n pairs of equally long texts of 1 to 24 letters, with different prompts."""
+    decode = ToyTokenizer().decode
+    return [
+        {"prompt": decode([i // 20, i % 20]), "chosen": "a" * (1 + i % 24), "rejected": "b" * (1 + i % 24)}
+        for i in range(n)
+    ]
+
+
+def assert_steps_hold_all_lengths(batches: list, n: int, epochs: int) -> None:
+    """Every ranking once an epoch, in another order each time, and short and long ones mixed: 8 sorted by length have
+    1 to 24 times as many tokens as the shortest 8, 8 random ones about as many as any other 8."""
+    per_epoch = n // 8
+    assert len(batches) == epochs * per_epoch
+    orders = []
+    for epoch in range(epochs):
+        steps = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        prompts = [frozenset(tuple(item.examples[0].prompt) for item in step) for step in steps]
+        assert len(frozenset().union(*prompts)) == sum(map(len, prompts)) == n
+        orders.append(prompts)
+        tokens = [sum(len(e.completion) for item in step for e in item.examples) for step in steps]
+        assert max(tokens) < 3 * min(tokens)
+    assert not any(set(a) & set(b) for a, b in itertools.combinations(orders, 2))
+
+
+def task_rankings(n: int, seed: int = 1) -> list[dict]:
+    """Pairs of the embedded task, as simulated annotators rank them."""
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
+        prompt = tiny.sample_prompt(rng, "train")
+        texts = [tiny.best_completion(prompt), "I do not know."]
+        gold = tiny.gold_reward([prompt] * 2, texts)
+        rows.append({"prompt": prompt, "completions": texts, "gold": gold, "annotator_temperature": 0.8})
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def own_pairs(n: int, start: int = 0, gold: bool = False) -> list[dict]:
+    """Pairs that are not of the embedded task, in ordinary letters; gold: ranked by simulated annotators."""
+    told = {"gold": [1.0, 0.0], "annotator_temperature": 0.8} if gold else {}
+    return [{"prompt": chr(97 + i % 20) * 3, "completions": ["ab", "cde"], **told} for i in range(start, start + n)]
 
 
 def beside_a_demo(folder: Path, monkeypatch) -> tuple[Path, list[str]]:

@@ -238,20 +238,17 @@ def first_policy_of(settings: dict, folder) -> dict[str, tuple[str, str]]:
     return {p: (alone[0][p], alone[1][p]) for p in alone[0] if alone[0][p] != alone[1][p]}
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_annotators_noise_is_new_for_every_prompt(tmp_path, monkeypatch, batch_size):
+def test_the_annotators_noise_is_new_for_every_chunk(tmp_path, monkeypatch):
     """A stream that starts again with each chunk gives its k-th prompt the same noise every time: with one prompt a
     chunk, the same policy would win always. Here neither is better, so each wins about half of the prompts."""
     settings = toy_policies(tmp_path, monkeypatch, 100)
     answers = first_policy_of(settings, tmp_path)
     assert len(answers) > 50
-    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=batch_size))
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=1))
     wins = [
         r.completions[0] == answers[r.prompt][0] for r in read_rankings(tmp_path / "r.jsonl") if r.prompt in answers
     ]
     assert abs(sum(wins) / len(wins) - 0.5) < 4 * 0.5 / len(wins) ** 0.5
-    changes = sum(a != b for a, b in zip(wins, wins[batch_size:], strict=False))
-    assert abs(changes / len(wins) - 0.5) < 4 * 0.5 / len(wins) ** 0.5 + batch_size / len(wins)
 
 
 def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path, monkeypatch):
@@ -407,10 +404,8 @@ def test_own_prompts_for_the_demo_s_policy_are_noted(random_policy, tmp_path, ca
     """Rarely meant: said, and done."""
     save_model(tmp_path / "p", load_model(random_policy / "p1", torch.device("cpu")).model, "tiny", "t", Made(), "tiny")
     own = write_lines(tmp_path / "own.jsonl", [{"prompt": "Tell me a joke."}])
+    changes = {"policies": [str(tmp_path / "p")], "annotator": "human", "n_prompts": 1}
     for prompts, noted in ((own, True), (str(random_policy / "prompts.jsonl"), False)):
         human("1 2 3")
-        with pytest.raises(KeyboardInterrupt):
-            changes = {"policies": [str(tmp_path / "p")], "prompts": prompts, "annotator": "human"}
-            collect.run(collecting(random_policy, tmp_path / "r.jsonl", **changes))
-            raise KeyboardInterrupt
+        collect.run(collecting(random_policy, tmp_path / "r.jsonl", prompts=prompts, **changes))
         assert ("NOTE" in capsys.readouterr().out) == noted

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    CUT_GROUPS,
+    CUT_RANKINGS,
     EOS,
     GROUPS,
     ITEMS,
     MIXED_RANKS,
     RANKINGS,
+    ByteTokenizer,
     ToyTokenizer,
     assert_same_weights,
+    assert_steps_hold_all_lengths,
+    beside_a_demo,
     checkpoint,
     descend,
     distance,
@@ -27,18 +32,26 @@ from helpers import (
     log_sigmoid,
     make_gpt,
     make_scalar,
+    own_pairs,
     plain_sgd,
+    ranked,
+    rankings_of_all_lengths,
     read_lines,
+    record_steps,
     speak_toy,
     strict_json,
+    task_rankings,
     write_lines,
 )
 from torch import Tensor
 
 import reward_model
-from common import UserError, generator_for, load_model
+import sft
+from cli import UserError
+from common import generator_for, load_model, save_model
 from data.batches import encode_rankings, ranked_batch
 from data.files import Ranking
+from data.tokenizer import load_tokenizer
 from model import ScalarModel, generate
 from reward_model import Config, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy, ranking_loss
 
@@ -284,10 +297,11 @@ def test_evaluate_equals_a_loop_over_pairs(float64):
     error = torch.tensor(per_prompt).std().item() / math.sqrt(len(ITEMS))
     accuracies = {f"accuracy_gap_{gap}": sum(hits) / len(hits) for gap, hits in by_gap.items()}
     for batch_size in (1, 2, 64):
-        found = evaluate(model, ITEMS, EOS, CPU, batch_size)
+        found = evaluate(model, ITEMS, CPU, batch_size)
         assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-10)
         assert found["accuracy"] == pytest.approx(sum(every) / len(every), abs=1e-10)
         assert found["longer_wins"] == pytest.approx(sum(longer) / len(longer), abs=1e-10)
+        assert found["length_alone"] == pytest.approx(max(sum(longer), len(longer) - sum(longer)) / len(longer))
         assert found["accuracy_se"] == pytest.approx(error, abs=1e-10)
         assert {k: found[k] for k in accuracies} == pytest.approx(accuracies, abs=1e-10)
 
@@ -296,12 +310,31 @@ def test_evaluate_switches_dropout_off(float64):
     """Evaluation in training mode: a stochastic reward and an accuracy that depends on chance."""
     noisy, clean = make_scalar(8, dropout=0.5), make_scalar(8)
     noisy.train()
-    assert evaluate(noisy, ITEMS, EOS, CPU) == pytest.approx(evaluate(clean, ITEMS, EOS, CPU), abs=1e-10)
+    assert evaluate(noisy, ITEMS, CPU) == pytest.approx(evaluate(clean, ITEMS, CPU), abs=1e-10)
 
 
 def test_accuracy_of_a_single_ranking_has_a_finite_error():
     """The standard deviation of one number is nan, which results.json can't hold."""
-    assert all(math.isfinite(v) for v in evaluate(make_scalar(9), ITEMS[:1], EOS, CPU).values())
+    assert all(math.isfinite(v) for v in evaluate(make_scalar(9), ITEMS[:1], CPU).values())
+
+
+def test_the_length_baseline_may_prefer_the_shorter(capsys):
+    """ "Longer wins in 0.25" is a judge by length who is right in 0.75: against 0.25 any reward model looks good."""
+    shorter = [
+        ranked([1], [[2], [3, 4]], [0, 1]),
+        ranked([2], [[5, 6], [7, 8, 9]], [0, 1]),
+        ranked([3], [[1], [1, 2]], [0, 1]),
+    ]
+    longer = [ranked([4], [[2, 3, 4], [5]], [0, 1])]
+    model = make_scalar(7)
+    for items, wins, alone in ((shorter + longer, 0.25, 0.75), (longer * 3 + shorter[:1], 0.75, 0.75), (shorter, 0, 1)):
+        found = evaluate(model, items, CPU)
+        assert (found["longer_wins"], found["length_alone"]) == (wins, alone)
+    results = {"mean": 0.0, "std": 1.0, "accuracy": 0.7, "accuracy_se": 0.01, "bayes_accuracy": 0.75}
+    results |= {"longer_wins": 0.25, "length_alone": 0.75}
+    for task in ("", "tiny"):
+        reward_model.report(results, task)
+        assert "length alone 0.75" in capsys.readouterr().out
 
 
 def test_bayes_accuracy_by_hand(tmp_path):
@@ -334,7 +367,7 @@ def run_reward_model(
         **{"max_new_tokens": 6, "normalise_samples": 8, "device": "cpu"},
     }
     results = reward_model.train(Config(**{**settings, **changes}))
-    return results, load_model(out, CPU, "scalar")[0], read_lines(out / "metrics.jsonl")
+    return results, load_model(out, CPU, "scalar").model, read_lines(out / "metrics.jsonl")
 
 
 def fresh_reward_model(policy, seed: int = 1) -> ScalarModel:
@@ -343,14 +376,15 @@ def fresh_reward_model(policy, seed: int = 1) -> ScalarModel:
     return ScalarModel.from_gpt(policy)
 
 
-def slow_loss(model: ScalarModel, tokenizer) -> Tensor:
-    """The mean over all pairs of GROUPS, text by text."""
+def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
+    """The mean over all pairs of GROUPS, or of CUT_GROUPS, text by text."""
     losses = []
-    for prompt, groups in GROUPS:
+    for prompt, groups in CUT_GROUPS if cut else GROUPS:
         scores = []
         for rank, texts in enumerate(groups):
             for text in texts:
-                ids = torch.tensor([[*tokenizer.encode(prompt), *tokenizer.encode(text), EOS]])
+                end = [EOS] if text.endswith(".") or not cut else []
+                ids = torch.tensor([[*tokenizer.encode(prompt), *tokenizer.encode(text.removesuffix(".")), *end]])
                 scores.append((rank, model.head(model.gpt.hidden(ids))[0, -1, 0]))
         for (rank_a, a), (rank_b, b) in itertools.combinations(scores, 2):
             better = -torch.log(torch.sigmoid(a - b))
@@ -376,6 +410,49 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
     assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
 
 
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_cut_texts_are_read_without_eos(tmp_path, monkeypatch, float64, micro_batch):
+    """PPO scores cut texts at their last token, where no EOS stands: a reward model that has seen each of them with one
+    has never seen what it scores. A step on rankings with "ended", against the definition."""
+    tokenizer = speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(10, block_size=24)
+    before = fresh_reward_model(policy)
+    expected = copy.deepcopy(before)
+    loss = slow_loss(expected, tokenizer, cut=True)
+    descend(expected, loss, 0.02)
+    _, after, log = run_reward_model(tmp_path, policy, CUT_RANKINGS, micro_batch=micro_batch)
+    assert_same_weights(after, expected, before)
+    assert log[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
+    """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
+    speak_toy(monkeypatch, reward_model)
+    steps = []
+    record_steps(steps, monkeypatch, reward_model)
+    policy = make_gpt(10, block_size=32, n_layer=1)
+    run_reward_model(tmp_path, policy, rankings_of_all_lengths(96), epochs=2, batch_size=8, lr=1e-3)
+    assert_steps_hold_all_lengths(steps, 96, 2)
+
+
+def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
+    """--train_layers that is ignored, or that freezes the head: last block, final LayerNorm and head move as the
+    definition says, everything before them not at all."""
+    tokenizer = speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(10, block_size=24)
+    before = fresh_reward_model(policy)
+    expected = copy.deepcopy(before)
+    for name, p in expected.named_parameters():
+        p.requires_grad_(name.startswith(("gpt.h.1.", "gpt.ln_f.", "head.")))
+    descend(expected, slow_loss(expected, tokenizer), 0.02)
+    _, after, _ = run_reward_model(tmp_path, policy, train_layers=1)
+    assert_same_weights(after, expected, before)
+    for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, start) or name.startswith(("gpt.h.1.", "gpt.ln_f.", "head.")), name
+
+
 def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
     """A loss that pairs completions of different prompts depends on who stands next to whom."""
     speak_toy(monkeypatch, reward_model)
@@ -397,6 +474,28 @@ def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     before = fresh_reward_model(policy)
     assert distance(after, before) == pytest.approx(0.01, rel=1e-3)
     assert log[0]["grad_norm"] > 0.1
+
+
+def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
+    """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
+    speak_toy(monkeypatch, reward_model)
+    plain_sgd(monkeypatch)
+    policy = make_gpt(12, block_size=24)
+    _, after, log = run_reward_model(tmp_path, policy, grad_clip=0.0, lr=1.0)
+    assert log[0]["grad_norm"] > 1.1  # 1 would be the default limit
+    assert distance(after, fresh_reward_model(policy)) == pytest.approx(log[0]["grad_norm"], rel=1e-5)
+
+
+def test_bfloat16_reaches_the_scores(tmp_path, monkeypatch):
+    """A --dtype that is ignored gives the same run to the last digit; rounding gives one that is a little off."""
+    speak_toy(monkeypatch, reward_model)
+    policy = make_gpt(12, block_size=24)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        _, _, log = run_reward_model(tmp_path, policy, dtype=dtype)
+        losses[dtype] = log[0]["loss"], log[0]["grad_norm"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
 def test_twenty_pairs_can_be_learned_by_heart(tmp_path, monkeypatch):
@@ -430,21 +529,21 @@ def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, 
 
 
 def test_texts_that_became_equal_are_no_comparison():
-    """Pairs that truncation made identical teach nothing (loss ln 2 for ever) and must be dropped and counted."""
+    """Pairs that truncation made identical teach nothing (loss ln 2 for ever) and must be dropped."""
     tokenizer = ToyTokenizer()
     rankings = [
-        Ranking("a", ["bcdefgh", "bcdefgi"], [0, 1]),
-        Ranking("a", ["b", "c"], [0, 1]),
-        Ranking("a", ["b", "b"], [0, 1]),
-        Ranking("a", ["b", "c"], [0, 0]),
+        Ranking("a", ["bcdefgh", "bcdefgi"], [0, 1], [True, True]),
+        Ranking("a", ["b", "c"], [0, 1], [True, True]),
+        Ranking("a", ["b", "b"], [0, 1], [True, True]),
+        Ranking("a", ["b", "c"], [0, 0], [True, True]),
     ]
-    kept, dropped = encode_rankings(rankings, tokenizer, block_size=6)
-    assert (len(kept), dropped) == (1, 3)
+    kept = encode_rankings(rankings, tokenizer, block_size=6)
+    assert [[e.completion for e in item.examples] for item in kept] == [[[1, EOS], [2, EOS]]]
 
 
 def test_a_batch_holds_every_text_once():
     """The K - 1 comparisons of a text in one forward pass: index and ranks point at its one row."""
-    batch = ranked_batch(ITEMS, EOS, CPU)
+    batch = ranked_batch(ITEMS, CPU)
     assert batch.tokens.size(0) == sum(len(item.ranks) for item in ITEMS)
     for n, item in enumerate(ITEMS):
         for k, example in enumerate(item.examples):
@@ -454,8 +553,98 @@ def test_a_batch_holds_every_text_once():
         assert (batch.ranks[n, len(item.ranks) :] == -1).all()
 
 
-def test_negative_micro_batch_is_refused(tmp_path, monkeypatch):
-    """`range(0, n, -1)` is empty: the run would go through and learn nothing."""
+def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monkeypatch):
+    """Rankings are collected from the start of the prompts file. On the texts that it has learned from the reward model
+    is too sure: their scores spread wider than those of PPO's samples, and every coefficient of PPO is off."""
+    tokenizer = speak_toy(monkeypatch, reward_model)
+    asked = []
+
+    def record(policy, prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return generate(policy, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(reward_model, "generate", record)
+    prompts = [tokenizer.decode([i, 20 - i, 3]) for i in range(20)]
+    rankings = [{"prompt": p, "chosen": "ab", "rejected": "cde"} for p in prompts[:12]]
+    path = write_lines(tmp_path / "all.jsonl", [{"prompt": p} for p in prompts])
+    run_reward_model(tmp_path, make_gpt(14, block_size=24), rankings, prompts=path, normalise_samples=8)
+    assert len(asked) == 8
+    assert not {tokenizer.decode(p) for p in asked} & {row["prompt"] for row in rankings}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"micro_batch": -1}, "--micro_batch"),  # range(0, n, -1) is empty: it would go through and learn nothing
+        ({"grad_clip": -1.0}, "--grad_clip"),  # would climb
+        ({"grad_clip": math.nan}, "--grad_clip"),
+        ({"lr": math.inf}, "--lr"),
+        ({"epochs": 0}, "--epochs"),
+        ({"normalise_samples": 1}, "--normalise_samples"),
+        ({"seed": 2**64}, "--seed"),
+        ({"seed": -1}, "--seed"),
+        ({"train_layers": 3}, "--train_layers"),
+        ({"warmup": 2}, "--warmup"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+    """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
     speak_toy(monkeypatch, reward_model)
-    with pytest.raises(UserError, match="micro_batch"):
-        run_reward_model(tmp_path, make_gpt(15, block_size=24), micro_batch=-1)
+    with pytest.raises(UserError, match=says):
+        run_reward_model(tmp_path, make_gpt(15, block_size=24), **changes)
+
+
+# ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
+    """With --data alone it was judged on the demo's rankings and normalised on the demo's prompts, in silence. What
+    lies beside the data is taken, where it is there, and every file that is read is named."""
+    speak_toy(monkeypatch, reward_model)
+    own, opened = beside_a_demo(tmp_path, monkeypatch)
+    policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
+    data = write_lines(own / "mine.jsonl", own_pairs(8))
+    settings = {"data": data, "policy": policy, "out_dir": str(own / "rm"), "warmup": 0, "device": "cpu"}
+    settings |= {"max_new_tokens": 4, "normalise_samples": 8}
+    results = reward_model.train(Config(**settings))
+    said = capsys.readouterr().out
+    assert "accuracy" not in results and results["gates"] == []
+    assert "mine_held_out.jsonl" in said and data in said and policy in said
+
+    twin = write_lines(own / "mine_held_out.jsonl", own_pairs(3, start=8))
+    prompts = write_lines(own / "prompts.jsonl", [{"prompt": "ttt"}, {"prompt": "sss"}])
+    results = reward_model.train(Config(**settings))
+    said = capsys.readouterr().out
+    assert f"{twin}: 3 rankings" in said and f"{prompts}: 2 prompts" in said
+    held_out = encode_rankings(
+        [Ranking(r["prompt"], r["completions"], [0, 1], [True] * 2) for r in own_pairs(3, 8)], ToyTokenizer(), 24
+    )
+    trained = load_model(own / "rm", CPU, "scalar")
+    assert trained.task == ""
+    assert results["accuracy"] == evaluate(trained.model, held_out, CPU)["accuracy"]
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 2), ("bytes", True, 0), ("bytes", False, 2)]
+)
+def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+    """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them; also
+    where own simulated annotators tell their truth. A policy of the embedded task on own data is noted."""
+    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
+    monkeypatch.setattr(reward_model, "load_tokenizer", lambda name: tokenizer)
+    policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
+    save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
+    rows, held_out = (
+        (own_pairs(4, gold=True), own_pairs(2, 4, gold=True)) if own else (task_rankings(4), task_rankings(2, 2))
+    )
+    settings = {"data": write_lines(tmp_path / "r.jsonl", rows), "policy": str(tmp_path / "policy"), "device": "cpu"}
+    settings |= {"held_out_data": write_lines(tmp_path / "h.jsonl", held_out), "out_dir": str(tmp_path / "rm")}
+    results = reward_model.train(Config(**settings, warmup=0, max_new_tokens=4))
+    assert len(results["gates"]) == gates
+    assert results["bayes_accuracy"] is not None
+    said = capsys.readouterr().out
+    assert ("NOTE" in said) == own
+    assert said.count("GATE") == gates
+    assert load_model(tmp_path / "rm", CPU, "scalar").task == ("" if own else "tiny")
