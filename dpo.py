@@ -140,6 +140,7 @@ def figures_of(pairs: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[str, float]:
     """The figures over all pairs of held-out rankings."""
+    policy.eval()
     return figures_of(torch.cat([pair_losses(policy, part, config) for part in micro_batches(items, 64)], 1))
 
 

@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    CUT_GROUPS,
+    CUT_RANKINGS,
     EOS,
     GROUPS,
     ITEMS,
     MIXED_RANKS,
     RANKINGS,
+    ByteTokenizer,
     ToyTokenizer,
     assert_same_weights,
+    assert_steps_hold_all_lengths,
+    beside_a_demo,
     checkpoint,
     completion_logprobs,
     descend,
@@ -27,26 +32,32 @@ from helpers import (
     gradient_of,
     log_sigmoid,
     make_gpt,
+    own_pairs,
     plain_sgd,
+    rankings_of_all_lengths,
     read_lines,
+    record_steps,
     speak_toy,
     strict_json,
+    task_rankings,
     write_lines,
 )
 from torch import Tensor
 
 import dpo
-from common import UserError, load_model
-from data.batches import RankedExamples, encode_rankings, ranked_batch
+import sft
+from cli import UserError
+from common import load_model, save_model
+from data.batches import RankedExamples, encode_rankings
 from data.files import Ranking
+from data.tokenizer import load_tokenizer
 from dpo import (
     Config,
-    batch_logprobs,
-    count_pairs,
+    add_reference_logprobs,
     dpo_loss,
     figures_of,
+    ranking_logprobs,
     ranking_pairs,
-    reference_logprobs,
     sequence_logprobs,
 )
 from model import completion_mask
@@ -287,27 +298,33 @@ def test_rankings_expand_to_all_strict_pairs():
     assert sorted(zip(chosen.tolist(), rejected.tolist(), strict=True)) == sorted(expected)
     for ranks in MIXED_RANKS.tolist():
         item = RankedExamples([], [r for r in ranks if r >= 0])
-        assert count_pairs(item) == sum(a != b for a, b in itertools.combinations(item.ranks, 2))
+        assert item.n_strict_pairs == sum(a != b for a, b in itertools.combinations(item.ranks, 2))
+        assert item.n_pairs == math.comb(len(item.ranks), 2)
 
 
 def test_reference_logprobs_do_not_depend_on_the_batches(float64):
     """Cached log-probs that belong to another ranking, or change with who was scored
     beside whom; then h is not 0 at the start."""
     reference = make_gpt(5)
-    for batch_size in (1, 2, 64):
-        found = reference_logprobs(reference, ITEMS, EOS, CPU, batch_size)
-        for item, logprobs in zip(ITEMS, found, strict=True):
+    for repeats in (1, 40):  # one batch; several of them, in another order than the rankings
+        items = [copy.copy(item) for _ in range(repeats) for item in ITEMS]
+        add_reference_logprobs(reference, items, Config())
+        for item in items:
             expected = [completion_logprobs(reference, e.prompt, e.completion).sum().item() for e in item.examples]
-            assert logprobs.tolist() == pytest.approx(expected, abs=1e-10)
-            assert not logprobs.requires_grad
-    batch = ranked_batch(ITEMS, EOS, CPU)
-    torch.testing.assert_close(batch_logprobs(reference, batch).detach(), torch.cat(found), rtol=0, atol=1e-10)
+            assert item.ref_logprobs.tolist() == pytest.approx(expected, abs=1e-10)
+            assert not item.ref_logprobs.requires_grad
+    items = items[: len(ITEMS)]
+    logprobs, batch = ranking_logprobs(reference, items, "float32")
+    torch.testing.assert_close(logprobs.detach(), torch.cat([i.ref_logprobs for i in items]), rtol=0, atol=1e-10)
+    rows = [batch.tokens[r, : batch.lens[r]].tolist() for r in range(len(logprobs))]
+    assert rows == [e.ids for item in items for e in item.examples]
 
 
 def test_figures_by_hand():
     """Equal rewards counted as wrong (accuracy 0 at the start), or the margin of the wrong things."""
     losses, chosen, rejected = numbers(0.5, 0.7, 0.9), numbers(1.0, 0.0, -1.0), numbers(0.0, 0.0, 1.0)
-    figures = figures_of(losses, chosen, rejected, numbers(-1.0, -2.0, -3.0), numbers(-4.0, -5.0, -9.0))
+    logprobs = numbers(-1.0, -2.0, -3.0), numbers(-4.0, -5.0, -9.0)
+    figures = figures_of(torch.stack([losses, chosen, rejected, *logprobs]))
     expected = {"loss": 0.7, "accuracy": 0.5, "margin": -1 / 3, "chosen_reward": 0.0, "rejected_reward": 1 / 3}
     assert figures == pytest.approx({**expected, "chosen_logprob": -2.0, "rejected_logprob": -6.0})
 
@@ -318,8 +335,11 @@ def test_held_out_figures_equal_a_loop(float64, kind, eps):
     policy, reference = make_gpt(6, dropout=0.5), make_gpt(7)
     policy.train()
     config = Config(beta=0.2, label_smoothing=eps, kind=kind)
-    ref = reference_logprobs(reference, ITEMS, EOS, CPU)
-    found = dpo.evaluate(policy, ITEMS, ref, config, EOS, CPU)
+    items = [copy.copy(item) for item in ITEMS]
+    add_reference_logprobs(reference, items, config)
+    found = dpo.evaluate(policy, items, config)
+    many = [copy.copy(item) for _ in range(30) for item in items]  # several batches, whose pairs are of unequal number
+    assert dpo.evaluate(policy, many, config) == pytest.approx(found, rel=1e-10)
     policy.eval()
     losses, hits, margins = [], [], []
     for item in ITEMS:
@@ -352,17 +372,20 @@ def run_dpo(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes)
         **{"beta": 0.1, "kind": "sigmoid", "label_smoothing": 0.0, "epochs": 1},
     }
     results = dpo.train(Config(**{**settings, **changes}))
-    return results, load_model(out, CPU)[0], read_lines(out / "metrics.jsonl")
+    return results, load_model(out, CPU).model, read_lines(out / "metrics.jsonl")
 
 
-def slow_loss(policy, reference, tokenizer, beta: float, eps: float, kind: str) -> Tensor:
-    """The mean over all strict pairs, text by text in float64."""
+def slow_loss(
+    policy, reference, tokenizer, beta: float, eps: float = 0.0, kind: str = "sigmoid", cut: bool = False
+) -> Tensor:
+    """The mean over all strict pairs of GROUPS, or of CUT_GROUPS, text by text in float64."""
     losses = []
-    for prompt, groups in GROUPS:
+    for prompt, groups in CUT_GROUPS if cut else GROUPS:
         ratios = []
         for rank, texts in enumerate(groups):
             for text in texts:
-                ids = tokenizer.encode(prompt), [*tokenizer.encode(text), EOS]
+                end = [EOS] if text.endswith(".") or not cut else []
+                ids = tokenizer.encode(prompt), [*tokenizer.encode(text.removesuffix(".")), *end]
                 new, old = (completion_logprobs(model, *ids).sum() for model in (policy, reference))
                 ratios.append((rank, new - old.detach()))
         for (rank_a, a), (rank_b, b) in itertools.combinations(ratios, 2):
@@ -394,6 +417,47 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
     assert_same_weights(after, expected, before)
     assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_cut_texts_have_no_eos_to_learn_from(tmp_path, monkeypatch, float64, micro_batch):
+    """An EOS behind each text that --max_new_tokens cut: DPO learns to stop in mid-sentence. A step on rankings with
+    "ended", against the definition."""
+    tokenizer = speak_toy(monkeypatch, dpo)
+    plain_sgd(monkeypatch)
+    before = make_gpt(8, block_size=24)
+    expected = copy.deepcopy(before)
+    loss = slow_loss(expected, before, tokenizer, 0.1, cut=True)
+    descend(expected, loss, 0.02)
+    _, after, log = run_dpo(tmp_path, before, CUT_RANKINGS, micro_batch=micro_batch)
+    assert_same_weights(after, expected, before)
+    assert log[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
+    """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
+    speak_toy(monkeypatch, dpo)
+    steps = []
+    record_steps(steps, monkeypatch, dpo)
+    policy = make_gpt(10, block_size=32, n_layer=1)
+    run_dpo(tmp_path, policy, rankings_of_all_lengths(96), epochs=2, batch_size=8, lr=1e-4)
+    assert_steps_hold_all_lengths(steps, 96, 2)
+
+
+def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
+    """--train_layers that is ignored, or that freezes the reference alone: last block and final LayerNorm move as the
+    definition says, everything before them not at all."""
+    tokenizer = speak_toy(monkeypatch, dpo)
+    plain_sgd(monkeypatch)
+    before = make_gpt(8, block_size=24)
+    expected = copy.deepcopy(before)
+    for name, p in expected.named_parameters():
+        p.requires_grad_(name.startswith(("h.1.", "ln_f.")))
+    descend(expected, slow_loss(expected, before, tokenizer, 0.1), 0.02)
+    _, after, _ = run_dpo(tmp_path, before, train_layers=1)
+    assert_same_weights(after, expected, before)
+    for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, start) or name.startswith(("h.1.", "ln_f.")), name
 
 
 def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
@@ -429,25 +493,29 @@ def test_in_bfloat16_policy_and_reference_still_agree_at_the_start(tmp_path, mon
     _, _, log = run_dpo(tmp_path, make_gpt(11, block_size=24), dtype="bfloat16", beta=1.0, lr=0.0)
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-3)
     assert abs(log[0]["chosen_reward"]) < 1e-2
+    _, _, exact = run_dpo(tmp_path, make_gpt(11, block_size=24), beta=1.0, lr=0.0)
+    assert log[0]["chosen_logprob"] != exact[0]["chosen_logprob"]  # --dtype is not ignored
+    assert log[0]["chosen_logprob"] == pytest.approx(exact[0]["chosen_logprob"], rel=0.05)
 
 
 def test_the_reference_stays_frozen(tmp_path, monkeypatch):
     """A reference that shares storage with the policy, or learns along: the log-ratios stay 0 and nothing is held."""
     speak_toy(monkeypatch, dpo)
     seen = []
-    original = reference_logprobs
+    original = add_reference_logprobs
 
     def record(reference, *args):
         seen.append(reference)
         return original(reference, *args)
 
-    monkeypatch.setattr(dpo, "reference_logprobs", record)
+    monkeypatch.setattr(dpo, "add_reference_logprobs", record)
     policies = []
     evaluate = dpo.evaluate
     monkeypatch.setattr(dpo, "evaluate", lambda policy, *args: policies.append(policy) or evaluate(policy, *args))
     start = make_gpt(12, block_size=24)
     _, policy, _ = run_dpo(tmp_path, start, held_out=RANKINGS, epochs=2)
     storages = {p.data_ptr() for p in policies[0].parameters()}
+    assert len(seen) == 2  # for the training and for the held-out rankings
     for reference in seen:
         for p, original_p in zip(reference.parameters(), start.parameters(), strict=True):
             assert torch.equal(p, original_p)
@@ -467,26 +535,163 @@ def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     assert log[0]["grad_norm"] > 0.1
 
 
+def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
+    """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
+    speak_toy(monkeypatch, dpo)
+    plain_sgd(monkeypatch)
+    before = make_gpt(13, block_size=24)
+    _, after, log = run_dpo(tmp_path, before, grad_clip=0.0, lr=1.0, beta=2.0)
+    assert log[0]["grad_norm"] > 1.1  # 1 would be the default limit
+    assert distance(after, before) == pytest.approx(log[0]["grad_norm"], rel=1e-5)
+
+
 def test_a_text_cut_by_the_block_size_is_not_compared_with_an_invented_eos(float64):
     """Truncation after EOS was appended drops it silently; a completion that was cut must end
     without EOS, and count its own tokens only."""
-    items, _ = encode_rankings([Ranking("a", ["bcdefgh", "c"], [0, 1])], ToyTokenizer(), block_size=5)
+    items = encode_rankings([Ranking("a", ["bcdefgh", "c"], [0, 1], [True, True])], ToyTokenizer(), block_size=5)
     long, short = items[0].examples
     assert long.completion == [1, 2, 3, 4]
     assert short.completion == [2, EOS]
-    batch = ranked_batch(items, EOS, CPU)
     model = make_gpt(14)
     expected = [completion_logprobs(model, e.prompt, e.completion).sum().item() for e in (long, short)]
-    assert batch_logprobs(model, batch).tolist() == pytest.approx(expected, abs=1e-11)
+    assert ranking_logprobs(model, items, "float32")[0].tolist() == pytest.approx(expected, abs=1e-11)
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"beta": 0.0}, {"label_smoothing": 0.5}, {"kind": "ipo", "label_smoothing": 0.1}, {"micro_batch": -1}],
+    ("changes", "says"),
+    [
+        ({"beta": 0.0}, "--beta"),
+        ({"label_smoothing": 0.5}, "--label_smoothing"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "--label_smoothing"),
+        ({"kind": "hinge"}, "--kind"),
+        ({"micro_batch": -1}, "--micro_batch"),
+        ({"grad_clip": -1.0}, "--grad_clip"),  # would climb
+        ({"lr": math.nan}, "--lr"),
+        ({"beta": math.inf}, "--beta"),
+        ({"seed": 2**64}, "--seed"),
+        ({"train_layers": 3}, "--train_layers"),
+        ({"warmup": 2}, "--warmup"),
+    ],
     ids=str,
 )
-def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes):
-    """A setting that can't work, or would be ignored, stops at once with one line."""
+def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+    """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
     speak_toy(monkeypatch, dpo)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=says):
         run_dpo(tmp_path, make_gpt(16, block_size=24), **changes)
+
+
+# ------------------------------------------------------------------------------------------------ did it work?
+
+
+def test_a_collapse_shows_without_held_out_data(tmp_path, monkeypatch, capsys):
+    """EOS rate 0.6 and a KL of 70 nats stood in results.json alone: both are printed, held-out data or not, with a
+    warning where they say that the policy is gone, and none where it has not moved."""
+    speak_toy(monkeypatch, dpo)
+    policy = make_gpt(10, block_size=24)
+    for lr, collapsed in ((0.0, False), (0.3, True)):
+        results, _, _ = run_dpo(tmp_path, policy, epochs=5, lr=lr, max_new_tokens=18)
+        said = capsys.readouterr().out
+        assert results["kl"] > 25 if collapsed else results["kl"] == pytest.approx(0, abs=1e-4)
+        if not collapsed:
+            assert results["eos_rate"] == results["ref_eos_rate"]
+        assert f"EOS rate {results['eos_rate']:.2f}" in said
+        assert f"KL to the reference {results['kl']:.1f} nats" in said
+        assert ("WARNING: the policy has collapsed" in said) == collapsed
+
+
+def test_knowing_the_pairs_by_heart_is_said(capsys):
+    """Accuracy 1 on the training pairs and chance on others looks like a success in the progress bar."""
+    results = {"accuracy": 0.6, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
+    for train_accuracy, warned in ((1.0, True), (0.7, False)):
+        dpo.report(results, train_accuracy, Config(), "")
+        assert ("by heart" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(("kind", "start"), [("sigmoid", LN2), ("ipo", 25.0)])
+def test_each_gate_can_fail(kind, start):
+    """A blown-up run passed by its accuracy alone, with a loss of 4e10: loss and EOS rate have gates too. The loss
+    counts as a share of what it is before training."""
+    good = {"accuracy": 0.75, "loss": 0.8 * start, "margin": 1.0, "eos_rate": 1.0}
+    for changes, failed in (
+        ({}, None),
+        ({"loss": 4e10}, "DPO held-out loss, share of the start's"),
+        ({"loss": start}, "DPO held-out loss, share of the start's"),
+        ({"accuracy": 0.5}, "DPO held-out accuracy"),
+        ({"eos_rate": 0.6}, "DPO EOS rate"),
+    ):
+        gates = dpo.report(good | changes, 0.7, Config(kind=kind, beta=0.1), "tiny")
+        assert [g["name"] for g in gates if not g["ok"]] == ([failed] if failed else [])
+
+
+def run_on_task(tmp_path, monkeypatch, vocabulary: str, own: bool, **changes) -> dict:
+    """dpo.train from a policy of the embedded task, on data of the task or of one's own."""
+    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
+    monkeypatch.setattr(dpo, "load_tokenizer", lambda name: tokenizer)
+    policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
+    save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
+    rows, held_out = (
+        (own_pairs(4, gold=True), own_pairs(2, 4, gold=True)) if own else (task_rankings(4), task_rankings(2))
+    )
+    settings = {"data": write_lines(tmp_path / "r.jsonl", rows), "policy": str(tmp_path / "policy"), "device": "cpu"}
+    settings |= {"held_out_data": write_lines(tmp_path / "h.jsonl", held_out), "out_dir": str(tmp_path / "dpo")}
+    return dpo.train(Config(**{**settings, "warmup": 0, "max_new_tokens": 4, **changes}))
+
+
+def test_a_learning_rate_of_a_million_does_not_pass(tmp_path, monkeypatch):
+    """With Adam the weights stay finite and the accuracy can be anything: a gate fails, or no model is saved."""
+    try:
+        results = run_on_task(tmp_path, monkeypatch, "tiny", False, lr=1e6, batch_size=1)
+    except UserError as error:
+        assert "--lr" in str(error) and not (tmp_path / "dpo" / "model.pt").exists()
+    else:
+        assert not all(g["ok"] for g in results["gates"])
+
+
+# ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
+    """With --data alone it reported a held-out accuracy on the demo's rankings, in silence. The twin beside the data is
+    taken, where it is there, and every file that is read is named."""
+    speak_toy(monkeypatch, dpo)
+    own, opened = beside_a_demo(tmp_path, monkeypatch)
+    policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
+    data = write_lines(own / "mine.jsonl", own_pairs(8))
+    settings = {"data": data, "policy": policy, "out_dir": str(own / "dpo"), "warmup": 0, "device": "cpu"}
+    results = dpo.train(Config(**settings, max_new_tokens=4))
+    said = capsys.readouterr().out
+    assert "accuracy" not in results and results["gates"] == []
+    assert "mine_held_out.jsonl" in said and data in said and policy in said
+
+    twin = write_lines(own / "mine_held_out.jsonl", own_pairs(3, start=8))
+    results = dpo.train(Config(**settings, max_new_tokens=4))
+    assert f"{twin}: 3 rankings" in capsys.readouterr().out
+    trained = load_model(own / "dpo", CPU)
+    assert trained.task == ""
+    hits = []
+    with torch.no_grad():
+        for row in own_pairs(3, start=8):
+            ids, ratios = ToyTokenizer().encode(row["prompt"]), []
+            for text in row["completions"]:
+                new, old = (
+                    completion_logprobs(model, ids, [*ToyTokenizer().encode(text), EOS]).sum().item()
+                    for model in (trained.model, load_model(policy, CPU).model)
+                )
+                ratios.append(new - old)
+            hits.append(float(ratios[0] > ratios[1]))
+    assert results["accuracy"] == pytest.approx(sum(hits) / 3)
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
+)
+def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+    """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them. A policy
+    of the embedded task on own data is noted."""
+    results = run_on_task(tmp_path, monkeypatch, vocabulary, own)
+    said = capsys.readouterr().out
+    assert len(results["gates"]) == said.count("GATE") == gates
+    assert ("NOTE" in said) == own
+    assert load_model(tmp_path / "dpo", CPU).task == ("" if own else "tiny")
