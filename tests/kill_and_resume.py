@@ -10,9 +10,9 @@ run's, metrics.jsonl and results.json equal apart from the clock. Exit status 1 
 
 - Killed before the first state was saved, there is nothing to resume: `resume` must be refused by a message of one line
   that changes no file, and the run starts afresh.
-- Every second run starts in a folder where the finished run of another seed stands: nothing of it may come back. (To
-  refuse to resume is then always right.)
-- To resume a run that has finished must change nothing.
+- Every second run starts in a folder where the finished run of another seed stands: nothing of it may come back, and
+  until the new run has saved a state of its own, to resume must be refused.
+- To resume a run that has finished must change no byte.
 - Collecting rankings has no state: killed and started again, it must write the very same file.
 
 The children are forked from a server that has imported torch ("forkserver", so not on Windows), with one thread each.
@@ -40,17 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import collect
 import data.tiny
 import dpo
 import ppo
 import reward_model
 import sft
-from common import UserError
-
-try:
-    import collect
-except ImportError:
-    from data import collect
+from cli import UserError
 
 STAGES = ["sft", "collect", "reward_model", "ppo", "dpo"]  # each reads what those before it have written
 # Imported before the fork; torch._dynamo because making an optimiser imports it. The project's own import is quick.
@@ -62,7 +58,7 @@ def configs(work: Path) -> dict:
     """Tiny configurations. They write to run/STAGE and read what the unbroken runs left in unbroken/STAGE."""
     d, before, out = work / "data", work / "unbroken", work / "run"
     rankings = str(before / "collect" / "rankings.jsonl")
-    training = {"log_every": 1, "save_every": 2, "device": "cpu"}
+    training = {"warmup": 4, "log_every": 1, "save_every": 2, "device": "cpu"}
     return {
         "sft": sft.Config(
             data=str(d / "demonstrations.jsonl"),
@@ -100,7 +96,7 @@ def configs(work: Path) -> dict:
         ),
         "ppo": ppo.Config(
             policy=str(before / "sft"),
-            reward=str(before / "reward_model"),
+            reward=[str(before / "reward_model")],
             prompts=str(d / "prompts.jsonl"),
             out_dir=str(out / "ppo"),
             iterations=8,
@@ -110,10 +106,8 @@ def configs(work: Path) -> dict:
             kl_target=3.0,  # so that the controller's coefficient has to be restored too
             ptx_coef=0.1,
             ptx_data=str(d / "demonstrations.jsonl"),
-            **{
-                **training,
-                "save_every": 1,
-            },  # so that a run is also resumed amid the iterations its results are means of
+            # so that a run is also resumed amid the iterations its results are means of
+            **{**training, "save_every": 1},
         ),
         "dpo": dpo.Config(
             policy=str(before / "sft"),
@@ -156,9 +150,8 @@ def child(module_name: str, config, log: str, connection) -> None:
         os.dup2(file.fileno(), 2)
     from tqdm import tqdm
 
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own lock is a semaphore of the system's, which a killed process leaves behind
+    # its own lock is a semaphore of the system's, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     module = importlib.import_module(module_name)
     connection.send("ready")  # the clock runs from here: start-up is not what is being tested
@@ -342,7 +335,7 @@ def interrupted_run(
         if end.refused:
             if not resume:
                 return [*wrong, f"a fresh start was refused: {end.refused}"]
-            if has_state and not dirty:
+            if has_state:
                 wrong.append(f"refused to resume, though there is a state: {end.refused}")
             if "\n" in end.refused:
                 wrong.append(f"the refusal has several lines: {end.refused!r}")
@@ -351,7 +344,7 @@ def interrupted_run(
                 wrong.append(f"refused to resume, but wrote {', '.join(changed)}")
             resume = False
             continue
-        if resume and not has_state and not dirty and not end.killed:
+        if resume and not has_state and not end.killed:
             wrong.append("resumed without a state, instead of refusing")
         if not moments:
             return wrong + differences(stage, folder, unbroken)
@@ -376,10 +369,12 @@ def check_stage(stage: str, work: Path, seconds: float, kills: int, seed: int) -
     folder, unbroken = work / "run" / stage, work / "unbroken" / stage
     wrong = []
 
-    # the end of the unbroken run, resumed
+    # the end of the unbroken run, resumed: not a byte may change
     replace_folder(unbroken, folder)
     end = run_child(stage, config if stage == "collect" else dataclasses.replace(config, resume=True), work / "log")
-    found = [end.refused or end.crashed] if end.refused or end.crashed else differences(stage, folder, unbroken)
+    before, after = contents(unbroken), contents(folder)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    found = [text for text in (end.refused, end.crashed) if text] or [f"{name}: changed" for name in changed]
     wrong += [f"resumed after its end: {text}" for text in found]
 
     if stage != "collect":  # a file of rankings is appended to, whatever the seed

@@ -255,7 +255,7 @@ class MadeFrom:
 
 
 def test_what_was_loaded_is_named(tmp_path, capsys):
-    """The file, the script that made it and the data it learned from: so the demo's checkpoint among one's own shows."""
+    """The file, the script that made it and the data it learned from: so the demo's among one's own shows."""
     save_model(tmp_path / "a", make_gpt(), "tiny", "sft.py", MadeFrom())
     save_model(tmp_path / "b", make_scalar(), "tiny", "reward_model.py", Made())
     load_model(tmp_path / "a", CPU)

@@ -7,12 +7,16 @@ import dataclasses
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, make_gpt
+from kill_and_resume import contents, function_of
 
-import data.collect
+import cli
+import collect
 import data.prepare
 import data.tiny
 import dpo
@@ -20,9 +24,11 @@ import evaluate
 import ppo
 import reward_model
 import sft
-from common import RunFolder, UserError, load_file
+from cli import UserError
+from common import RunFolder, load_file
+from data.tokenizer import load_tokenizer
+from weights import save_pretrained
 
-ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
 TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
 
@@ -39,16 +45,16 @@ def configs(out: Path, **changed) -> dict:
             held_out_prompts=24,
         ),
         "sft": sft.Config(
-            data=str(d / "demonstrations.jsonl"),
-            held_out_data=str(d / "demonstrations_held_out.jsonl"),
+            data=str(d / "demonstrations.jsonl"),  # held-out demonstrations are found beside it
             out_dir=str(out / "sft"),
             n_layer=2,
             n_head=2,
             n_embd=32,
+            warmup=5,
             dropout=0.1,  # so that resuming must restore torch's generator too
             device="cpu",
         ),
-        "collect": data.collect.Config(
+        "collect": collect.Config(
             policies=[str(out / "sft")],
             prompts=str(d / "prompts.jsonl"),
             n_prompts=48,
@@ -56,7 +62,7 @@ def configs(out: Path, **changed) -> dict:
             max_new_tokens=16,
             device="cpu",
         ),
-        "collect_held_out": data.collect.Config(
+        "collect_held_out": collect.Config(
             policies=[str(out / "sft")],
             prompts=str(d / "prompts_held_out.jsonl"),
             n_prompts=16,
@@ -67,9 +73,8 @@ def configs(out: Path, **changed) -> dict:
         "reward_model": reward_model.Config(
             policy=str(out / "sft"),
             data=str(d / "rankings.jsonl"),
-            held_out_data=str(d / "rankings_held_out.jsonl"),
-            prompts=str(d / "prompts.jsonl"),
             out_dir=str(out / "reward_model"),
+            warmup=2,
             normalise_samples=32,
             max_new_tokens=16,
             log_every=1,
@@ -77,7 +82,7 @@ def configs(out: Path, **changed) -> dict:
         ),
         "ppo": ppo.Config(
             policy=str(out / "sft"),
-            reward=str(out / "reward_model"),
+            reward=[str(out / "reward_model")],
             prompts=str(d / "prompts.jsonl"),
             out_dir=str(out / "ppo"),
             iterations=4,
@@ -91,8 +96,8 @@ def configs(out: Path, **changed) -> dict:
         "dpo": dpo.Config(
             policy=str(out / "sft"),
             data=str(d / "rankings.jsonl"),
-            held_out_data=str(d / "rankings_held_out.jsonl"),
             out_dir=str(out / "dpo"),
+            warmup=2,
             max_new_tokens=16,
             log_every=1,
             device="cpu",
@@ -101,11 +106,8 @@ def configs(out: Path, **changed) -> dict:
             policies=[str(out / p) for p in ("sft", "ppo", "dpo")],
             reward=str(out / "reward_model"),
             prompts=str(d / "prompts_held_out.jsonl"),
-            rankings=str(d / "rankings_held_out.jsonl"),
-            demonstrations=str(d / "demonstrations_held_out.jsonl"),
             max_new_tokens=16,
             best_of=[1, 2],
-            best_of_prompts=8,
             out_dir=str(out / "evaluate"),
             device="cpu",
         ),
@@ -116,17 +118,19 @@ def configs(out: Path, **changed) -> dict:
 STAGES = {
     "tiny": data.tiny,
     "sft": sft,
-    "collect": data.collect,
-    "collect_held_out": data.collect,
+    "collect": collect,
+    "collect_held_out": collect,
     "reward_model": reward_model,
     "ppo": ppo,
     "dpo": dpo,
     "evaluate": evaluate,
 }
 
+TRAINED = ("sft", "reward_model", "ppo", "dpo")
+
 
 def run(names, made: dict) -> dict:
-    return {name: STAGES[name].train(made[name]) for name in names}
+    return {name: function_of(STAGES[name])(made[name]) for name in names}
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -156,7 +160,7 @@ def test_every_stage_writes_what_the_next_one_reads(pipeline):
     """Each training stage leaves model, state, metrics, config and results; tensors and
     plain Python only (weights_only=True)."""
     out, _, _ = pipeline
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
+    for stage in TRAINED:
         found = sorted(p.name for p in (out / stage).iterdir())  # and no .tmp file
         assert found == ["config.json", "metrics.jsonl", "model.pt", "results.json", "state.pt"], stage
         checkpoint = load_file(out / stage / "model.pt")
@@ -171,7 +175,7 @@ def test_evaluation_has_the_promised_figures(pipeline):
     out, _, _ = pipeline
     results = json.loads((out / "evaluate" / "results.json").read_text(encoding="utf-8"))
     assert results["ceiling"] == pytest.approx(data.tiny.CEILING)
-    assert {"accuracy", "bayes_accuracy", "longer_wins"} <= set(results["reward_model"])
+    assert {"accuracy", "bayes_accuracy", "longer_wins", "length_alone"} <= set(results["reward_model"])
     assert list(results["policies"]) == ["sft", "ppo", "dpo"] and set(results["best_of_n"]) == {"1", "2"}
     for name, figures in results["policies"].items():
         assert {"gold", "gold_se", "rm", "kl", "win_rate", "win_low", "win_high"} <= set(figures)
@@ -182,6 +186,9 @@ def test_evaluation_has_the_promised_figures(pipeline):
         else:
             assert figures["kl"] > 0 and figures["win_low"] < figures["win_rate"] < figures["win_high"]
     assert results["best_of_n"]["2"]["rm"] >= results["best_of_n"]["1"]["rm"]
+    for figures in results["best_of_n"].values():
+        assert {"gold", "gold_se", "rm", "kl_bound"} == set(figures)
+    assert results["best_of_n"]["1"]["kl_bound"] == 0
 
 
 def test_the_same_seed_gives_the_same_run(pipeline, tmp_path):
@@ -199,7 +206,7 @@ def test_the_same_seed_gives_the_same_run(pipeline, tmp_path):
     assert metrics(tmp_path / "other") != metrics(out / "dpo")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", TRAINED)
 def test_a_resumed_run_equals_the_unbroken_one(pipeline, tmp_path, monkeypatch, stage):
     """Need R24: stopped after its first saved state and resumed, a run ends with
     bit-identical weights and the same log."""
@@ -227,6 +234,127 @@ def test_a_resumed_run_equals_the_unbroken_one(pipeline, tmp_path, monkeypatch, 
     assert metrics(tmp_path / stage) == metrics(out / stage)
 
 
+OPENED: list[str] | None = None  # while it is a list, the files that were opened for reading are noted there
+
+
+def note_opened(event: str, arguments: tuple) -> None:
+    if OPENED is not None and event == "open" and str(arguments[1]).startswith("r"):
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(note_opened)  # Python calls it for every file, whoever opens it; it can't be taken off again
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_file_that_is_read_is_named(pipeline, tmp_path, monkeypatch, capsys, stage):
+    """Data or a checkpoint that was found by itself must show, or the demo's goes unnoticed among one's own. The truth:
+    what Python says that was opened, apart from what the stage itself has written."""
+    _, made, _ = pipeline
+    where = "out" if stage.startswith("collect") else "out_dir"
+    config = dataclasses.replace(made[stage], **{where: str(tmp_path / "here")})
+    if stage == "ppo":
+        config.ptx_coef, config.ptx_data = 0.1, made["sft"].data
+    capsys.readouterr()
+    monkeypatch.setattr(sys.modules[__name__], "OPENED", opened := [])
+    function_of(STAGES[stage])(config)
+    monkeypatch.setattr(sys.modules[__name__], "OPENED", None)
+    shown = capsys.readouterr().out
+    read = {path for path in opened if path.startswith(str(tmp_path.parent)) and str(tmp_path / "here") not in path}
+    # policy, data, held-out data, and what a stage needs besides
+    assert len(read) == {"tiny": 0, "sft": 2, "reward_model": 4, "ppo": 4, "dpo": 3, "evaluate": 7}.get(stage, 2)
+    assert not {path for path in read if path not in shown}
+
+
+def test_weights_that_are_imported_are_named(tmp_path, capsys):
+    """--init FOLDER: with their block size, for it limits all that follows."""
+    n_vocab = load_tokenizer("tiny").n_vocab
+    save_pretrained(make_gpt(vocab=n_vocab, block_size=40), tmp_path / "weights")
+    sft.initial_model(sft.Config(init=str(tmp_path / "weights")), n_vocab, "cpu")
+    assert f"{tmp_path / 'weights'}: " in (shown := capsys.readouterr().out) and "block size 40" in shown
+
+
+def arguments_of(config) -> list[str]:
+    """The command line that gives this configuration."""
+    found = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        if isinstance(value, bool) and value != default:
+            found.append(f"--{f.name}" if value else f"--no-{f.name}")
+        elif value != default:
+            found += [f"--{f.name}", *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_finished_run_is_resumed_without_changing_a_byte(pipeline, tmp_path, monkeypatch, capsys, stage):
+    """It returns the stored results, gates included: so --strict fails on a failed gate as it did the first time."""
+    out, made, results = pipeline
+    shutil.copytree(out / stage, tmp_path / stage)
+    before = contents(tmp_path / stage)
+    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True, strict=True)
+    stored = json.loads((tmp_path / stage / "results.json").read_text(encoding="utf-8"))
+    assert STAGES[stage].train(config) == stored and contents(tmp_path / stage) == before
+    failed = [g["name"] for g in results[stage]["gates"] if not g["ok"]]
+    assert failed, "at this size a gate fails, or the rest of this test says nothing"
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *arguments_of(config)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(STAGES[stage].train, STAGES[stage].Config, "")
+    assert stop.value.code == 1 and contents(tmp_path / stage) == before
+    assert capsys.readouterr().err == f"{stage}.py: error: gate failed: {', '.join(failed)}\n"
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_state_belongs_to_its_configuration(pipeline, tmp_path, stage):
+    """Another learning rate, seed, policy or data: refused, the flag named, no byte changed. A run that has been
+    started anew in the meantime has no state until it saves its first."""
+    out, made, _ = pipeline
+    shutil.copytree(out / stage, tmp_path / stage)
+    before = contents(tmp_path / stage)
+    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True)
+    what = "prompts" if stage == "ppo" else "data"
+    other = shutil.copy(getattr(config, what), tmp_path / "other.jsonl")
+    changed = {"lr": config.lr / 2, "seed": 2, "warmup": 1, "grad_clip": 0.5, what: str(other)}
+    changed |= {} if stage == "sft" else {"policy": str(out / "dpo")}
+    for name, value in changed.items():
+        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} "):
+            STAGES[stage].train(dataclasses.replace(config, **{name: value}))
+        assert contents(tmp_path / stage) == before
+
+    class Died(Exception):
+        pass
+
+    def die(*arguments, **figures):
+        raise Died
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        patch.setattr(RunFolder, "log", die)
+        STAGES[stage].train(dataclasses.replace(config, resume=False, seed=2))
+    with pytest.raises(UserError, match=r"state\.pt: no such file"):
+        STAGES[stage].train(dataclasses.replace(config, seed=2))
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_finished_run_goes_on_for_longer(pipeline, tmp_path, stage):
+    """More epochs or iterations: what was logged stays as it was, the new steps follow, and the results are those of
+    the whole run: SFT's loss before training is still the one before training."""
+    out, made, results = pipeline
+    shutil.copytree(out / stage, tmp_path / stage)
+    more = {"iterations": 6} if stage == "ppo" else {"epochs": 2}
+    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True, **more)
+    longer = STAGES[stage].train(config)
+    before, after = metrics(out / stage), metrics(tmp_path / stage)
+    assert after[: len(before)] == before
+    assert after[-1]["step"] == before[-1]["step"] * (1.5 if stage == "ppo" else 2)
+    assert [row["step"] for row in after] == sorted(row["step"] for row in after)
+    assert load_file(tmp_path / stage / "state.pt")["step"] == after[-1]["step"]
+    if stage == "sft":
+        assert longer["first_loss"] == results["sft"]["first_loss"] > longer["held_out_loss"]
+    if stage == "ppo":
+        assert longer["score"] == pytest.approx(after[-1]["score"], abs=1e-6)  # the last quarter of six
+
+
 def test_ppo_variants_run_on_a_plain_function(pipeline, tmp_path):
     """A reward from file.py:function, exact KL, PTX and the last block alone: the frozen
     part stays bit-identical, the rest moves."""
@@ -235,7 +363,7 @@ def test_ppo_variants_run_on_a_plain_function(pipeline, tmp_path):
     (tmp_path / "my_reward.py").write_text(source, encoding="utf-8")
     config = dataclasses.replace(
         made["ppo"],
-        reward=f"{tmp_path / 'my_reward.py'}:short",
+        reward=[f"{tmp_path / 'my_reward.py'}:short"],
         out_dir=str(tmp_path / "ppo"),
         kl="exact",
         kl_target=0.0,
@@ -256,11 +384,14 @@ def test_mistakes_are_reported_before_anything_is_overwritten(pipeline):
     out, made, _ = pipeline
     before = (out / "ppo" / "model.pt").read_bytes()
     for wrong in (
-        {"reward": str(out / "sft")},
+        {"reward": [str(out / "sft")]},
         {"policy": str(out / "reward_model")},
         {"max_new_tokens": 96},
         {"minibatch": 99},
         {"train_layers": 9},
+        {"warmup": 5},
+        {"seed": 2**64},
+        {"reward_weights": [1.0, 2.0]},
     ):
         with pytest.raises(UserError) as error:
             ppo.train(dataclasses.replace(made["ppo"], **wrong))
@@ -281,7 +412,7 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     assert counts["demonstrations"] + counts["demonstrations_held_out"] == 1100
     assert counts["pairs"] + counts["pairs_held_out"] == 1094  # six pairs have equal texts
     # enough to learn from in seconds
-    few = {"demonstrations": 160, "pairs": 64, "demonstrations_held_out": 24, "pairs_held_out": 16}
+    few = {"demonstrations": 160, "pairs": 32, "demonstrations_held_out": 24, "pairs_held_out": 8}
     for name, n in few.items():
         lines = (d / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (d / f"{name}.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
@@ -290,7 +421,6 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     result = sft.train(
         sft.Config(
             data=str(d / "demonstrations.jsonl"),
-            held_out_data=str(d / "demonstrations_held_out.jsonl"),
             out_dir=str(tmp_path / "sft"),
             tokenizer="gpt2",
             n_layer=2,
@@ -307,7 +437,6 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     assert result["held_out_loss"] < result["first_loss"] - 1.5  # from about ln 50257 = 10.8
     pairs = {
         "data": str(d / "pairs.jsonl"),
-        "held_out_data": str(d / "pairs_held_out.jsonl"),
         "policy": str(tmp_path / "sft"),
         "batch_size": 8,
         "epochs": 3,
@@ -316,7 +445,6 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     }
     reward_model.train(
         reward_model.Config(
-            prompts=str(d / "prompts.jsonl"),
             out_dir=str(tmp_path / "reward_model"),
             normalise_samples=16,
             max_new_tokens=16,
@@ -324,7 +452,7 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
             **common,
         )
     )
-    dpo.train(dpo.Config(out_dir=str(tmp_path / "dpo"), max_new_tokens=16, **pairs, **common))
+    dpo.train(dpo.Config(out_dir=str(tmp_path / "dpo"), micro_batch=1, max_new_tokens=16, **pairs, **common))
     for stage in ("reward_model", "dpo"):
         losses = [row["loss"] for row in metrics(tmp_path / stage) if "loss" in row]
         epoch = len(losses) // 3  # the last epoch against the first
@@ -332,7 +460,7 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     result = ppo.train(
         ppo.Config(
             policy=str(tmp_path / "sft"),
-            reward=str(tmp_path / "reward_model"),
+            reward=[str(tmp_path / "reward_model")],
             prompts=str(d / "prompts.jsonl"),
             out_dir=str(tmp_path / "ppo"),
             iterations=3,
