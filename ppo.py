@@ -31,7 +31,7 @@ from common import RunFolder, autocast, call_reward, clip_gradients, compile_blo
 from common import gold_function, last_quarter, load_model, load_reward, lr_at, note_task, pick_device, print_trace
 from common import progress, rollout_figures, save_model, show_samples, train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, make_batch, micro_batches
-from data.files import read_prompts
+from data.files import read_prompts, sibling
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
 from model import GPT, Rollout, ScalarModel, at_least_float32, completion_mask, generate
@@ -71,7 +71,7 @@ class Config(TrainConfig):
     eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS", low=0)
     stop_kl: float = flag(0.1, "end an update this far from the rollout's policy, nats a token (0: never)", low=0)
     ptx_coef: float = flag(0.0, "weight of the SFT loss mixed into every step (InstructGPT's PPO-ptx; 0: off)", low=0)
-    ptx_data: str = flag("out/data/demonstrations.jsonl", "demonstrations for it")
+    ptx_data: str = flag("auto", "demonstrations for it (auto: demonstrations.jsonl beside the prompts)")
     gold: str = flag("auto", "true reward to log, file.py:function (auto: the embedded task's; empty: none)")
     trace: bool = flag(False, "print one rollout of each logged iteration token by token")
     log_every: int = flag(10, "iterations between printed samples", low=1)
@@ -432,7 +432,9 @@ def train(config: Config) -> dict:
     room = block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
     prompts = encode_prompts(texts, tokenizer, room, config.prompts)
-    demonstrations = load_examples(config.ptx_data if config.ptx_coef else "", tokenizer, block_size)
+    ptx_data = sibling(config.prompts, "demonstrations.jsonl") if config.ptx_data == "auto" else config.ptx_data
+    check(not config.ptx_coef or bool(ptx_data), f"--ptx_coef needs --ptx_data; none is beside {config.prompts}")
+    demonstrations = load_examples(ptx_data if config.ptx_coef else "", tokenizer, block_size)
     optimizer = make_optimizer(policy, value_model, config)
     controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     if config.compile:
