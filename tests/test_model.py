@@ -597,6 +597,26 @@ def test_rows_of_a_batch_equal_each_alone():
     assert rollout.tokens.shape == (3, 37) and rollout.tokens[1, :5].tolist() == PROMPTS[1]
 
 
+def test_the_cache_holds_what_was_written_where_it_was_written():
+    """Keys and values exchanged, written to a neighbour's slot, or given back in another precision than the queries
+    have: under autocast keys are bfloat16 while the cache is float32, which holds them exactly."""
+    config = GPTConfig(10, 6, 1, 2, 8)
+    cache = KVCache(3, 6, config, torch.zeros(()))
+    k, v = torch.randn(2, 3, 2, 4, 4, generator=gen()).bfloat16()  # 3 rows, 2 heads, 4 tokens, 4 channels
+    given = cache.write(k, v, None, 4)
+    assert torch.equal(given[0], k) and torch.equal(given[1], v)
+    new_k, new_v = torch.randn(2, 3, 2, 1, 4, generator=gen(1)).bfloat16()
+    positions = torch.tensor([1, 4, 2])
+    keys, values = cache.write(new_k, new_v, positions, 5)
+    assert keys.dtype == values.dtype == torch.bfloat16 and keys.shape == values.shape == (3, 2, 5, 4)
+    for found, old, new in ((keys, k, new_k), (values, v, new_v)):
+        for row, slot in product(range(3), range(5)):
+            expected = (
+                new[row, :, 0] if slot == positions[row] else old[row, :, slot] if slot < 4 else torch.zeros(2, 4)
+            )
+            assert torch.equal(found[row, :, slot], expected.bfloat16()), (row, slot)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "whole-cache"])
 def test_prefill_and_decode_one_token_equal_the_full_forward(wide):
     """Logits read from filler, a token that doesn't see itself, or sees stale slots behind it; the two functions that

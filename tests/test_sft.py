@@ -520,6 +520,14 @@ def test_sizes_are_refused_where_the_weights_have_their_own(tmp_path, start, nam
         sft.initial_model(Config(init=starts(tmp_path)[start], **{name: 8}), 23, CPU)
 
 
+def test_impossible_starts_are_refused(tmp_path):
+    """A checkpoint whose ids mean other words, heads that don't divide the channels: refused by the flag's name."""
+    with pytest.raises(UserError, match="was trained with --tokenizer toy"):
+        sft.initial_model(Config(init=starts(tmp_path)["checkpoint"], tokenizer="tiny"), 23, CPU)
+    with pytest.raises(UserError, match="n_embd 30 is not a multiple of n_head 4"):
+        sft.initial_model(Config(n_embd=30), 23, CPU)
+
+
 def test_published_weights_must_have_the_vocabulary_s_rows(tmp_path):
     """Fewer rows than token ids: an index error at some later token. More: padding that would be given probability."""
     save_pretrained(make_gpt(9), tmp_path)
