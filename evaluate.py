@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import call_reward, gate, generator_for, gold_function, load_model, load_scorer, pick_device
-from common import score_rollout, write_json
+from common import call_reward, gate, generator_for, gold_function, load_model, load_scorer, note_task
+from common import pick_device, score_rollout, write_json
 from data.batches import by_length, encode_prompts, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
@@ -219,11 +219,15 @@ def run(config: Config) -> dict:
         check(not smaller, f"{path}: its block_size is smaller than that of {config.policies[0]}")
         same = found.tokenizer == baseline.tokenizer
         check(same, f"{path} has the {found.tokenizer} vocabulary, {config.policies[0]} has {baseline.tokenizer}")
-    reward_model = load_scorer(config.reward, baseline, device).model if config.reward else None
     room = reference.config.block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
     task = task_of(config.prompts)
+    note_task(baseline, task, config.prompts)
+    scorer = load_scorer(config.reward, baseline, device) if config.reward else None
+    if scorer and scorer.task == "tiny" and task != "tiny":
+        raise UserError(f"--reward {config.reward} knows the embedded task alone, not {config.prompts}; name another")
+    reward_model = scorer.model if scorer else None
     gold = gold_function(config.gold, task)
     if gold is None and reward_model is None:
         raise UserError("nothing to judge by: give --gold file.py:function or --reward CHECKPOINT")
@@ -265,7 +269,7 @@ def run(config: Config) -> dict:
         }
         if ceiling is not None:
             start = mean(judged_baseline)
-            figures["headroom_closed"] = (mean(golds) - start) / (ceiling - start)
+            figures["headroom_closed"] = (mean(golds) - start) / ((ceiling - start) or math.inf)
             each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
             figures["parts"] = {k: mean([e[k] for e in each]) for k in PARTS}
         results["policies"][name] = figures
@@ -297,7 +301,7 @@ def report_task(results: dict) -> list[dict]:
         print(f"  {name:12} " + "  ".join(f"{k} {v:+.2f}" for k, v in figures["parts"].items()))
     shown = "" if results["demonstrations"] is None else f"; demonstrations {results['demonstrations']:.2f}"
     print(f"ceiling {results['ceiling']:.2f}{shown}")
-    if results["demonstrations"] is not None:
+    if results["demonstrations"] not in (None, results["ceiling"]):
         left = (results["ceiling"] - policies[baseline]["gold"]) / (results["ceiling"] - results["demonstrations"])
         name = f"{baseline}: share of the way from demonstrations to ceiling still open"
         found.append(gate(name, left, 0.4, math.inf))

@@ -6,26 +6,45 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     EOS,
+    ByteTokenizer,
     ToyTokenizer,
+    beside_a_demo,
     checkpoint,
     make_gpt,
     make_scalar,
+    own_pairs,
     random_prompts,
     speak_toy,
     spread,
     strict_json,
+    task_rankings,
     write_lines,
 )
 
 import evaluate
-from common import UserError
-from evaluate import Config, best_of_n, sample_policy, standard_error, wilson_interval, win_rate
+import sample
+import sft
+from cli import UserError
+from common import save_model
+from data.tokenizer import load_tokenizer
+from evaluate import (
+    Config,
+    best_of_n,
+    expected_best,
+    sample_policy,
+    standard_error,
+    token_kl,
+    unique_names,
+    wilson_interval,
+    win_rate,
+)
 
 TOY = ToyTokenizer()
 
@@ -55,6 +74,15 @@ def test_wilson_interval_solves_its_equation(share):
         for p in wilson_interval(share, n):
             assert abs(share - p) == pytest.approx(1.96 * math.sqrt(max(0.0, p * (1 - p)) / n), abs=1e-7)
             assert -1e-12 <= p <= 1 + 1e-12
+
+
+def test_wilson_interval_stays_within_0_and_1():
+    """Rounding put its ends a hair outside: -0.000 in the table."""
+    for n in range(1, 500):
+        low, high = wilson_interval(0.0, n)
+        assert low >= 0 and f"{low:.3f}" == "0.000" and high < 1
+        low, high = wilson_interval(1.0, n)
+        assert high <= 1 and low > 0
 
 
 def test_win_rate_counts_ties_as_half():
@@ -145,79 +173,127 @@ def test_samples_are_drawn_at_the_temperature_without_truncation(float64):
             row.append(token)
 
 
+def test_the_kl_goes_through_the_models_a_few_rows_at_a_time(float64):
+    """About eight tensors of the logits' size exist at once: at GPT-2's vocabulary the whole batch was gigabytes. With
+    a pretended vocabulary no forward pass may have more than a quarter of the 2^26 logits that are allowed, unless it
+    is one row; and the slices must be put together in order."""
+    policy, baseline = relatives(3)
+    tokens = torch.randint(0, 22, (11, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = token_kl(policy, baseline, tokens, 0.7)
+        for i in range(11):
+            row = tokens[i].tolist()
+            assert whole[i].sum().item() == pytest.approx(slow_kl(policy, baseline, row[:1], row[1:], 0.7), abs=1e-10)
+    shapes = []
+    for model in (policy, baseline):
+        model.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    for pretended, rows in ((2**18, 3), (2**30, 1)):
+        policy.config.vocab_size = baseline.config.vocab_size = pretended
+        shapes.clear()
+        with torch.no_grad():
+            sliced = token_kl(policy, baseline, tokens, 0.7)
+        torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-11)
+        assert all(b * T * pretended <= 2**24 or b == 1 for b, T in shapes)
+        assert len(shapes) == 2 * -(-11 // rows)  # and no more passes than that takes
+
+
 # ------------------------------------------------------------------------------------------------ best of n
 
 
-def test_best_of_n_picks_among_the_first_n_of_each_prompt(float64):
-    """n = 1 must be the first sample, the chosen score never falls as n grows, and the pick is the reward model's best,
-    not the gold's: against the samples themselves, whose gold reward tells them apart."""
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
+def test_expected_best_is_the_mean_over_all_choices(n):
+    """The best of the first n samples alone throws the others away; C(i, n) in the place of C(i, n-1) forgets the best
+    one. Against every choice of n of 7 samples."""
+    generator = torch.Generator().manual_seed(n)
+    scores, values = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    scores[3] = torch.tensor([3.0, 1, 3, 2, 1, 3, 0])  # ties: between equal scores the values must be equal too
+    values[3] = -scores[3]
+    found = expected_best(scores, values, n)
+    for row in range(4):
+        chosen = [max(c, key=lambda i: scores[row, i].item()) for c in itertools.combinations(range(7), n)]
+        expected = sum(values[row, i].item() for i in chosen) / math.comb(7, n)
+        assert found[row].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_expected_best_of_very_many_samples_does_not_overflow(float64):
+    """C(1024, 512) has 307 digits, which is beyond a float; uniform values have the mean n / (n + 1) in the limit."""
+    scores = torch.linspace(0, 1, 1025)[None, :-1]
+    for n in (1, 2, 512, 1024):
+        expected = (n * 1025 / (n + 1) - 1) / 1024  # the mean of the largest of n of 0, 1, ..., 1023, over 1024
+        assert expected_best(scores, scores, n).item() == pytest.approx(expected, abs=1e-9)
+
+
+class Samples:
+    """What best_of_n sampled, asked and judged, by prompt."""
+
+    def __init__(self, monkeypatch):
+        self.rollouts, self.asked = [], []
+        original = evaluate.generate
+
+        def record(*args, **kwargs):
+            self.rollouts.append(original(*args, **kwargs))
+            return self.rollouts[-1]
+
+        monkeypatch.setattr(evaluate, "generate", record)
+
+    def gold(self, prompts: list[str], completions: list[str]) -> list[float]:
+        self.asked += zip(prompts, completions, strict=True)
+        return [float(len(c)) for c in completions]
+
+    @torch.no_grad()
+    def by_prompt(self, scorer) -> dict[tuple, list[tuple[float, float]]]:
+        """{prompt: [(score, gold) of each sample]}, each scored by itself."""
+        found = {}
+        for rollout in self.rollouts:
+            for i, (P, completion) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)):
+                value = scorer(rollout.tokens[i : i + 1, : rollout.lens[i]])[0, -1].item()
+                prompt = tuple(rollout.tokens[i, :P].tolist())
+                found.setdefault(prompt, []).append((value, float(len(completion))))
+        return found
+
+
+def test_best_of_n_equals_a_loop_over_all_choices(monkeypatch, float64):
+    """The pick is the reward model's best, not the gold's; n samples of one prompt, not of n prompts; every prompt,
+    every sample and every choice counts; the error is that of the mean over prompts."""
     policy, scorer = make_gpt(10, block_size=24), make_scalar(11, block_size=24)
     ids = random_prompts([1, 6, 3, 3, 9, 2, 4], 22, seed=12)
     prompts = [TOY.decode(p) for p in ids]
-    config = Config(max_new_tokens=6, best_of=[1, 2, 5, 16])
-    asked: list[list[str]] = []
-
-    def gold(prompts, completions):
-        asked.append(completions)
-        return [float(len(c)) for c in completions]
-
-    found = best_of_n(policy, scorer, prompts, ids, gold, TOY, config)
-    rm = [found[str(n)]["rm"] for n in config.best_of]
-    assert rm == sorted(rm)
-    assert rm[-1] > rm[0]
-
-    def score(prompt: list[int], text: str) -> float:
-        """Ended or cut is not in the text; a completion shorter than the limit has ended."""
-        actions = TOY.encode(text)
-        actions += [EOS] * (len(actions) < 6)
-        return scorer(torch.tensor([prompt + actions]))[0, -1].item()
-
-    with torch.no_grad():
-        for n, completions in zip(config.best_of, asked, strict=True):
-            scores = [score(p, c) for p, c in zip(ids, completions, strict=True)]
-            assert found[str(n)]["rm"] == pytest.approx(sum(scores) / len(scores), abs=1e-10)
-            assert found[str(n)]["gold"] == pytest.approx(sum(map(len, completions)) / len(completions))
-            assert found[str(n)]["kl_bound"] == pytest.approx(math.log(n) - (n - 1) / n)
-        for earlier, later in itertools.pairwise(asked):
-            for prompt, a, b in zip(ids, earlier, later, strict=True):
-                assert score(prompt, b) >= score(prompt, a) - 1e-10
+    samples = Samples(monkeypatch)
+    config = Config(max_new_tokens=6, best_of=[1, 2, 5, 8])
+    found = best_of_n(policy, scorer, prompts, ids, samples.gold, TOY, config)
+    drawn = samples.by_prompt(scorer)
+    assert set(drawn) == {tuple(p) for p in ids} and all(len(v) == 8 for v in drawn.values())
+    assert len({pair for v in drawn.values() for pair in v}) > 30
+    assert sorted(p for p, _ in samples.asked) == sorted(prompts * 8)
+    for n in config.best_of:
+        rm, gold = [], []
+        for pairs in drawn.values():
+            best = [max(choice) for choice in itertools.combinations(pairs, n)]
+            rm.append(sum(score for score, _ in best) / len(best))
+            gold.append(sum(value for _, value in best) / len(best))
+        figures = found[str(n)]
+        assert figures["rm"] == pytest.approx(sum(rm) / 7, abs=1e-10)
+        assert figures["gold"] == pytest.approx(sum(gold) / 7, abs=1e-10)
+        assert figures["gold_se"] == pytest.approx(torch.tensor(gold).std().item() / math.sqrt(7), abs=1e-10)
+        assert figures["kl_bound"] == pytest.approx(math.log(n) - (n - 1) / n)
+    values = [found[str(n)]["rm"] for n in config.best_of]
+    assert values == sorted(values) and values[-1] > values[0]
 
 
-def test_best_of_one_is_a_plain_sample(monkeypatch, float64):
-    """The first of n chosen by score after all, or prompts and samples mixed up
-    when each prompt is repeated n times."""
+def test_best_of_one_is_the_mean_sample(monkeypatch, float64):
+    """One sample of n chosen by score after all: n = 1 must be the plain mean over all samples, of gold and of score,
+    so that the row stands beside the baseline's own."""
     policy, scorer = make_gpt(13, block_size=24), make_scalar(14, block_size=24)
     ids = random_prompts([5, 1, 3], 22, seed=15)
-    rollouts = []
-    original = evaluate.generate
-
-    def record(*args, **kwargs):
-        rollouts.append(original(*args, **kwargs))
-        return rollouts[-1]
-
-    monkeypatch.setattr(evaluate, "generate", record)
-    asked: list[list[str]] = []
-
-    def gold(prompts, completions):
-        asked.append(completions)
-        return [0.0] * len(completions)
-
-    config = Config(max_new_tokens=6, best_of=[1, 4])
-    found = best_of_n(policy, scorer, [TOY.decode(p) for p in ids], ids, gold, TOY, config)
-    firsts, best, means = {}, {}, {}
-    for rollout in rollouts:
-        for i, (P, completion) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)):
-            prompt = tuple(rollout.tokens[i, :P].tolist())
-            with torch.no_grad():
-                value = scorer(rollout.tokens[i : i + 1, : rollout.lens[i]])[0, -1].item()
-            firsts.setdefault(prompt, (TOY.decode(completion), value))
-            best[prompt] = max(best.get(prompt, (-math.inf, "")), (value, TOY.decode(completion)))
-            means.setdefault(prompt, []).append(value)
-    assert [len(v) for v in means.values()] == [4, 4, 4]
-    assert asked[0] == [firsts[tuple(p)][0] for p in ids]
-    assert asked[1] == [best[tuple(p)][1] for p in ids]
-    assert found["1"]["rm"] == pytest.approx(sum(firsts[tuple(p)][1] for p in ids) / 3, abs=1e-10)
-    assert found["4"]["rm"] == pytest.approx(sum(best[tuple(p)][0] for p in ids) / 3, abs=1e-10)
+    samples = Samples(monkeypatch)
+    config = Config(max_new_tokens=6, best_of=[4, 1])
+    found = best_of_n(policy, scorer, [TOY.decode(p) for p in ids], ids, samples.gold, TOY, config)
+    every = [pair for pairs in samples.by_prompt(scorer).values() for pair in pairs]
+    assert len(every) == 12
+    assert found["1"]["rm"] == pytest.approx(sum(score for score, _ in every) / 12, abs=1e-10)
+    assert found["1"]["gold"] == pytest.approx(sum(value for _, value in every) / 12, abs=1e-10)
+    assert found["1"]["kl_bound"] == 0
+    assert "gold" not in best_of_n(policy, scorer, [], ids, None, TOY, config)["4"]
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -226,21 +302,21 @@ GOLD = "def gold(prompts, completions):\n    return [float(len(set(c))) for c in
 PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
 
 
-def run_evaluate(tmp_path: Path, monkeypatch, policies: dict, **changes) -> dict:
+def run_evaluate(tmp_path: Path, monkeypatch, models: dict, **changes) -> dict:
     speak_toy(monkeypatch, evaluate)
     (tmp_path / "toy_gold.py").write_text(GOLD, encoding="utf-8")
     demonstrations = [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]
     settings = {
-        "policies": [checkpoint(tmp_path / name, model) for name, model in policies.items()],
+        "policies": [checkpoint(tmp_path / name, model) for name, model in models.items()],
         "reward": checkpoint(tmp_path / "scorer", make_scalar(16, block_size=24)),
         "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in PROMPTS]),
         "rankings": "",
         "demonstrations": write_lines(tmp_path / "d.jsonl", demonstrations),
         "gold": f"{tmp_path / 'toy_gold.py'}:gold",
-        **{"max_new_tokens": 6, "best_of": [1, 3], "best_of_prompts": 4},
+        **{"max_new_tokens": 6, "best_of": [1, 3]},
         **{"out_dir": str(tmp_path / "out"), "device": "cpu"},
     }
-    results = evaluate.train(Config(**{**settings, **changes}))
+    results = evaluate.run(Config(**{**settings, **changes}))
     assert strict_json(tmp_path / "out" / "results.json") == results
     return results
 
@@ -262,6 +338,7 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     assert list(results["policies"]) == ["sft", "ppo", "dpo"]
     for number, (figures, s, gold) in enumerate(zip(results["policies"].values(), samples, golds, strict=True)):
         assert figures["gold"] == pytest.approx(sum(gold) / 10)
+        assert figures["gold_se"] == pytest.approx(torch.tensor(gold).std().item() / math.sqrt(10))
         assert figures["rm"] == pytest.approx(sum(s["rm"]) / 10)
         assert figures["kl"] == pytest.approx(sum(s["kl"]) / 10)
         assert figures["eos_rate"] == pytest.approx(sum(s["ended"]) / 10)
@@ -278,6 +355,42 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     assert results["demonstrations"] == 3.0  # {b, c} and {a, b, c, d}
     assert set(results["best_of_n"]) == {"1", "3"}
     assert results["ceiling"] is None
+
+
+def test_best_of_n_stands_on_the_same_prompts(tmp_path, monkeypatch, capsys):
+    """128 prompts beside rows from 512, and an upper bound beside exact KLs: every prompt counts, the row has its
+    error, and its KL says that it is a bound."""
+    told = []
+    original = best_of_n
+
+    def record(policy, reward_model, prompts, ids, *args):
+        told.append((prompts, ids))
+        return original(policy, reward_model, prompts, ids, *args)
+
+    monkeypatch.setattr(evaluate, "best_of_n", record)
+    results = run_evaluate(tmp_path, monkeypatch, {"sft": make_gpt(17, block_size=24)})
+    assert told == [(PROMPTS, [TOY.encode(p) for p in PROMPTS])]
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (line for line in lines if line.startswith("policy "))
+    for n, figures in results["best_of_n"].items():
+        (row,) = (line for line in lines if line.startswith(f"best of {n} "))
+        cells = row.removeprefix(f"best of {n}").split()
+        shown = [f"{figures['gold']:.3f}", f"{figures['gold_se']:.3f}", f"{figures['rm']:.2f}"]
+        assert cells == [*shown, f"<={figures['kl_bound']:.2f}"]
+        assert row.index("<=") + len(cells[-1]) == header.index("KL") + 2  # in the column of the exact ones
+        assert figures["gold_se"] > 0
+
+
+def test_one_checkpoint_twice_is_two_rows(tmp_path, monkeypatch):
+    """Rows by folder name: `--policies a a`, or two folders of one name, collapsed to one."""
+    assert unique_names(["x/a", "y/b"]) == ["a", "b"]
+    assert unique_names(["x/a", "y/a", "z/b"]) == ["x/a", "y/a", "z/b"]
+    assert unique_names(["x/a", "x/a", "y/a"]) == ["x/a", "x/a (2)", "y/a"]
+    model = checkpoint(tmp_path / "a", make_gpt(17, block_size=24))
+    results = run_evaluate(tmp_path, monkeypatch, {}, policies=[model, model])
+    assert len(results["policies"]) == 2
+    second = list(results["policies"].values())[1]
+    assert second["kl"] == pytest.approx(0, abs=1e-4) and second["win_rate"] is not None
 
 
 def test_the_same_weights_twice_are_an_even_match(tmp_path, monkeypatch, float64):
@@ -311,3 +424,177 @@ def test_rankings_that_compare_nothing_are_reported(tmp_path, monkeypatch):
         assert "r.jsonl" in str(error)
     else:
         assert "accuracy" not in results["reward_model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"policies": []}, "--policies"),
+        ({"temperature": math.inf}, "--temperature"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"best_of": [4, 0]}, "--best_of"),
+        ({"n_prompts": -1}, "--n_prompts"),
+        ({"seed": 2**64}, "--seed"),
+        ({"max_new_tokens": 24}, "--max_new_tokens"),
+        ({"prompts": "nowhere.jsonl"}, r"data\.tiny"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+    """One line that names the flag, or the script that makes the missing file."""
+    with pytest.raises(UserError, match=says):
+        run_evaluate(tmp_path, monkeypatch, {"a": make_gpt(22, block_size=24)}, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_reported_first(tmp_path, monkeypatch):
+    """Not after all the sampling."""
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(evaluate, "sample_policy", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(UserError, match="--out_dir"):
+        run_evaluate(tmp_path, monkeypatch, {"a": make_gpt(22, block_size=24)})
+
+
+def test_policies_that_can_not_be_compared_are_refused(tmp_path, monkeypatch):
+    """Another vocabulary, or too short a context for the baseline's texts: one line that names the checkpoint."""
+    baseline = checkpoint(tmp_path / "a", make_gpt(22, block_size=24))
+    save_model(tmp_path / "b", make_gpt(22, block_size=24), "gpt2", "test", sft.Config())
+    small = checkpoint(tmp_path / "c", make_gpt(22, block_size=20))
+    for other, says in ((str(tmp_path / "b"), "b has the gpt2 vocabulary"), (small, "c: its block_size is smaller")):
+        with pytest.raises(UserError, match=says):
+            run_evaluate(tmp_path, monkeypatch, {}, policies=[baseline, other])
+
+
+@pytest.mark.parametrize("script", ["evaluate", "sample"])
+def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, monkeypatch, script):
+    """Another vocabulary gave plausible wrong scores, a shorter context a traceback; one line for both, before anything
+    is sampled."""
+    speak_toy(monkeypatch, evaluate, sample)
+    policy = checkpoint(tmp_path / "policy", make_gpt(22, block_size=24))
+    save_model(tmp_path / "other", make_scalar(16, block_size=24), "tiny", "test", sft.Config())
+    checkpoint(tmp_path / "short", make_scalar(16, block_size=23))
+    checkpoint(tmp_path / "good", make_scalar(16, block_size=24))
+    for name, says in (("other", "reads tiny tokens, the policy writes toy"), ("short", "reads texts of 23 tokens")):
+        with pytest.raises(UserError, match=says) as error:
+            if script == "evaluate":
+                run_evaluate(tmp_path, monkeypatch, {}, policies=[policy], reward=str(tmp_path / name))
+            else:
+                settings = {"policy": policy, "reward": str(tmp_path / name), "prompt": "abc"}
+                sample.run(sample.Config(**settings, max_new_tokens=4, device="cpu"))
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sample_shows_the_reward_model_s_score(tmp_path, monkeypatch, capsys, float64):
+    """The score beside a text is that of this text alone, EOS included where it ended, and a cut one is marked."""
+    speak_toy(monkeypatch, sample)
+    scorer = make_scalar(16, block_size=24)
+    policy = make_gpt(10, block_size=24)
+    policy.ln_f.bias.data += 0.5 * policy.wte.weight.data[EOS]  # towards EOS
+    settings = {"policy": checkpoint(tmp_path / "policy", policy), "prompt": "abc", "samples": 12}
+    settings |= {"reward": checkpoint(tmp_path / "good", scorer), "max_new_tokens": 5, "device": "cpu"}
+    sample.run(sample.Config(**settings))
+    found = re.findall(r"^policy > (\w*)   \[reward ([+-][\d.]+)(, cut)?\]$", capsys.readouterr().out, re.M)
+    assert len(found) == 12 and 0 < sum(cut == "" for _, _, cut in found) < 12
+    for text, score, cut in found:
+        ids = torch.tensor([TOY.encode("abc" + text) + ([] if cut else [EOS])])
+        with torch.no_grad():
+            assert float(score) == pytest.approx(scorer(ids)[0, -1].item(), abs=0.00501)
+
+
+# ------------------------------------------------------------------------------------------------ data of one's own
+
+
+def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
+    """A plausible table from the demo's prompts, rankings or demonstrations. What lies beside the prompts is taken,
+    where it is there; every file that is read is named."""
+    speak_toy(monkeypatch, evaluate)
+    own, opened = beside_a_demo(tmp_path, monkeypatch)
+    (own / "toy_gold.py").write_text(GOLD, encoding="utf-8")
+    settings = {
+        "policies": [checkpoint(own / "sft", make_gpt(17, block_size=24))],
+        "reward": checkpoint(own / "rm", make_scalar(16, block_size=24)),
+        "gold": f"{own / 'toy_gold.py'}:gold",
+        **{"max_new_tokens": 4, "best_of": [1, 2], "out_dir": str(own / "eval"), "device": "cpu"},
+    }
+    prompts = [{"prompt": p} for p in PROMPTS]
+    for name, rankings, demonstrations in (
+        ("prompts_test.jsonl", "rankings_test.jsonl", "demonstrations_test.jsonl"),
+        ("prompts.jsonl", "rankings.jsonl", "demonstrations.jsonl"),
+        ("mine.jsonl", None, None),
+    ):
+        path = write_lines(own / name, prompts)
+        results = evaluate.run(Config(**settings, prompts=path))
+        said = capsys.readouterr().out
+        assert (results["demonstrations"], results["reward_model"], results["gates"]) == (None, {}, [])
+        assert all(p in said for p in (path, settings["reward"], *settings["policies"]))
+        if rankings:
+            beside = [
+                write_lines(own / rankings, own_pairs(5)),
+                write_lines(own / demonstrations, [{"prompt": "a", "completion": "abc"}]),
+            ]
+            results = evaluate.run(Config(**settings, prompts=path))
+            said = capsys.readouterr().out
+            assert results["demonstrations"] == 3.0 and "accuracy" in results["reward_model"]
+            assert all(p in said for p in beside)
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 2), ("bytes", True, 0), ("bytes", False, 2)]
+)
+def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+    """Own prompts in the tiny vocabulary met the embedded task's truth and gates, the task's prompts in another one
+    lost them. A policy of the embedded task on own prompts is noted, a reward model of it refused: it would print a
+    plausible table."""
+    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda name: tokenizer)
+    sizes = {"vocab": tokenizer.n_vocab, "block_size": 192, "n_layer": 1, "n_embd": 16}
+    save_model(tmp_path / "policy", make_gpt(14, **sizes), vocabulary, "sft.py", sft.Config(), "tiny")
+    save_model(tmp_path / "own", make_scalar(15, **sizes), vocabulary, "reward_model.py", sft.Config(), "")
+    save_model(tmp_path / "tiny", make_scalar(15, **sizes), vocabulary, "reward_model.py", sft.Config(), "tiny")
+    rows = own_pairs(4, gold=True) if own else task_rankings(4)
+    write_lines(tmp_path / "rankings.jsonl", rows)
+    demonstrations = [{"prompt": r["prompt"], "completion": r["completions"][1]} for r in rows]
+    write_lines(tmp_path / "demonstrations.jsonl", demonstrations)
+    settings = {"prompts": write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])}
+    settings |= {"policies": [str(tmp_path / "policy")], "out_dir": str(tmp_path / "out"), "device": "cpu"}
+    settings |= {"max_new_tokens": 4, "best_of": [1]}
+    if own:
+        with pytest.raises(UserError, match="--reward"):
+            evaluate.run(Config(**settings, reward=str(tmp_path / "tiny")))
+    capsys.readouterr()
+    results = evaluate.run(Config(**settings, reward=str(tmp_path / ("own" if own else "tiny"))))
+    figures = results["policies"]["policy"]
+    assert len(results["gates"]) == gates
+    assert (results["ceiling"], figures["gold"] is None, "parts" in figures) == (
+        (None, True, False) if own else (pytest.approx(2.0), False, True)
+    )
+    assert ("NOTE" in capsys.readouterr().out) == own
+
+
+def test_demonstrations_at_the_ceiling_leave_no_way_open(tmp_path, monkeypatch):
+    """Perfect demonstrations, and a policy that has learned them: shares of a way of length 0 were a traceback."""
+    rows = task_rankings(3)
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])
+    best = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
+    write_lines(tmp_path / "demonstrations.jsonl", best)
+    save_model(
+        tmp_path / "p",
+        make_gpt(14, vocab=load_tokenizer("tiny").n_vocab, block_size=96, n_embd=16),
+        "tiny",
+        "t",
+        sft.Config(),
+        "tiny",
+    )
+    original = sample_policy
+    known = {"completion": [row["completion"] for row in best]}
+    monkeypatch.setattr(evaluate, "sample_policy", lambda *args: original(*args) | known)
+    settings = {
+        "policies": [str(tmp_path / "p")] * 2,
+        "prompts": prompts,
+        "reward": "",
+        "out_dir": str(tmp_path / "out"),
+    }
+    results = evaluate.run(Config(**settings, max_new_tokens=4, device="cpu"))
+    assert results["demonstrations"] == results["ceiling"] == 2.0 and results["gates"] == []
+    assert [f["headroom_closed"] for f in results["policies"].values()] == [0.0, 0.0]
