@@ -387,16 +387,27 @@ def test_learning_rates_belong_to_their_networks(tmp_path, monkeypatch, float64)
     assert not torch.equal(policy.wte.weight, start.wte.weight)
 
 
+def test_partial_training_holds_in_the_script(tmp_path, monkeypatch):
+    """--train_layers that is checked and then forgotten: all but the last block and the final LayerNorm stay as they
+    were, to the bit."""
+    start = make_gpt(5, block_size=24)
+    _, policy, _, _ = run_ppo(tmp_path, monkeypatch, start, train_layers=1, lr=1e-2)
+    for (name, p), before in zip(policy.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(p, before) != name.startswith(("h.1.", "ln_f.")), name
+
+
 def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch, float64):
     """A controller fed with another KL (of one rank, of prompt tokens) or a penalty that
     goes on with the initial coefficient."""
-    changes = {"iterations": 4, "lr": 1e-2, "kl_target": 0.5, "kl_horizon": 100.0}
+    changes = {"iterations": 5, "lr": 2e-3, "kl_target": 1.5, "kl_horizon": 20.0}
     _, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(6, block_size=24), **changes)
     coef = 0.2
     for row, call in zip(log, calls, strict=True):
         assert row["kl_coef"] == pytest.approx(coef, abs=1e-5)
         assert call["kl_coef"] == pytest.approx(coef, abs=1e-5)
-        coef *= 1 + min(max(row["kl"] / 0.5 - 1, -0.2), 0.2) * 12 / 100
+        coef *= 1 + min(max(row["kl"] / 1.5 - 1, -0.2), 0.2) * 12 / 20
+    errors = [(row["kl"] / 1.5 - 1, row["k3"] / 1.5 - 1) for row in log]
+    assert any(abs(kl) < 0.2 and abs(kl - k3) > 0.1 for kl, k3 in errors[:-1]), "which KL it is must make a difference"
 
 
 def test_rollouts_use_temperature_only(tmp_path, monkeypatch):
@@ -513,14 +524,19 @@ def test_the_weights_reach_the_training(tmp_path, monkeypatch, float64):
     assert log[0]["score"] == pytest.approx(sum(expected) / 12, abs=1e-6)
 
 
-def test_the_pretraining_term_reaches_the_training(tmp_path, monkeypatch, float64):
-    """--ptx_coef that is read and then forgotten. The reward is the same for all and nothing else is, so PPO itself has
-    no gradient, and a step of plain SGD is that of the SFT loss."""
+@pytest.mark.parametrize("named", [True, False])
+def test_the_pretraining_term_reaches_the_training(tmp_path, monkeypatch, float64, named):
+    """--ptx_coef that is read and then forgotten, or takes other demonstrations than those that are named, or else than
+    those beside the prompts. The reward is the same for all, so PPO itself has no gradient, and a step
+    of plain SGD is that of the SFT loss."""
     plain_sgd(monkeypatch)
     start = make_gpt(9, block_size=24)
     expected = copy.deepcopy(start)
     descend(expected, -0.5 * completion_logprobs(expected, [0, 1], [2, 3, EOS]).mean(), 0.1)
-    ptx = {"ptx_coef": 0.5, "ptx_data": write_lines(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "cd"}])}
+    right, other = [{"prompt": "ab", "completion": "cd"}], [{"prompt": "kl", "completion": "mno"}]
+    mine = write_lines(tmp_path / "mine.jsonl", right if named else other)
+    write_lines(tmp_path / "demonstrations.jsonl", other if named else right)
+    ptx = {"ptx_coef": 0.5} | ({"ptx_data": mine} if named else {})
     calm = {"reward": f"{reward_file(tmp_path)}:same", "eos_penalty": 0.0, "kl_coef": 0.0, "lam": 1.0, "grad_clip": 0.0}
     once = {"iterations": 1, "ppo_epochs": 1, "minibatch": 12, "lr": 0.1}
     _, policy, _, _ = run_ppo(tmp_path, monkeypatch, start, **ptx, **calm, **once)
@@ -652,6 +668,7 @@ def test_only_the_usual_reward_of_the_task_is_judged(tmp_path, monkeypatch):
         {"reward_weights": [math.nan]},
         {"lr": math.nan},
         {"warmup": 4},
+        {"ptx_coef": 0.5},  # and no demonstrations beside the prompts
     ],
     ids=str,
 )
