@@ -290,6 +290,7 @@ class RunFolder:
             file = self.path / "state.pt"
             self.state = load_file(file)
             refuse_another_config(self.state, config, file)
+            check(self.metrics.exists(), f"{self.metrics}: gone, and with it the log of the run; start afresh")
             print(f"{file}: {self.state['step']} of {total} steps are done")
             if self.state["step"] >= total and self.results.exists():
                 self.done = json.loads(self.results.read_text(encoding="utf-8"))

@@ -61,10 +61,9 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
     Bradley-Terry.
 
     scores (N, K), best first. ranks (N, K) ascending, by default 0..K-1: equal ranks are a tie, whose target is half /
-    half;
-    -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs here;
-    the pairs of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus never
-    overflows.
+    half; -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs
+    here; the pairs of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus
+    never overflows.
     """
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (N, K) with K >= 2, not {tuple(scores.shape)}")
@@ -105,9 +104,8 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
         pairs.append(torch.stack([correct[strict], longer[strict], gap[strict]]))  # (3, strict pairs)
         per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
     right, longer, gaps = torch.cat(pairs, 1)
-    per_ranking = torch.cat(
-        per_ranking
-    )  # the pairs of one prompt are not independent, so the error is taken over prompts
+    # the pairs of one prompt are not independent, so the error is taken over prompts
+    per_ranking = torch.cat(per_ranking)
     longer_wins = longer.mean().item()
     results = {
         "loss": loss / sum(item.n_pairs for item in items),

@@ -686,6 +686,18 @@ def test_nothing_to_resume_writes_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_run_whose_log_is_gone_is_not_resumed(tmp_path):
+    """Its results are means over the whole log: of the part after the resume alone they would be other figures, or a
+    traceback after hours of training."""
+    config = Run(str(tmp_path))
+    RunFolder(config, 3).save_state(1)
+    (tmp_path / "metrics.jsonl").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: gone"):
+        RunFolder(dataclasses.replace(config, resume=True), 3)
+    assert contents(tmp_path) == before
+
+
 def test_a_finished_run_is_done(tmp_path, capsys):
     """To resume it gives the stored results, gates included, so that --strict fails as it did; no byte changes. Before,
     the results were replaced by those of no step at all."""
