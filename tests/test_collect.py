@@ -131,8 +131,11 @@ def collecting(folder, out, **changes) -> collect.Config:
 def test_collected_rankings(random_policy, tmp_path):
     """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew
     stands in the order of the texts it belongs to (here a made-up truth that differs for every text)."""
+    truth = "[len(set(c)) + len(c) / 100 for c in completions]"
     (tmp_path / "truth.py").write_text(
-        "def f(prompts, completions):\n    return [len(set(c)) + len(c) / 100 for c in completions]\n", encoding="utf-8"
+        f"def f(prompts, completions):\n    return {truth}\n"
+        f"def g(prompts, completions, ended):\n    return [x + 50 * e for x, e in zip({truth}, ended)]\n",
+        encoding="utf-8",
     )
     policies = [str(random_policy / "p1"), str(random_policy / "p2")]
     gold = f"{tmp_path / 'truth.py'}:f"
@@ -147,6 +150,13 @@ def test_collected_rankings(random_policy, tmp_path):
         assert row["gold"] == pytest.approx([len(set(c)) + len(c) / 100 for c in ranking.completions], abs=1e-4)
         mixed += row["gold"] != sorted(row["gold"], reverse=True)
     assert mixed > 3  # noisy annotators: not always the order of the truth
+    told = collecting(random_policy, tmp_path / "told.jsonl", policies=policies, gold=f"{tmp_path / 'truth.py'}:g")
+    collect.run(told)
+    ended = []
+    for _, row in read_jsonl(told.out):  # a truth that asks which texts ended by themselves
+        assert row["ended"] == [g >= 50 for g in row["gold"]]
+        ended += row["ended"]
+    assert 3 < sum(ended) < len(ended) - 3
     collect.run(collecting(random_policy, tmp_path / "sharp.jsonl", gold=gold, annotator_temperature=1e-3))
     for _, row in read_jsonl(tmp_path / "sharp.jsonl"):  # without noise: best first
         assert row["gold"] == sorted(row["gold"], reverse=True)

@@ -236,9 +236,9 @@ class Samples:
 
         monkeypatch.setattr(evaluate, "generate", record)
 
-    def gold(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def gold(self, prompts: list[str], completions: list[str], ended: list[bool]) -> list[float]:
         self.asked += zip(prompts, completions, strict=True)
-        return [float(len(c)) for c in completions]
+        return [len(c) + 0.5 * e for c, e in zip(completions, ended, strict=True)]
 
     @torch.no_grad()
     def by_prompt(self, scorer) -> dict[tuple, list[tuple[float, float]]]:
@@ -248,7 +248,7 @@ class Samples:
             for i, (P, completion) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)):
                 value = scorer(rollout.tokens[i : i + 1, : rollout.lens[i]])[0, -1].item()
                 prompt = tuple(rollout.tokens[i, :P].tolist())
-                found.setdefault(prompt, []).append((value, float(len(completion))))
+                found.setdefault(prompt, []).append((value, len(completion) + 0.5 * bool(rollout.ended[i])))
         return found
 
 
@@ -298,7 +298,9 @@ def test_best_of_one_is_the_mean_sample(monkeypatch, float64):
 
 # ------------------------------------------------------------------------------------------------ the script
 
-GOLD = "def gold(prompts, completions):\n    return [float(len(set(c))) for c in completions]\n"
+GOLD = """def gold(prompts, completions, ended):
+    return [len(set(c)) + 0.5 * e for c, e in zip(completions, ended, strict=True)]
+"""
 PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
 
 
@@ -334,7 +336,7 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample_policy", record)
     policy, baseline = relatives(17)
     results = run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)})
-    golds = [[float(len(set(c))) for c in s["completion"]] for s in samples]
+    golds = [[len(set(c)) + 0.5 * e for c, e in zip(s["completion"], s["ended"], strict=True)] for s in samples]
     assert list(results["policies"]) == ["sft", "ppo", "dpo"]
     for number, (figures, s, gold) in enumerate(zip(results["policies"].values(), samples, golds, strict=True)):
         assert figures["gold"] == pytest.approx(sum(gold) / 10)
@@ -352,7 +354,7 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     first = results["policies"]["sft"]
     assert first["kl"] == 0.0
     assert first["win_rate"] is None
-    assert results["demonstrations"] == 3.0  # {b, c} and {a, b, c, d}
+    assert results["demonstrations"] == 3.5  # {b, c} and {a, b, c, d}, which have all ended
     assert set(results["best_of_n"]) == {"1", "3"}
     assert results["ceiling"] is None
 
@@ -484,6 +486,17 @@ def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, monkeypatch, 
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_reward_model_must_read_what_every_policy_writes(tmp_path, monkeypatch):
+    """Of several that are put side by side, checked for the first one alone."""
+    speak_toy(monkeypatch, sample)
+    policies = [checkpoint(tmp_path / name, make_gpt(22, block_size=n)) for name, n in (("a", 24), ("b", 30))]
+    settings = {"reward": checkpoint(tmp_path / "rm", make_scalar(16, block_size=24)), "prompt": "abc"}
+    settings |= {"max_new_tokens": 4, "device": "cpu"}
+    sample.run(sample.Config(**settings, compare=policies[:1]))
+    with pytest.raises(UserError, match="reads texts of 24 tokens"):
+        sample.run(sample.Config(**settings, compare=policies))
+
+
 def test_sample_shows_the_reward_model_s_score(tmp_path, monkeypatch, capsys, float64):
     """The score beside a text is that of this text alone, EOS included where it ended, and a cut one is marked."""
     speak_toy(monkeypatch, sample)
@@ -534,7 +547,7 @@ def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
             ]
             results = evaluate.run(Config(**settings, prompts=path))
             said = capsys.readouterr().out
-            assert results["demonstrations"] == 3.0 and "accuracy" in results["reward_model"]
+            assert results["demonstrations"] == 3.5 and "accuracy" in results["reward_model"]
             assert all(p in said for p in beside)
     assert opened == []
 
