@@ -154,6 +154,12 @@ def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> No
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")
 
 
+def check_task(scorer: Checkpoint, path: str, task: str) -> None:
+    """The demo's reward model on prompts of one's own gives plausible numbers that mean nothing."""
+    foreign = scorer.task == "tiny" and task != "tiny"
+    check(not foreign, f"--reward {path} was trained on the embedded task, and the prompts are not of it; name another")
+
+
 def note_task(policy: Checkpoint, task: str, path: str) -> None:
     """Data of one's own with the demo's policy is rarely meant: say so."""
     if policy.task == "tiny" and task != "tiny":
@@ -232,10 +238,7 @@ def load_reward(
             loaded.append((spec, load_function(spec)))
             continue
         scorer = load_scorer(spec, policy, device)
-        if scorer.task == "tiny" and task != "tiny":
-            raise UserError(
-                f"--reward {spec} was trained on the embedded task, and the prompts are not of it; name another"
-            )
+        check_task(scorer, spec, task)
         loaded.append((spec, scorer.model))
 
     def score(rollout: Rollout, prompts: list[str], completions: list[str]) -> Tensor:

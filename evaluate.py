@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import call_reward, gate, generator_for, gold_function, load_model, load_scorer, note_task
+from common import call_reward, check_task, gate, generator_for, gold_function, load_model, load_scorer, note_task
 from common import pick_device, score_rollout, write_json
 from data.batches import by_length, encode_prompts, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
@@ -225,8 +225,8 @@ def run(config: Config) -> dict:
     task = task_of(config.prompts)
     note_task(baseline, task, config.prompts)
     scorer = load_scorer(config.reward, baseline, device) if config.reward else None
-    if scorer and scorer.task == "tiny" and task != "tiny":
-        raise UserError(f"--reward {config.reward} knows the embedded task alone, not {config.prompts}; name another")
+    if scorer:
+        check_task(scorer, config.reward, task)
     reward_model = scorer.model if scorer else None
     gold = gold_function(config.gold, task)
     if gold is None and reward_model is None:

@@ -147,10 +147,10 @@ def train(config: Config) -> dict:
     items, held_out, task = load_preferences(config, tokenizer, block_size)
     note_task(start_from, task, config.data)
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    # from the end of the file: rankings are collected from its start, and of texts that it learns from it is too sure
-    path = prompts_beside(config.data, config.prompts)
-    texts = read_prompts(path)[-config.normalise_samples :]
-    prompts = encode_prompts(texts, tokenizer, block_size - max_new_tokens, path)
+    path, learned = prompts_beside(config.data, config.prompts), set(read_prompts(config.data))
+    # of texts whose like it has learned from it is too sure; where there are no others, they have to do
+    texts = [p for p in read_prompts(path) if p not in learned] or read_prompts(path)
+    prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size - max_new_tokens, path)
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import (
-    Checkpoint,
-    call_reward,
-    check_scorer,
-    generator_for,
-    gold_function,
-    load_model,
-    load_scorer,
-    pick_device,
-)
+from common import Checkpoint, call_reward, check_scorer, generator_for, gold_function, load_model, load_scorer
+from common import pick_device
 from common import score_rollout
 from data.batches import encode_prompts
 from data.tokenizer import load_tokenizer
