@@ -148,7 +148,7 @@ def train(config: Config) -> dict:
     note_task(start_from, task, config.data)
     max_new_tokens = min(config.max_new_tokens, block_size - 1)
     path, learned = prompts_beside(config.data, config.prompts), set(read_prompts(config.data))
-    # of texts whose like it has learned from it is too sure; where there are no others, they have to do
+    # it is too sure of answers to prompts that it has learned from; where there are no others, those have to do
     texts = [p for p in read_prompts(path) if p not in learned] or read_prompts(path)
     prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size - max_new_tokens, path)
     batches = epoch_batches(items, config)
