@@ -16,6 +16,7 @@ and J* - J(pi) = beta KL(pi || pi*), so one number says how far a trained policy
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import multiprocessing
@@ -179,12 +180,23 @@ def run_job(job: tuple[str, float, int]) -> dict:
     return {"method": method, "beta": beta, "seed": seed, **figures}
 
 
+JOBS = [(method, beta, seed) for method in ("PPO", "DPO") for beta in BETAS for seed in SEEDS]
+
+
+@functools.cache
+def start_runs() -> tuple:
+    """Start all training runs, in two processes of one thread each -> (pool, what will hold the results). conftest.py
+    calls it before the first test: they take as long as all other tests together, and go on beside them."""
+    pool = multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1))
+    return pool, pool.map_async(run_job, JOBS, chunksize=1)
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict:
-    """All training runs, one process each (they use one thread): {(method, beta, seed): figures}. Prints the table."""
-    jobs = [(method, beta, seed) for method in ("PPO", "DPO") for beta in BETAS for seed in SEEDS]
-    with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
-        results = pool.map(run_job, jobs, chunksize=1)
+    """The outcome of all training runs: {(method, beta, seed): figures}. Prints the table."""
+    pool, started = start_runs()
+    results = started.get()
+    pool.terminate()
     print("\nmethod  beta  seed   KL(pi || pi*) before -> after    J before -> after (maximum)    share of gap closed")
     for r in results:
         closed = (r["j"] - r["j0"]) / (r["best"] - r["j0"])
@@ -192,7 +204,7 @@ def runs() -> dict:
             f"{r['method']:6} {r['beta']:5} {r['seed']:5}   {r['before']:13.4f} -> {r['after']:.4f}      "
             f"{r['j0']:9.4f} -> {r['j']:.4f} ({r['best']:.4f})      {closed:9.2%}"
         )
-    return dict(zip(jobs, results, strict=True))
+    return dict(zip(JOBS, results, strict=True))
 
 
 @pytest.mark.slow
