@@ -90,7 +90,8 @@ def parse_config(config_class, description: str, argv: list[str] | None = None):
         kwargs = {"default": default, "help": f"{f.metadata['help'].replace('%', '%%')} (default: {shown})"}
         kind, choices = hints[f.name], f.metadata["choices"]
         if kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
+            switch = parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
+            switch.help = kwargs["help"]  # Python 3.10 would add the default once more
         elif get_origin(kind) is list:
             parser.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
         else:
