@@ -156,7 +156,7 @@ def test_collected_rankings(random_policy, tmp_path):
     for _, row in read_jsonl(told.out):  # a truth that asks which texts ended by themselves
         assert row["ended"] == [g >= 50 for g in row["gold"]]
         ended += row["ended"]
-    assert 3 < sum(ended) < len(ended) - 3
+    assert 0 < sum(ended) < len(ended), "some must end and some be cut"
     collect.run(collecting(random_policy, tmp_path / "sharp.jsonl", gold=gold, annotator_temperature=1e-3))
     for _, row in read_jsonl(tmp_path / "sharp.jsonl"):  # without noise: best first
         assert row["gold"] == sorted(row["gold"], reverse=True)
@@ -204,7 +204,7 @@ def test_texts_cut_by_max_new_tokens_keep_that(random_policy, tmp_path, monkeypa
     out = tmp_path / "r.jsonl"
     collect.run(collecting(random_policy, out, max_new_tokens=3, completions=4))
     ended = [e for rollout in sampled for e in rollout.ended.tolist()]
-    assert 3 < sum(ended) < len(ended) - 3
+    assert 0 < sum(ended) < len(ended), "some must end and some be cut"
     rankings = read_rankings(out)
     for _, row in read_jsonl(out):
         assert isinstance(row["ended"], list) and len(row["ended"]) == 4
