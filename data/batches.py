@@ -137,8 +137,7 @@ def micro_batches(items: list, size: int, length: Callable = len) -> list[list]:
 
 def by_length(items: list, batch_size: int) -> list[list[int]]:
     """Indices in batches from short to long: for scoring, where the order doesn't matter."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return micro_batches(list(range(len(items))), batch_size, length=lambda i: len(items[i]))
 
 
 # -------------------------------------------------------------------------------- rankings
@@ -150,9 +149,7 @@ class RankedExamples:
 
     examples: list[Example]
     ranks: list[int]
-    ref_logprobs: Tensor | None = (
-        None  # (k,) the completions' log-probs under DPO's reference, once dpo.py has asked for them
-    )
+    ref_logprobs: Tensor | None = None  # (k,) log-probs under DPO's reference, once dpo.py has asked for them
 
     def __len__(self) -> int:  # of the longest completion: what a batch is padded to
         return max(map(len, self.examples))

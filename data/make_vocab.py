@@ -46,9 +46,8 @@ def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
                 pairs[pair] += count
         if not pairs:
             break
-        best = max(
-            pairs, key=lambda pair: (pairs[pair], pair)
-        )  # ties broken by the bytes: the same file on every machine
+        # ties broken by the bytes: the same file on every machine
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
         if pairs[best] <= 20:
             break
         merged = best[0] + best[1]
