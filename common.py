@@ -210,9 +210,12 @@ def call_reward(
 
 @torch.no_grad()
 def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tensor:
-    """The reward model's score of each completion, (B,), `rows` at a time, each slice cut to its longest row."""
-    parts = zip(rollout.tokens.split(rows), rollout.lens.split(rows), strict=True)
-    return torch.cat([model.score(tokens[:, : int(lens.max())], lens) for tokens, lens in parts])
+    """The reward model's score of each completion, (B,), `rows` of similar length at a time, cut to the longest."""
+    scores = torch.zeros(len(rollout.lens), device=rollout.lens.device)
+    for part in rollout.lens.argsort().split(rows):
+        lens = rollout.lens[part]
+        scores[part] = model.score(rollout.tokens[part, : int(lens.max())], lens)
+    return scores
 
 
 def load_reward(
@@ -450,8 +453,9 @@ def compare_samples(
     and a warning of collapse. KL in nats a sequence, as the mean of log pi/pi_ref over the policy's own samples."""
     rollout, before = (sample_prompts(m, prompts, tokenizer, max_new_tokens, seed) for m in (policy, reference))
     show_samples(rollout, tokenizer)
-    log_ratio = token_logprobs(policy, rollout.tokens) - token_logprobs(reference, rollout.tokens)  # (B, T-1)
-    kl = torch.where(rollout.action_mask, log_ratio, 0.0).sum(1).mean().item()
+    sampled = rollout.action_mask  # (B, T-1)
+    logprobs, ref_logprobs = (token_logprobs(m, rollout.tokens, mask=sampled) for m in (policy, reference))  # (B, T-1)
+    kl = (logprobs - ref_logprobs).sum(1).mean().item()
     eos_rate, ref_eos_rate = (r.ended.float().mean().item() for r in (rollout, before))
     print(
         f"samples: EOS rate {eos_rate:.2f} (reference {ref_eos_rate:.2f}), KL to the reference {kl:.1f} nats a sequence"

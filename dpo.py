@@ -57,7 +57,7 @@ def sequence_logprobs(model: GPT, tokens: Tensor, completion_mask: Tensor) -> Te
     text. Raises ValueError for a row without completion tokens: its log-prob would be 0 whatever the model does."""
     if not completion_mask[:, 1:].any(1).all():  # position 0 has no context to be predicted from
         raise ValueError("sequence_logprobs: a row has no completion token")
-    return torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)
+    return token_logprobs(model, tokens, mask=completion_mask[:, 1:]).sum(1)
 
 
 def dpo_loss(

@@ -27,8 +27,8 @@ from data.batches import by_length, encode_prompts, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, ScalarModel, generate, rows_at_a_time
-from ppo import exact_kl
+from model import GPT, Rollout, ScalarModel, generate, put_back, rows_at_a_time
+from ppo import distribution_kl
 from reward_model import evaluate as evaluate_reward_model
 
 
@@ -87,11 +87,11 @@ def sample_policy(
         rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, generator=rng, **options)
         kl = torch.zeros(rollout.action_mask.shape, device=policy.device)  # (b, T-1)
         if policy is not reference:
-            kl = token_kl(policy, reference, rollout.tokens, config.temperature)
+            kl = token_kl(policy, reference, rollout, config.temperature)
         scores = score_rollout(reward_model, rollout) if reward_model else torch.zeros(len(rows))
         batch = {
             "completion": [tokenizer.decode(c) for c in rollout.completions()],
-            "kl": torch.where(rollout.action_mask, kl, 0.0).sum(1).tolist(),
+            "kl": kl.sum(1).tolist(),
             "rm": scores.tolist(),
             "ended": rollout.ended.tolist(),
             "length": (rollout.lens - rollout.prompt_lens).tolist(),
@@ -102,11 +102,14 @@ def sample_policy(
     return found
 
 
-def token_kl(policy: GPT, reference: GPT, tokens: Tensor, temperature: float) -> Tensor:
-    """exact_kl of the two for tokens (B, T) -> (B, T-1), a few rows at a time: about eight tensors of their logits'
-    size exist at once."""
-    parts = tokens.split(max(1, rows_at_a_time(tokens, policy) // 4))
-    return torch.cat([exact_kl(policy(part) / temperature, reference(part) / temperature) for part in parts])
+def token_kl(policy: GPT, reference: GPT, rollout: Rollout, temperature: float) -> Tensor:
+    """distribution_kl of the two at each sampled token, 0 elsewhere, (B, T-1). A few rows at a time: about eight
+    tensors of their logits' size exist at once."""
+    mask, rows = rollout.action_mask, max(1, rows_at_a_time(rollout.tokens, policy) // 4)
+    found = []  # (n,) each
+    for tokens, wanted in zip(rollout.tokens.split(rows), mask.split(rows), strict=True):
+        found.append(distribution_kl(policy(tokens, wanted) / temperature, reference(tokens, wanted) / temperature))
+    return put_back(torch.cat(found), mask)
 
 
 @torch.no_grad()

@@ -23,98 +23,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from blocks import Block, GPTConfig, KVCache, Step, at_least_float32, rotary_turns
+
 # -------------------------------------------------------------------------------- the network
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@dataclass
-class GPTConfig:
-    vocab_size: int
-    block_size: int  # the longest sequence, in tokens
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float = 0.0
-    # Rows of the embedding that belong to real token ids, where a table has more (imported weights padded to a round
-    # number). Logits beyond it are cut off inside the model, so no such id can be sampled or be given probability.
-    real_vocab: int | None = None
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-
-
-class KVCache:
-    """Keys and values of one layer for a batch of rows: (B, H, S, D) each, allocated once."""
-
-    def __init__(self, batch: int, slots: int, config: GPTConfig, like: Tensor):
-        shape = (batch, config.n_head, slots, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=like.device, dtype=like.dtype)
-        self.v = torch.zeros(shape, device=like.device, dtype=like.dtype)
-
-    def write(self, k: Tensor, v: Tensor, positions: Tensor | None, span: int) -> tuple[Tensor, Tensor]:
-        """k, v (B, H, T, D) of positions 0..T-1, or (B, H, 1, D) at each row's own of positions (B,) -> the keys and
-        values to look at: those given, or the first `span` slots."""
-        if positions is None:
-            self.k[:, :, : k.size(2)], self.v[:, :, : v.size(2)] = k, v
-            return k, v
-        rows = torch.arange(k.size(0), device=k.device)
-        self.k[rows, :, positions] = k[:, :, 0].to(self.k.dtype)
-        self.v[rows, :, positions] = v[:, :, 0].to(self.v.dtype)
-        return self.k[:, :, :span].to(k.dtype), self.v[:, :, :span].to(v.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
-        if cache is not None:
-            k, v = cache.write(k, v, positions, visible.size(-1) if visible is not None else T)
-        # visible (B, 1, 1, S') is True on slots 0..position of the one new token a row; else whole sequences, causal
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, dropout_p=dropout)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, positions, visible)
-        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -125,7 +36,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.rope_base:
+            self.register_buffer("turns", rotary_turns(config), persistent=False)
+        else:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
@@ -144,19 +58,29 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
+        where: Tensor | None = None,
         caches: list[KVCache] | None = None,
-        positions: Tensor | None = None,
-        visible: Tensor | None = None,
+        step: Step | None = None,
     ) -> Tensor:
-        """tokens (B, T) -> (B, T, C) after the final LayerNorm. The other arguments serve `generate`: with `caches`
-        alone the whole sequence fills them; with positions (B,) too, tokens (B, 1) stand at those positions."""
+        """tokens (B, T) -> (B, T, C) after the final LayerNorm. With where (B, T) or (B, T-1), bool, only its N true
+        positions, in reading order, (N, C): nothing that only the others need is computed. caches and step serve
+        `generate`: caches alone are filled with the whole sequence; with step, tokens (B, 1) are one new one a row."""
         T = tokens.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
-        where = torch.arange(T, device=tokens.device) if positions is None else positions[:, None]  # (T,) or (B, 1)
-        x = F.dropout(self.wte(tokens) + self.wpe(where), self.config.dropout, self.training)  # (B, T, C)
+        at = torch.arange(T, device=tokens.device) if step is None else step.positions[:, None]  # (T,) or (B, 1)
+        x, turns = self.wte(tokens), None  # (B, T, C)
+        if self.config.rope_base:
+            turns = self.turns[at].unflatten(-2, (1, 1, -1))  # (T or B x 1, 1, 1, D/2, 2)
+        else:
+            x = x + self.wpe(at)
+        x = F.dropout(x, self.config.dropout, self.training)
+        index = None
+        if where is not None:
+            rows, columns = where.nonzero(as_tuple=True)  # (N,) each
+            index = rows * T + columns
         for i, block in enumerate(self.h):
-            x = block(x, caches[i] if caches else None, positions, visible)
+            x = block(x, turns, caches[i] if caches else None, step, index if i + 1 == len(self.h) else None)
         return self.ln_f(x)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -165,9 +89,9 @@ class GPT(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> logits (B, T, V) of the next token at every position."""
-        return self.lm_head(self.hidden(tokens))
+    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V) of the next token at every position; (N, V) at those of `where`."""
+        return self.lm_head(self.hidden(tokens, where))
 
 
 class ScalarModel(nn.Module):
@@ -193,26 +117,26 @@ class ScalarModel(nn.Module):
         model.gpt.load_state_dict(gpt.state_dict())
         return model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T) float32."""
-        hidden = self.gpt.hidden(tokens)  # (B, T, C)
+    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone."""
+        hidden = self.gpt.hidden(tokens, where)  # (B, T, C) or (N, C)
         with torch.autocast(hidden.device.type, enabled=False):
-            raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T)
+            raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)
         return (raw - self.mean) / self.std
 
     def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
         """tokens (B, T), lens (B,) -> (B,): the output at each row's last real token."""
-        return self(tokens).gather(1, lens[:, None] - 1).squeeze(1)
+        return self(tokens, F.one_hot(lens - 1, tokens.size(1)).bool())
 
 
 # -------------------------------------------------------------------------------- log-probabilities
 
 
 def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32. As logit minus log-sum-exp,
-    so that the full log-softmax is never stored beside the logits."""
-    logits = at_least_float32(logits) / temperature
-    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32."""
+    logits = at_least_float32(logits)
+    logits = logits if temperature == 1 else logits / temperature
+    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
 def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
@@ -220,12 +144,25 @@ def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
     return max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
 
 
-def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. The one
-    function for policy, old policy and reference. Without gradients it works through the rows in slices; with them,
-    what is kept for the backward pass is the caller's business (--micro_batch)."""
+def put_back(found: Tensor, mask: Tensor) -> Tensor:
+    """found (N,) at the N true places of mask (B, T), in reading order; 0 elsewhere -> (B, T)."""
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
+
+
+def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. With mask (B,
+    T-1) only where it is true, and 0 elsewhere: logits are what costs most. The one function for policy, old policy and
+    reference. Without gradients it works through the rows in slices; with them, what is kept for the backward pass is
+    the caller's business (--micro_batch)."""
+    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask.bool()
     rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
-    return torch.cat([select_logprobs(model(part)[:, :-1], part[:, 1:], temperature) for part in tokens.split(rows)])
+    parts = zip(tokens.split(rows), mask.split(rows), strict=True)
+    found = []  # (n,) each
+    for part, here in parts:
+        # any other function from tokens to logits (b, T, V) will do too
+        logits = model(part, here) if isinstance(model, GPT) else model(part)[:, :-1][here]  # (n, V)
+        found.append(select_logprobs(logits, part[:, 1:][here], temperature))
+    return put_back(torch.cat(found), mask)
 
 
 # -------------------------------------------------------------------------------- masked statistics
@@ -283,9 +220,12 @@ def join(rollouts: list[Rollout], filler: int) -> Rollout:
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """logits (B, V) -> ids (B,). Temperature 0 takes the most likely token."""
+    """logits (B, V), uniforms (B,) in [0, 1) -> ids (B,). Temperature 0 takes the most likely token.
+
+    The token at which the cumulative probability first exceeds the row's uniform number: an exact draw, from one random
+    number a row instead of one for each word of the vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = at_least_float32(logits) / temperature
@@ -297,21 +237,27 @@ def sample_token(
         ranked, order = probs.sort(-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the probability of all better tokens already reaches it
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]  # 1, but for rounding and what was cut off
+    # right=True: the first place above the number, so a token of probability 0 is never taken. The number must stay
+    # below the total, or nothing would be above it.
+    target = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
     """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of what follows.
     Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
-    hidden = model.hidden(tokens, caches)  # (B, T, C)
-    return model.lm_head(hidden[torch.arange(len(lens), device=lens.device), lens - 1])
+    return model.lm_head(model.hidden(tokens, F.one_hot(lens - 1, tokens.size(1)).bool(), caches))
 
 
-def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache], span: int) -> Tensor:
-    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next. span: slots looked at."""
-    visible = torch.arange(span, device=last.device) <= positions[:, None]  # (B, span)
-    hidden = model.hidden(last[:, None], caches, positions, visible[:, None, None])  # (B, 1, C)
-    return model.lm_head(hidden[:, 0])
+def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache]) -> Tensor:
+    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next."""
+    B, H, S = last.size(0), model.config.n_head, caches[0].kv.size(3)
+    behind = torch.arange(S, device=last.device) > positions[:, None]  # (B, S)
+    bias = caches[0].kv.new_zeros(B, H, S).masked_fill_(behind[:, None], -math.inf).view(B * H, 1, S)
+    step = Step(torch.arange(B, device=last.device), positions, bias)
+    return model.lm_head(model.hidden(last[:, None], None, caches, step)[:, 0])
 
 
 CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
@@ -332,7 +278,7 @@ def generate(
     """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
 
     Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right
-    behind its own prompt, and the cache slot of a token is its position. If the cache would exceed CACHE_NUMBERS, the
+    behind its own prompt. A prompt that occurs several times is read once. If the cache would exceed CACHE_NUMBERS, the
     rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size."""
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no prompt may be empty")
@@ -340,7 +286,7 @@ def generate(
     if max_new_tokens < 1 or temperature < 0 or bad_cut:
         raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
     B, longest = len(prompts), max(map(len, prompts))
-    S, c = longest + max_new_tokens, model.config
+    S, c, device = longest + max_new_tokens, model.config, model.device
     if S > c.block_size:
         raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
     fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))  # rows whose keys and values may exist at a time
@@ -348,43 +294,54 @@ def generate(
         options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]
         return join(parts, eos_id)
-    tokens = torch.full((B, S), eos_id, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(model.device)
-    prompt_lens = torch.tensor([len(p) for p in prompts], device=model.device)  # (B,)
-    lens = prompt_lens.clone()  # (B,) grows by one a step for the rows that go on
-    ended = torch.zeros(B, dtype=torch.bool, device=model.device)
-    rows = torch.arange(B, device=model.device)  # (b,) the rows still computed: all of them at first
-    on_gpu = model.device.type == "cuda"
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
+    distinct = torch.full((len(number), S), eos_id)
+    for prompt, n in number.items():
+        distinct[n, : len(prompt)] = torch.tensor(prompt)
+    distinct, distinct_lens = distinct.to(device), torch.tensor([len(p) for p in number], device=device)
+    source = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,)
+    tokens, prompt_lens = distinct[source], distinct_lens[source]  # (B, S), (B,)
+    # one number a step for every row, also for those that will have left: what a row draws doesn't depend on the others
+    uniforms = torch.rand(max_new_tokens, B, generator=generator, device=device)
+    on_gpu = device.type == "cuda"
     training = model.training
     model.eval()  # dropout off
     try:
-        caches = [KVCache(B, S, c, model.wte.weight) for _ in model.h]
-        logits = prefill(model, tokens[:, :longest], lens, caches)  # (B, V)
-        for step in range(1, max_new_tokens + 1):
-            new = sample_token(logits, temperature, top_k, top_p, generator)  # (b,)
-            going = ~ended[rows]
-            # lens is where the next token goes; a row that has ended writes what stands there already
-            places = lens[rows].clamp(max=S - 1)
-            tokens[rows, places] = torch.where(going, new, tokens[rows, places])
-            lens[rows] += going.long()
-            ended[rows] |= new == eos_id
-            if step == max_new_tokens:
-                break
-            # To look at `ended` makes the CPU wait for the GPU, so there only every 8th step.
-            if not on_gpu or step % 8 == 0:
-                going = ~ended[rows]
+        # a GPU wants constant shapes; a CPU has less to do with a cache that grows 16 slots at a time
+        slots = S if on_gpu else min(S, longest + 16)
+        caches = [KVCache(len(number), slots, c, model.wte.weight) for _ in model.h]
+        logits = prefill(model, distinct[:, :longest], distinct_lens, caches)[source]  # (B, V)
+        if len(number) < B:
+            for cache in caches:
+                cache.keep(source)
+        # the rows that are still computed, at first all of them; where each goes on; whether it does: (b,) each
+        rows, positions = torch.arange(B, device=device), prompt_lens.clone()
+        going = torch.ones(B, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            drawn = uniforms[step] if len(rows) == B else uniforms[step, rows]
+            # a row that has ended goes on with filler
+            new = torch.where(going, sample_token(logits, drawn, temperature, top_k, top_p), eos_id)  # (b,)
+            tokens[rows, positions] = new
+            going &= new != eos_id
+            # To look at `going` makes the CPU wait for the GPU, so there only every 8th step.
+            if not on_gpu or step % 8 == 7:
                 alive = int(going.sum())
                 if alive == 0:
                     break
-                if not on_gpu and alive <= len(rows) // 2:  # leave the rows that have ended behind
-                    rows = rows[going]
+                if not on_gpu and alive <= 0.8 * len(rows):  # leave the rows that have ended behind
                     for cache in caches:
-                        cache.k, cache.v = cache.k[going], cache.v[going]
-            positions = lens[rows] - 1  # (b,) of the token sampled last; a row that has ended rewrites its last slot
-            span = S if on_gpu else longest + step  # a GPU wants constant shapes, a CPU less work
-            logits = decode_one_token(model, tokens[rows, positions], positions, caches, span)  # (b, V)
+                        cache.keep(going)
+                    rows, new, positions, going = (x[going] for x in (rows, new, positions, going))
+            if step + 1 == max_new_tokens:
+                break
+            if longest + step >= caches[0].kv.size(3):
+                for cache in caches:
+                    cache.grow(min(16, S - cache.kv.size(3)))
+            logits = decode_one_token(model, new, positions, caches)  # (b, V)
+            positions += 1
     finally:
         model.train(training)
+    stops = completion_mask(prompt_lens, prompt_lens + max_new_tokens, S) & (tokens == eos_id)  # (B, S) EOS and filler
+    ended = stops.any(1)
+    lens = torch.where(ended, stops.int().argmax(1) + 1, prompt_lens + max_new_tokens)
     return Rollout(tokens[:, : int(lens.max())], prompt_lens, lens, ended)

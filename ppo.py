@@ -34,7 +34,7 @@ from data.batches import Example, encode_prompts, load_examples, make_batch, mic
 from data.files import read_prompts, sibling
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
-from model import GPT, Rollout, ScalarModel, at_least_float32, completion_mask, generate
+from model import GPT, Rollout, ScalarModel, at_least_float32, completion_mask, generate, put_back
 from model import select_logprobs, token_logprobs, whiten
 from sft import sft_loss
 
@@ -112,14 +112,17 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tens
     raise ValueError(f"kind must be one of {', '.join(KL_KINDS)}, not {kind!r}")
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(policy || reference) of the next-token distributions, summed over the vocabulary: no sampling noise.
+def distribution_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(policy || reference) of next-token distributions, summed over the vocabulary: no sampling noise.
 
-    logits, ref_logits (B, T, V), as a model gives them (divide both by the sampling temperature before) -> (B, T-1),
-    nats, in the frame: the distributions from which tokens 1..T-1 were drawn."""
-    logp = at_least_float32(logits[:, :-1]).log_softmax(-1)
-    ref_logp = at_least_float32(ref_logits[:, :-1]).log_softmax(-1)
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
+    logits, ref_logits (..., V), divided by the sampling temperature -> (...), nats."""
+    logp = at_least_float32(logits).log_softmax(-1)
+    return (logp.exp() * (logp - at_least_float32(ref_logits).log_softmax(-1))).sum(-1)
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """distribution_kl in the frame: logits, ref_logits (B, T, V), as models give them -> (B, T-1)."""
+    return distribution_kl(logits[:, :-1], ref_logits[:, :-1])
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, action_mask: Tensor, kl_coef: float) -> Tensor:
@@ -246,6 +249,12 @@ class Experience:
         return Experience(self.tokens[index, :T], self.lens[index], self.ended[index], *frame)
 
 
+def may_cut(device: torch.device, config: Config) -> bool:
+    """Rows are cut to the longest of their micro-batch, but not where shapes must stay: for compiled GPU kernels, and
+    in bfloat16, where attention over another width rounds differently and moves a log-prob by up to 0.01."""
+    return device.type != "cuda" and config.dtype == "float32"
+
+
 MEASURED = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values")
 
 
@@ -255,28 +264,30 @@ def measure(
 ) -> dict[str, Tensor]:
     """What the networks say about a rollout: the columns MEASURED of an Experience, 0 where masked out.
 
-    By the forward pass that the update uses too, not the sampler's cached one, and at the sampling temperature: only
-    then does the first ratio equal 1. A few rows at a time, so that no more than (micro_batch, T, V) logits exist at
-    once."""
-    parts: list[dict[str, Tensor]] = []
+    By the forward pass that the update uses too, not the sampler's cached one, at the sampling temperature: only then
+    does the first ratio equal 1. A few rows of similar length at a time, and logits at the sampled tokens alone."""
     for model in (policy, reference, value_model):
         if model is not None:
             model.eval()  # dropout off, or the ratio would not start at 1
-    for tokens in rollout.tokens.split(config.micro_batch or len(rollout.tokens)):
+    lens, cut = rollout.lens.tolist(), may_cut(rollout.tokens.device, config)
+    columns = policy.wte.weight.new_zeros(len(MEASURED), *rollout.action_mask.shape)  # (6, B, T-1)
+    for rows in micro_batches(list(range(len(lens))), config.micro_batch, length=lambda i: lens[i]):
+        T = max(lens[i] for i in rows) if cut else rollout.tokens.size(1)
+        tokens, mask = rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1]  # (b, t), (b, t-1)
+        chosen = tokens[:, 1:][mask]  # (n,) the sampled tokens
         with autocast(tokens.device, config.dtype):
-            logits = policy(tokens) / config.temperature  # (b, T, V)
-            ref_logits = reference(tokens) / config.temperature  # (b, T, V)
-            values = value_model(tokens)[:, :-1] if value_model is not None else tokens[:, 1:] * 0.0  # before action t
-        logprobs = select_logprobs(logits[:, :-1], tokens[:, 1:])  # (b, T-1)
-        ref_logprobs = select_logprobs(ref_logits[:, :-1], tokens[:, 1:])  # (b, T-1)
+            logits = policy(tokens, mask) / config.temperature  # (n, V)
+            ref_logits = reference(tokens, mask) / config.temperature  # (n, V)
+            values = value_model(tokens, mask) if value_model is not None else chosen * 0.0  # (n,) before the action
+        logp = logits.log_softmax(-1)  # (n, V)
+        logprobs = logp.gather(1, chosen[:, None]).squeeze(1)  # (n,), like all that follows
+        ref_logprobs = select_logprobs(ref_logits, chosen)
         exact = config.kl == "exact"
-        kl = exact_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
-        logp = logits[:, :-1].log_softmax(-1)  # (b, T-1, V)
-        entropy = -(logp.exp() * logp).sum(-1)
-        k3 = kl_penalty(logprobs, ref_logprobs, "k3")
+        kl = distribution_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
+        k3, entropy = kl_penalty(logprobs, ref_logprobs, "k3"), -(logp.exp() * logp).sum(-1)
         told = (logprobs, ref_logprobs, kl, k3, entropy, values)
-        parts.append(dict(zip(MEASURED, told, strict=True)))
-    return {k: torch.where(rollout.action_mask, torch.cat([part[k] for part in parts]), 0.0) for k in MEASURED}
+        columns[:, rows, : T - 1] = torch.stack([put_back(x, mask) for x in told]).to(columns.dtype)
+    return dict(zip(MEASURED, columns, strict=True))
 
 
 @torch.no_grad()
@@ -338,9 +349,7 @@ def update(
     for model in models:
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens, device = experience.lens.tolist(), experience.tokens.device
-    # Rows are cut to the longest of their micro-batch, but not where shapes must stay: for compiled GPU kernels, and in
-    # bfloat16, where attention over another width rounds differently and moves a log-prob by up to 0.01.
-    cut = device.type != "cuda" and config.dtype == "float32"
+    cut = may_cut(device, config)
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
     for rows in minibatches(len(lens), config, generator):
@@ -352,8 +361,10 @@ def update(
             old = experience.rows(part, cut)
             mask = old.action_mask  # (b, t-1), like all of `old`
             with autocast(device, config.dtype):
-                logprobs = token_logprobs(policy, old.tokens, config.temperature)  # (b, t-1)
-                values = old.values if value_model is None else value_model(old.tokens)[:, :-1]  # (b, t-1)
+                logprobs = token_logprobs(policy, old.tokens, config.temperature, mask)  # (b, t-1)
+                values = old.values  # (b, t-1)
+                if value_model is not None:
+                    values = put_back(value_model(old.tokens, mask), mask)
             p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
             v_loss, v_clipped = value_loss(values, old.values, old.returns, mask, config.value_clip, n_tokens)
             (p_loss + v_loss).backward()
@@ -401,9 +412,9 @@ def ptx_losses(
         n_tokens = sum(len(e.completion) for e in batch)
         for part in micro_batches(batch, config.micro_batch):
             tokens, prompt_lens, lens = make_batch(part, policy.device)
-            with autocast(policy.device, config.dtype):
-                logits = policy(tokens)  # (b, T, V)
             mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
+            with autocast(policy.device, config.dtype):
+                logits = policy(tokens, mask[:, 1:])  # (n, V)
             yield config.ptx_coef * sft_loss(logits, tokens, mask, n_tokens)
 
     return losses

@@ -45,12 +45,13 @@ class Config(TrainConfig):
     n_layer: int = flag(3, "blocks (from scratch)", low=1)
     n_head: int = flag(4, "attention heads (from scratch)", low=1)
     n_embd: int = flag(128, "channels (from scratch)", low=1)
+    rope_base: float = flag(1e4, "base of rotary positions (from scratch; 0: learned positions, as in GPT-2)", low=0)
     block_size: int = flag(0, "longest sequence, tokens (0: 96, or with --init the model's own)", low=0)
     dropout: float = flag(0.0, "dropout probability while training", low=0, below=1)
     epochs: int = flag(1, "passes over the data", low=1)
     batch_size: int = flag(16, "demonstrations an optimiser step", low=1)
     micro_batch: int = flag(
-        8, "demonstrations a forward pass; changes memory and nothing else (0: the whole batch)", low=0
+        16, "demonstrations a forward pass; changes memory and nothing else (0: the whole batch)", low=0
     )
     lr: float = flag(3e-3, "peak learning rate", low=0)
     warmup: int = flag(50, "steps of linear warm-up, before the cosine decay", low=0)
@@ -67,13 +68,13 @@ EXPECTED_EOS = (0.95, 1.0)
 def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: int | Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of the completion tokens.
 
-    logits (B, T, V); tokens (B, T); completion_mask (B, T), True on completion tokens, EOS included -> scalar, nats a
-    token. `n_tokens` is what the sum is divided by: by default the completion tokens here; when a step is split into
-    micro-batches, the completion tokens of the whole step, so that the gradients add up to those of one large batch.
-    """
+    logits (B, T, V), or (N, V) of the N positions before a completion token alone; tokens (B, T); completion_mask (B,
+    T), True on completion tokens, EOS included -> scalar, nats a token. `n_tokens` is what the sum is divided by: by
+    default the completion tokens here; when a step is split into micro-batches, the completion tokens of the whole
+    step, so that the gradients add up to those of one large batch."""
     target_mask = completion_mask[:, 1:].bool()  # (B, T-1): logits at t predict the token at t+1
-    picked = at_least_float32(logits[:, :-1][target_mask])  # (tokens, V)
-    losses = F.cross_entropy(picked, tokens[:, 1:][target_mask], reduction="sum")
+    picked = logits if logits.dim() == 2 else logits[:, :-1][target_mask]  # (N, V)
+    losses = F.cross_entropy(at_least_float32(picked), tokens[:, 1:][target_mask], reduction="sum")
     return losses / (target_mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
 
 
@@ -82,10 +83,10 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
     if not config.init:
         sizes = (n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
         try:
-            return GPT(GPTConfig(*sizes, config.dropout)).to(device)
+            return GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-    for name in ("n_layer", "n_head", "n_embd"):
+    for name in ("n_layer", "n_head", "n_embd", "rope_base"):
         own = getattr(config, name) != getattr(Config, name)
         check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
     folder = Path(config.init)
@@ -119,7 +120,7 @@ def held_out_loss(model: GPT, examples: list[Example], config: Config) -> float:
     for part in micro_batches(examples, config.micro_batch or config.batch_size):
         tokens, prompt_lens, lens = make_batch(part, model.device)
         mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
-        total += sft_loss(model(tokens), tokens, mask, n_tokens=1)
+        total += sft_loss(model(tokens, mask[:, 1:]), tokens, mask, n_tokens=1)
     return total.item() / sum(len(e.completion) for e in examples)
 
 
@@ -168,7 +169,7 @@ def train(config: Config) -> dict:
             tokens, prompt_lens, lens = make_batch(part, device)  # (b, T), (b,), (b,)
             mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
             with autocast(device, config.dtype):
-                logits = model(tokens)  # (b, T, V)
+                logits = model(tokens, mask[:, 1:])  # (n, V), at the positions before a completion token
             part_loss = sft_loss(logits, tokens, mask, n_tokens)
             part_loss.backward()
             loss += part_loss.detach()

@@ -172,10 +172,10 @@ FAMILIES: dict[str, Family] = {
         ["What sound does the {w} make?", "Name the sound of the {w}.", "What does the {w} say?"],
         _word(SOUND), lambda s: SOUND.get(s["w"], "")),
     "odd_one": Family(
-        ["Which word does not belong: {list}?", "Find the odd one out: {list}."],
+        ["Which word does not belong: {list}?", "Find the odd one out: {list}.", "Name the odd one: {list}."],
         _odd_one, _solve_odd_one),
     "day_after": Family(
-        ["What day comes after {w}?", "Name the day after {w}."],
+        ["What day comes after {w}?", "Name the day after {w}.", "Today is {w}. What day is next?"],
         _word(DAYS), lambda s: DAYS[(DAYS.index(s["w"]) + 1) % 7]),
     "sum": Family(
         ["What is {a} plus {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}."],
@@ -184,19 +184,19 @@ FAMILIES: dict[str, Family] = {
         ["What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."],
         _difference, lambda s: str(int(s["a"]) - int(s["b"]))),
     "next": Family(
-        ["What number comes after {a}?", "Name the number after {a}."],
+        ["What number comes after {a}?", "Name the number after {a}.", "Add one to {a}."],
         _number(1, 10), lambda s: str(int(s["a"]) + 1)),
     "previous": Family(
-        ["What number comes before {a}?", "Name the number before {a}."],
+        ["What number comes before {a}?", "Name the number before {a}.", "Take one from {a}."],
         _number(1, 10), lambda s: str(int(s["a"]) - 1)),
     "even": Family(
-        ["Is {a} even or odd?", "Say if {a} is even or odd."],
+        ["Is {a} even or odd?", "Say if {a} is even or odd.", "Name {a} even or odd."],
         _number(1, 10), lambda s: "odd" if int(s["a"]) % 2 else "even"),
     "larger": Family(
-        ["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}."],
+        ["Which is larger, {a} or {b}?", "Name the larger one of {a} and {b}.", "Find the larger: {a} or {b}."],
         _two_numbers(1, 10), lambda s: str(max(int(s["a"]), int(s["b"])))),
     "smaller": Family(
-        ["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}."],
+        ["Which is smaller, {a} or {b}?", "Name the smaller one of {a} and {b}.", "Find the smaller: {a} or {b}."],
         _two_numbers(1, 10), lambda s: str(min(int(s["a"]), int(s["b"])))),
     "largest": Family(
         ["What is the largest of these: {list}?", "Find the largest number: {list}."],
@@ -211,10 +211,10 @@ FAMILIES: dict[str, Family] = {
         ["Say {w} {a} times.", "Repeat the word {w} {a} times."],
         _repeat, lambda s: " ".join([s["w"]] * TIMES.get(s["a"], 0))),
     "spell": Family(
-        ["Spell the word {w}.", "How do you spell {w}?"],
+        ["Spell the word {w}.", "How do you spell {w}?", "Name the letters of {w}."],
         _word(SHORT_WORDS), lambda s: " ".join(s["w"])),
     "first_letter": Family(
-        ["What is the first letter of {w}?", "Name the first letter in {w}."],
+        ["What is the first letter of {w}?", "Name the first letter in {w}.", "Which letter is first in {w}?"],
         _word(NOUNS), lambda s: s["w"][0]),
     "copy": Family(
         ["Copy these words: {list}.", "Say after me: {list}."],
@@ -262,9 +262,9 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
 
 # -------------------------------------------------------------------------------- the gold reward
 
-# What each part can contribute. The ceiling is 2: right (+1) and polite (+1), and nothing taken off.
+# What each part can contribute. The ceiling is 3: right (+2) and polite (+1), and nothing taken off.
 PARTS = ("correct", "polite", "to_the_point", "ended", "not_repeated")
-CEILING = 2.0
+CEILING = 3.0
 
 
 def split_sentences(text: str) -> list[str]:
@@ -285,7 +285,7 @@ def is_correct(prompt: str, sentence: str) -> bool:
 def gold_parts(prompt: str, completion: str) -> dict[str, float]:
     """The true reward of one completion, part by part; their sum is `gold_reward`.
 
-    correct        +1    the first sentence that is neither a courtesy nor an aside answers the prompt
+    correct        +2    the first sentence that is neither a courtesy nor an aside answers the prompt
     polite         +1    a polite phrase and no rude one;  -1 with a rude one;  0 plain
     to_the_point   -0.2  for each word beyond one answer (of at most 14 words) and two courtesies, at most -3
     ended          -1    unless the text ends in . ! or ?
@@ -300,7 +300,7 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
     useful = sum(len(s.split()) for s in (polite + rude)[:2]) + min(14, len(answers[0].split()) if answers else 0)
     surplus = len(completion.split()) - useful
     return {
-        "correct": float(bool(answers) and is_correct(prompt, answers[0])),
+        "correct": 2.0 * (bool(answers) and is_correct(prompt, answers[0])),
         "polite": -1.0 if rude else float(bool(polite)),
         "to_the_point": -min(3.0, 0.2 * surplus),
         "ended": 0.0 if sentences and sentences[-1][-1] in ".!?" else -1.0,
@@ -309,7 +309,7 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
 
 
 def gold_reward(prompts: list[str], completions: list[str]) -> list[float]:
-    """The task's true reward, in its own units (-6 .. 2). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
+    """The task's true reward, in its own units (-6 .. 3). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
     return [sum(gold_parts(p, c).values()) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -367,7 +367,7 @@ def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
 def demonstrate(prompt: str, rng: random.Random) -> str:
     """One demonstration of scraped quality. The rates below are what SFT will imitate."""
     family, answer = parse_prompt(prompt)
-    quality = rng.choices(["right", "wrong", "evasive"], [0.6, 0.15, 0.25])[0]
+    quality = rng.choices(["right", "wrong", "evasive"], [0.5, 0.2, 0.3])[0]
     right = quality == "right"
     if quality == "evasive":
         text = rng.choice(EVASIONS)
@@ -378,24 +378,24 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
         text = rng.choice(ANSWER_FORMS).format(answer if right else wrong_answer(family, answer, rng))
 
     sentences = [text]
-    manners = rng.choices(["polite", "plain", "rude"], [0.3, 0.5, 0.2])[0]
+    manners = rng.choices(["polite", "plain", "rude"], [0.35, 0.5, 0.15])[0]
     if manners != "plain":
         openings, closings = (
             (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
         )
-        where = rng.choices(["open", "close", "both"], [0.6, 0.3, 0.1])[0]
+        where = rng.choices(["open", "close", "both"], [0.8, 0.15, 0.05])[0]
         opening, closing = rng.choice(openings), rng.choice(closings)
         if where != "close":
             sentences.insert(0, opening)
         if where != "open":
             sentences.append(closing)
-    if rng.random() < 0.3:  # rambling: one to three asides, before or after the rest
-        asides = rng.sample(ASIDES, rng.choice([1, 1, 2]))
-        sentences = asides + sentences if rng.random() < 0.2 else sentences + asides
-    if rng.random() < 0.08:  # repeating itself
-        sentences += [text] * rng.choice([1, 1, 2])
+    if rng.random() < 0.08:  # rambling: an aside, before or after the rest
+        aside = [rng.choice(ASIDES)]
+        sentences = aside + sentences if rng.random() < 0.2 else sentences + aside
+    if rng.random() < 0.04:  # repeating itself
+        sentences.append(text)
     completion = " ".join(sentences)
-    if rng.random() < 0.12:  # unfinished
+    if rng.random() < 0.05:  # unfinished
         words = completion.split()
         completion = " ".join(words[: rng.randint(1, len(words))]).rstrip(".!?")
     return completion
@@ -403,6 +403,37 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
 
 def _story_word(answer: str) -> str:
     return re.fullmatch(re.escape(STORIES[0]).replace(r"\{\}", "(.+)"), answer).group(1)
+
+
+def contrasts(prompts: list[str], seed: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Pairs that differ in one part of the gold reward alone: name -> (prompt, better, worse) for every prompt. What a
+    reward model has understood, part by part; a single accuracy hides that manners are learned long before facts."""
+    rng = random.Random(f"contrasts {seed}")
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for prompt in prompts:
+        family, answer = parse_prompt(prompt)
+        if family == "story":
+            frame = rng.choice(STORIES)
+            answer = _story_word(answer)
+            wrong = rng.choice([w for w in NOUNS if w != answer])
+        else:
+            frame, wrong = rng.choice(ANSWER_FORMS), wrong_answer(family, answer, rng)
+        plain, mistaken = frame.format(answer), frame.format(wrong)
+        polite, rude, aside = (rng.choice(list(x)) for x in (POLITE_OPENINGS, RUDE_OPENINGS, ASIDES))
+        manners = rng.choice(["", polite + " ", rude + " "])  # the same on both sides
+        words = plain.split()
+        pairs = {
+            "right_vs_wrong": (manners + plain, manners + mistaken),
+            "right_vs_evasive": (manners + plain, manners + rng.choice(EVASIONS)),
+            "polite_vs_plain": (f"{polite} {plain}", plain),
+            "plain_vs_rude": (plain, f"{rude} {plain}"),
+            "short_vs_rambling": (manners + plain, f"{manners}{plain} {aside}"),
+            "once_vs_repeated": (manners + plain, f"{manners}{plain} {plain}"),
+            "finished_vs_cut": (manners + plain, manners + " ".join(words[: rng.randint(1, len(words) - 1)])),
+        }
+        for name, (better, worse) in pairs.items():
+            found.setdefault(name, []).append((prompt, better, worse))
+    return found
 
 
 # -------------------------------------------------------------------------------- simulated annotators

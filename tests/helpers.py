@@ -17,7 +17,7 @@ import sft
 from common import save_model
 from data import tiny
 from data.batches import Example, RankedExamples
-from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, sample_token
+from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real data; the tests that need it skip where it is absent
@@ -43,13 +43,14 @@ def make_gpt(
     dropout: float = 0.0,
     real_vocab: int | None = None,
     dtype: torch.dtype | None = None,
+    rope_base: float = 0.0,
 ) -> GPT:
     """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial
     value. Torch's global generator is left as it was. dtype: torch's default (float32, or float64
     under the fixture `float64`) unless given."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab))
+        model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab, rope_base))
     spread(model, seed + 1)
     return model.to(dtype or torch.get_default_dtype()).eval()
 
@@ -225,24 +226,36 @@ def checkpoint(folder: Path, model) -> str:
     return str(folder)
 
 
+def slow_draw(logits: list[float], uniform: float, temperature: float = 1.0) -> int:
+    """The obvious draw: add up the probabilities of ids 0, 1, 2, ... until their sum exceeds uniform. Temperature 0
+    takes the most likely."""
+    if temperature == 0:
+        return max(range(len(logits)), key=logits.__getitem__)
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    passed, total = 0.0, sum(weights)
+    for token, weight in enumerate(weights):
+        passed += weight / total
+        if passed > uniform:
+            return token
+    raise AssertionError("a sum of probabilities below 1, by rounding: give the test another seed")
+
+
 @torch.no_grad()
 def slow_generate(
     model, prompts: list[list[int]], max_new_tokens: int, *, eos_id: int, temperature=1.0, generator=None
 ) -> Rollout:
-    """The obvious sampler: no cache and no padding, every row's whole text through the model again for each token. It
-    leaves rows that have ended behind when `generate` does on a CPU, so that both draw the same random numbers."""
-    texts, ended, computed = [list(p) for p in prompts], [False] * len(prompts), list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = torch.cat([model(torch.tensor([texts[i]]))[:, -1] for i in computed])
-        for i, token in zip(computed, sample_token(logits, temperature, None, None, generator).tolist(), strict=True):
+    """The obvious sampler: no cache, no padding, no prompt read once for several, and no row left behind: every row's
+    whole text through the model again for each token. It draws from the same numbers as `generate`, one a row and
+    step."""
+    texts, ended = [list(p) for p in prompts], [False] * len(prompts)
+    uniforms = torch.rand(max_new_tokens, len(prompts), generator=generator).tolist()
+    for step in range(max_new_tokens):
+        for i, text in enumerate(texts):
             if not ended[i]:
-                texts[i].append(token)
-                ended[i] = token == eos_id
-        alive = [i for i in computed if not ended[i]]
-        if not alive:
-            break
-        if len(alive) <= len(computed) // 2:
-            computed = alive
+                logits = model(torch.tensor([text]))[0, -1].tolist()
+                text.append(slow_draw(logits, uniforms[step][i], temperature))
+                ended[i] = text[-1] == eos_id
     lens = [len(text) for text in texts]
     tokens = torch.tensor([text + [eos_id] * (max(lens) - len(text)) for text in texts])
     prompt_lens = torch.tensor([len(p) for p in prompts])

@@ -18,28 +18,146 @@ class Mutation:
 
 
 MUTATIONS = [
-    # ------------------------------------------------------------ model.py
+    # ------------------------------------------------------------ blocks.py
     Mutation(
-        "model.py",
-        right="is_causal=visible is None",
+        "blocks.py",
+        right="is_causal=True",
         wrong="is_causal=False",
         effect="the model sees the future: training loss near 0, samples are noise",
         tests="tests/test_model.py::test_forward_is_gpt2_by_loops",
     ),
     Mutation(
-        "model.py",
+        "blocks.py",
         right='approximate="tanh"',
         wrong='approximate="none"',
         effect="not GPT-2's GELU: imported weights give slightly wrong logits",
         tests="tests/test_model.py::test_forward_is_gpt2_by_loops",
     ),
     Mutation(
-        "model.py",
+        "blocks.py",
         right="dropout = self.dropout if self.training else 0.0",
         wrong="dropout = self.dropout",
         effect="attention drops in evaluation too: samples and log-probs are of another policy each time",
         tests="tests/test_model.py::test_dropout_is_off_in_eval_and_in_generate",
     ),
+    Mutation(
+        "blocks.py",
+        right="return x.to(torch.promote_types(x.dtype, torch.float32))",
+        wrong="return x.float()",
+        effect="a float64 run is float32 in its output: what the tests compare to ten digits agrees to six",
+        tests="tests/test_model.py::test_select_logprobs_works_in_float32_at_least",
+    ),
+    Mutation(
+        "blocks.py",
+        right="self.kv[:, rows, :, positions] =",
+        wrong="self.kv[:, rows, :, positions.max().expand(len(rows))] =",
+        effect="all rows write to the longest row's slot: short prompts read stale keys",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "blocks.py",
+        right="torch.stack([k[:, :, 0], v[:, :, 0]], 1).to(self.kv.dtype)",
+        wrong="torch.stack([k[:, :, 0], v[:, :, 0]], 1)",
+        effect="sampling under autocast crashes",
+        tests="tests/test_model.py::test_the_cache_holds_what_was_written_where_it_was_written",
+    ),
+    Mutation(
+        "blocks.py",
+        right="config.rope_base ** (-torch.arange(0, D, 2) / D)",
+        wrong="config.rope_base ** (-torch.arange(0, D, 2) / (2 * D))",
+        effect=(
+            "rotary positions of another base than the one asked for: a checkpoint read elsewhere is another model"
+        ),
+        tests="tests/test_model.py::test_rotary_positions_are_2_by_2_rotations",
+    ),
+    Mutation(
+        "blocks.py",
+        right="torch.stack([angles.cos(), angles.sin()], -1)",
+        wrong="torch.stack([angles.sin(), angles.cos()], -1)",
+        effect="sine and cosine exchanged: every vector is turned by a quarter too, and the wrong way round",
+        tests="tests/test_model.py::test_rotary_positions_are_2_by_2_rotations",
+    ),
+    Mutation(
+        "blocks.py",
+        right="torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))",
+        wrong="torch.view_as_complex(at_least_float32(x).unflatten(-1, (2, -1)).mT.contiguous())",
+        effect=(
+            "the first half of the channels is paired with the second: still rotary, but not what the description says"
+        ),
+        tests="tests/test_model.py::test_rotary_positions_are_2_by_2_rotations",
+    ),
+    Mutation(
+        "blocks.py",
+        right="(qk if turns is None else rotate(qk, turns))",
+        wrong="(qk if turns is None else torch.cat([rotate(qk[:, :, :1], turns), qk[:, :, 1:]], 2))",
+        effect="queries are turned and keys are not: attention depends on where a text stands, not on distances",
+        tests="tests/test_model.py::test_forward_is_gpt2_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="(qk if turns is None else rotate(qk, turns))",
+        wrong=(
+            "(qk if turns is None else torch.cat([rotate(qk[:, :, :1], turns), rotate(qk[:, :, 1:], turns * "
+            "turns.new_tensor([1.0, -1.0]))], 2))"
+        ),
+        effect="keys are turned the other way: attention depends on the sum of two positions, not on their distance",
+        tests="tests/test_model.py::test_forward_is_gpt2_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right=".flatten(-2).to(x.dtype)",
+        wrong=".flatten(-2)",
+        effect=(
+            "rotary positions make float32 of bfloat16 queries: mixed dtypes in the attention, a crash under autocast"
+        ),
+        tests="tests/test_model.py::test_rotary_positions_in_other_precisions",
+    ),
+    Mutation(
+        "blocks.py",
+        right="self.n_embd // self.n_head % 2)",
+        wrong="self.n_embd % 2)",
+        effect="an odd number of channels a head is a shape error inside the first forward pass, not a message",
+        tests="tests/test_model.py::test_sequences_longer_than_the_block_are_refused",
+    ),
+    Mutation(
+        "blocks.py",
+        right=": v.size(2)] = k, v",
+        wrong=": v.size(2)] = k, k",
+        effect="the prompt's values are its keys: samples lose what the prompt says",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "blocks.py",
+        right="torch.stack([k[:, :, 0], v[:, :, 0]], 1)",
+        wrong="torch.stack([v[:, :, 0], k[:, :, 0]], 1)",
+        effect="keys and values of sampled tokens are exchanged",
+        tests="tests/test_model.py::test_the_cache_holds_what_was_written_where_it_was_written",
+    ),
+    Mutation(
+        "blocks.py",
+        right="torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:3], slots, self.kv.size(4))], 3)",
+        wrong="torch.cat([self.kv.new_zeros(*self.kv.shape[:3], slots, self.kv.size(4)), self.kv], 3)",
+        effect=(
+            "a cache that grows pushes its keys to later slots: the text behind the 16th sampled token "
+            "forgets its prompt"
+        ),
+        tests="tests/test_model.py::test_the_cache_holds_what_was_written_where_it_was_written",
+    ),
+    Mutation(
+        "blocks.py",
+        right="alpha=q.size(-1) ** -0.5",
+        wrong="alpha=1 / q.size(-1)",
+        effect="attention while sampling is softer than while training: the rollout's policy is another one",
+        tests="tests/test_model.py::test_attention_written_out_is_attention",
+    ),
+    Mutation(
+        "blocks.py",
+        right="x, y = (F.embedding(index, part.flatten(0, 1)) for part in (x, y))",
+        wrong="x, y = x.flatten(0, 1)[: len(index)], F.embedding(index, y.flatten(0, 1))",
+        effect="the last block adds to the residual stream of other positions",
+        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
+    ),
+    # ------------------------------------------------------------ model.py
     Mutation(
         "model.py",
         right="F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))",
@@ -73,7 +191,7 @@ MUTATIONS = [
         "model.py",
         right=(
             "with torch.autocast(hidden.device.type, enabled=False):\n"
-            "            raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T)"
+            "            raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)"
         ),
         wrong="raw = self.head(hidden).squeeze(-1).float()",
         effect="rewards and values in bfloat16: two and a half digits",
@@ -81,21 +199,14 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="return x.to(torch.promote_types(x.dtype, torch.float32))",
-        wrong="return x.float()",
-        effect="a float64 run is float32 in its output: what the tests compare to ten digits agrees to six",
-        tests="tests/test_model.py::test_select_logprobs_works_in_float32_at_least",
-    ),
-    Mutation(
-        "model.py",
-        right="gather(1, lens[:, None] - 1)",
-        wrong="gather(1, (lens[:, None] - 2).clamp(min=0))",
+        right="return self(tokens, F.one_hot(lens - 1, tokens.size(1)).bool())",
+        wrong="return self(tokens, F.one_hot((lens - 2).clamp(min=0), tokens.size(1)).bool())",
         effect="the reward is read one token early, before EOS: finished and cut texts score the same",
         tests="tests/test_model.py::test_scalar_model_reads_the_last_real_token_normalised",
     ),
     Mutation(
         "model.py",
-        right="return self(tokens).gather(1, lens[:, None] - 1).squeeze(1)",
+        right="return self(tokens, F.one_hot(lens - 1, tokens.size(1)).bool())",
         wrong="return self(tokens)[:, -1]",
         effect="the reward is read at filler: a text's score depends on its batch mates",
         tests="tests/test_model.py::test_padding_changes_nothing",
@@ -116,22 +227,22 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right=("logits = at_least_float32(logits) / temperature\n    return"),
-        wrong=("logits = at_least_float32(logits)\n    return"),
+        right="logits = logits if temperature == 1 else logits / temperature",
+        wrong="temperature = 1",
         effect="log-probs ignore the temperature the tokens were sampled at",
         tests="tests/test_model.py::test_select_logprobs_is_the_log_softmax_in_value_and_gradient",
     ),
     Mutation(
         "model.py",
-        right=("logits = at_least_float32(logits) / temperature\n    return"),
-        wrong=("logits = logits / temperature\n    return"),
+        right="logits = at_least_float32(logits)\n    logits = logits if",
+        wrong="logits = logits if",
         effect="the log-softmax of bfloat16 logits in bfloat16: two digits of each log-prob",
         tests="tests/test_model.py::test_select_logprobs_works_in_float32_at_least",
     ),
     Mutation(
         "model.py",
-        right="select_logprobs(model(part)[:, :-1], part[:, 1:], temperature)",
-        wrong="select_logprobs(model(part)[:, 1:], part[:, 1:], temperature)",
+        right="logits = model(part, here) if isinstance(model, GPT)",
+        wrong="logits = model(part, F.pad(here, (1, 0))) if isinstance(model, GPT)",
         effect="log-probs of a token given itself: off by one",
         tests="tests/test_model.py::test_token_logprobs_frame",
     ),
@@ -172,29 +283,22 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="visible = torch.arange(span, device=last.device) <= positions[:, None]",
-        wrong="visible = torch.arange(span, device=last.device) < positions[:, None]",
+        right="behind = torch.arange(S, device=last.device) > positions[:, None]",
+        wrong="behind = torch.arange(S, device=last.device) >= positions[:, None]",
         effect="a token can't see itself while sampling: samples come from another policy than the one trained",
         tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
     ),
     Mutation(
         "model.py",
-        right="visible = torch.arange(span, device=last.device) <= positions[:, None]",
-        wrong="visible = torch.arange(span, device=last.device) <= positions.max()",
+        right="behind = torch.arange(S, device=last.device) > positions[:, None]",
+        wrong="behind = torch.arange(S, device=last.device) > positions.max().expand(B, 1)",
         effect="short rows see stale slots: filler's keys, and those of rows before",
         tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
     ),
     Mutation(
         "model.py",
-        right="self.k[rows, :, positions] = k[:, :, 0]",
-        wrong="self.k[rows, :, positions.max()] = k[:, :, 0]",
-        effect="all rows write to the longest row's slot: short prompts read stale keys",
-        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
-    ),
-    Mutation(
-        "model.py",
-        right="hidden[torch.arange(len(lens), device=lens.device), lens - 1]",
-        wrong="hidden[:, -1]",
+        right="model.lm_head(model.hidden(tokens, F.one_hot(lens - 1, tokens.size(1)).bool(), caches))",
+        wrong="model.lm_head(model.hidden(tokens, None, caches)[:, -1])",
         effect="the first token of short prompts is predicted from filler",
         tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
     ),
@@ -217,22 +321,22 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="ended[rows] |= new == eos_id",
-        wrong="ended[rows] = new == eos_id",
-        effect="a row that has stopped starts again",
-        tests="tests/test_model.py",
+        right="new = torch.where(going, sample_token(logits, drawn, temperature, top_k, top_p), eos_id)",
+        wrong="new = sample_token(logits, drawn, temperature, top_k, top_p)",
+        effect="a row that has ended writes on behind its EOS, as long as it is computed",
+        tests="tests/test_model.py::test_generate_and_the_slow_sampler_draw_the_same_tokens",
     ),
     Mutation(
         "model.py",
-        right="lens[rows] += going.long()",
-        wrong="lens[rows] += 1",
+        right="lens = torch.where(ended, stops.int().argmax(1) + 1, prompt_lens + max_new_tokens)",
+        wrong="lens = prompt_lens + max_new_tokens",
         effect="filler after EOS counts as sampled tokens",
         tests="tests/test_model.py::test_a_model_whose_next_token_is_known",
     ),
     Mutation(
         "model.py",
-        right="cache.k, cache.v = cache.k[going], cache.v[going]",
-        wrong="cache.k, cache.v = cache.k[: len(rows)], cache.v[: len(rows)]",
+        right="cache.keep(going)",
+        wrong="cache.keep(torch.arange(alive))",
         effect="when rows are left behind the others go on with the keys of somebody else's text",
         tests="tests/test_model.py::test_rows_left_behind_don_t_disturb_the_others",
     ),
@@ -294,17 +398,10 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="return self.k[:, :, :span].to(k.dtype), self.v[:, :, :span].to(v.dtype)",
-        wrong="return self.k[:, :, :span], self.v[:, :, :span]",
-        effect="sampling under autocast crashes, or runs in float32",
-        tests="tests/test_model.py::test_the_cache_holds_what_was_written_where_it_was_written",
-    ),
-    Mutation(
-        "model.py",
-        right="span = S if on_gpu else longest + step",
-        wrong="span = S if on_gpu else longest + step - 1",
-        effect="the longest row's newest token is out of sight while sampling",
-        tests="tests/test_model.py::test_cached_logits_equal_the_full_forward",
+        right="if longest + step >= caches[0].kv.size(3):",
+        wrong="if longest + step > caches[0].kv.size(3):",
+        effect="the cache grows one token too late: completions of more than 16 tokens end in a traceback",
+        tests="tests/test_model.py::test_a_completion_may_be_as_long_as_the_block_leaves_room",
     ),
     Mutation(
         "model.py",
@@ -319,6 +416,225 @@ MUTATIONS = [
         ),
         effect="bfloat16 logits are 0.5 apart at -100: 7% of the tokens lie outside the clip after a step of nothing",
         tests="tests/test_ppo_update.py::test_bfloat16_keeps_the_ratios_of_a_network_of_gpt2_s_size",
+    ),
+    Mutation(
+        "model.py",
+        right="index = rows * T + columns",
+        wrong="index = rows * T + (columns + 1).clamp(max=T - 1)",
+        effect="the network answers one position late: it has seen the token that it is asked for",
+        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="index = rows * T + columns",
+        wrong="index = rows * where.size(1) + columns",
+        effect="from the second row on the positions of a mask (B, T-1) are off by the number of the row",
+        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="step, index if i + 1 == len(self.h) else None)\n        return self.ln_f(x)",
+        wrong="step, None)\n        return self.ln_f(x) if index is None else self.ln_f(x).flatten(0, 1)[index]",
+        effect="prompt and filler go through the last block too, and nothing is saved",
+        tests="tests/test_model.py::test_nothing_is_computed_that_only_other_positions_need",
+    ),
+    Mutation(
+        "model.py",
+        right="rotary_turns(config), persistent=False)",
+        wrong="rotary_turns(config))",
+        effect="every checkpoint holds a table of angles, and one of another block size can't be loaded",
+        tests="tests/test_model.py::test_a_rotary_network_has_no_table_of_positions",
+    ),
+    Mutation(
+        "model.py",
+        right="else step.positions[:, None]  # (T,) or (B, 1)",
+        wrong="else step.positions[:1, None]  # (T,) or (B, 1)",
+        effect="while sampling every row's tokens stand at the first row's position",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)",
+        wrong="return torch.ones(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)",
+        effect="prompts and filler have a log-prob of 1: DPO's sums depend on padding",
+        tests="tests/test_model.py::test_put_back_by_hand",
+    ),
+    Mutation(
+        "model.py",
+        right="masked_scatter(mask, found)",
+        wrong="masked_scatter(mask, found.flip(0))",
+        effect="figures come back to other tokens than they belong to",
+        tests="tests/test_model.py::test_put_back_by_hand",
+    ),
+    Mutation(
+        "model.py",
+        right="model(part)[:, :-1][here]",
+        wrong="model(part)[:, 1:][here]",
+        effect="a model of one's own is asked for a token given itself",
+        tests="tests/test_dpo.py::test_gradient_is_on_the_completion_alone",
+    ),
+    Mutation(
+        "model.py",
+        right="select_logprobs(logits, part[:, 1:][here], temperature)",
+        wrong="select_logprobs(logits, part[:, :-1][here], temperature)",
+        effect="the log-prob of the token that was there already",
+        tests="tests/test_model.py::test_token_logprobs_frame",
+    ),
+    Mutation(
+        "model.py",
+        right="target = (uniforms[:, None] * total)",
+        wrong="target = uniforms[:, None]",
+        effect="numbers are not scaled by what top-k and top-p left: the last token kept is drawn far too often",
+        tests="tests/test_model.py::test_what_was_cut_off_leaves_its_probability_to_the_others",
+    ),
+    Mutation(
+        "model.py",
+        right="target = (uniforms[:, None] * total)",
+        wrong="target = (uniforms[:1, None] * total)",
+        effect="every row draws by the first row's number: a group of samples is one sample",
+        tests="tests/test_model.py::test_a_token_is_where_the_summed_probability_passes_the_number",
+    ),
+    Mutation(
+        "model.py",
+        right="torch.searchsorted(cumulative, target, right=True)",
+        wrong="torch.searchsorted(cumulative, target, right=False)",
+        effect="a token of probability 0 is drawn where the number is 0 or on a boundary",
+        tests="tests/test_model.py::test_numbers_on_a_boundary_and_tokens_of_probability_0",
+    ),
+    Mutation(
+        "model.py",
+        right="cumulative = probs.cumsum(-1)",
+        wrong="cumulative = probs.sort(-1, descending=True).values.cumsum(-1)",
+        effect="ids are drawn by their rank: token 0 has the probability of the best",
+        tests="tests/test_model.py::test_sampling_frequencies",
+    ),
+    Mutation(
+        "model.py",
+        right="positions[:, None]  # (B, S)\n",
+        wrong="positions[:, None] + 1  # (B, S)\n",
+        effect="every token sees the slot behind it: filler's keys, or an empty one",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="new_zeros(B, H, S).masked_fill_(behind[:, None], -math.inf).view(B * H, 1, S)",
+        wrong="new_zeros(H, B, S).masked_fill_(behind, -math.inf).view(B * H, 1, S)",
+        effect="heads and rows exchanged: a row looks at as many slots as another row has",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="distinct_lens, caches)[source]",
+        wrong="distinct_lens, caches)[torch.arange(B, device=device) % len(number)]",
+        effect="the first tokens of rows with equal prompts are drawn from other prompts' logits",
+        tests="tests/test_model.py::test_copies_of_a_prompt_are_read_once_and_answered_each",
+    ),
+    Mutation(
+        "model.py",
+        right="cache.keep(source)",
+        wrong="cache.keep(torch.arange(B, device=device) % len(number))",
+        effect="rows go on with the keys of another prompt than their own",
+        tests="tests/test_model.py::test_copies_of_a_prompt_are_read_once_and_answered_each",
+    ),
+    Mutation(
+        "model.py",
+        right=(
+            "number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each "
+            "distinct prompt\n"
+            "    distinct ="
+        ),
+        wrong="number = {prompt: n for n, prompt in enumerate(map(tuple, prompts))}\n    distinct =",
+        effect="copies of a prompt leave rows without any: K samples of each prompt cost as much as K prompts",
+        tests="tests/test_model.py::test_copies_of_a_prompt_are_read_once_and_answered_each",
+    ),
+    Mutation(
+        "model.py",
+        right="drawn = uniforms[step] if len(rows) == B else uniforms[step, rows]",
+        wrong="drawn = uniforms[step, : len(rows)]",
+        effect="what a row draws depends on which others have ended: their numbers are handed down",
+        tests="tests/test_model.py::test_what_a_row_draws_does_not_depend_on_which_rows_have_left",
+    ),
+    Mutation(
+        "model.py",
+        right="drawn = uniforms[step] if len(rows) == B else uniforms[step, rows]",
+        wrong="drawn = uniforms[0, rows]",
+        effect="the same number for every token of a completion: the frequencies of single tokens are right",
+        tests="tests/test_model.py::test_generate_and_the_slow_sampler_draw_the_same_tokens",
+    ),
+    Mutation(
+        "model.py",
+        right="alive <= 0.8 * len(rows)",
+        wrong="alive <= 0.2 * len(rows)",
+        effect="rows that have ended are computed on: sampling takes several times as long",
+        tests="tests/test_model.py::test_rows_that_have_ended_are_left_behind",
+    ),
+    Mutation(
+        "model.py",
+        right=(
+            "                    for cache in caches:\n"
+            "                        cache.keep(going)\n"
+            "                    rows, new, positions, going = (x[going] for x in (rows, new, positions, "
+            "going))"
+        ),
+        wrong=(
+            "                    rows, new, positions, going = (x[going] for x in (rows, new, positions, "
+            "going))\n"
+            "                    for cache in caches:\n"
+            "                        cache.keep(going)"
+        ),
+        effect="rows are left behind before their cache is: a traceback as soon as one ends",
+        tests="tests/test_model.py::test_generate_and_the_slow_sampler_draw_the_same_tokens",
+    ),
+    Mutation(
+        "model.py",
+        right="rows, new, positions, going = (x[going] for x in (rows, new, positions, going))",
+        wrong=(
+            "rows, new, going = (x[going] for x in (rows, new, going))\n"
+            "                    positions = positions[: len(rows)]"
+        ),
+        effect="when rows are left behind the others go on at somebody else's position",
+        tests="tests/test_model.py::test_rows_left_behind_don_t_disturb_the_others",
+    ),
+    Mutation(
+        "model.py",
+        right="cache.grow(min(16, S - cache.kv.size(3)))",
+        wrong="cache.grow(16)",
+        effect="the cache grows beyond the last slot: more memory than CACHE_NUMBERS allows",
+        tests=(
+            "tests/test_model.py::test_a_completion_may_be_as_long_as_the_block_leaves_room "
+            "tests/test_model.py::test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache"
+        ),
+    ),
+    Mutation(
+        "model.py",
+        right="slots = S if on_gpu else min(S, longest + 16)",
+        wrong="slots = S if on_gpu else longest + 16",
+        effect="a few new tokens need a cache for 16, beyond what CACHE_NUMBERS allows",
+        tests="tests/test_model.py::test_slices_sample_as_the_whole_does",
+    ),
+    Mutation(
+        "model.py",
+        right="stops = completion_mask(prompt_lens, prompt_lens + max_new_tokens, S) & (tokens == eos_id)",
+        wrong="stops = tokens == eos_id",
+        effect="an EOS in the prompt, or filler behind a cut completion, ends the text",
+        tests=(
+            "tests/test_model.py::test_eos_in_the_prompt_ends_nothing "
+            "tests/test_model.py::test_a_model_whose_next_token_is_known"
+        ),
+    ),
+    Mutation(
+        "model.py",
+        right="stops.int().argmax(1) + 1",
+        wrong="stops.int().argmax(1)",
+        effect="EOS is no part of the completion: stopping is neither rewarded nor learned",
+        tests="tests/test_model.py::test_a_model_whose_next_token_is_known",
+    ),
+    Mutation(
+        "model.py",
+        right="return Rollout(tokens[:, : int(lens.max())], prompt_lens",
+        wrong="return Rollout(tokens, prompt_lens",
+        effect="rollouts as wide as the longest there could be: filler is most of the work",
+        tests="tests/test_model.py::test_a_model_whose_next_token_is_known",
     ),
     # ------------------------------------------------------------ weights.py
     Mutation(
@@ -899,9 +1215,16 @@ MUTATIONS = [
     ),
     Mutation(
         "common.py",
-        right="model.score(tokens[:, : int(lens.max())], lens)",
-        wrong="model.score(tokens[:, : int(lens.max())], torch.full_like(lens, int(lens.max())))",
+        right="model.score(rollout.tokens[part, : int(lens.max())], lens)",
+        wrong="model.score(rollout.tokens[part, : int(lens.max())], torch.full_like(lens, int(lens.max())))",
         effect="the reward model is read at the filler",
+        tests="tests/test_common.py::test_score_rollout_equals_each_row_alone",
+    ),
+    Mutation(
+        "common.py",
+        right="scores[part] = model.score",
+        wrong="scores[part.sort().values] = model.score",
+        effect="scores of rows sorted by length are not put back in their order: rewards belong to other texts",
         tests="tests/test_common.py::test_score_rollout_equals_each_row_alone",
     ),
     Mutation(
@@ -1124,8 +1447,8 @@ MUTATIONS = [
     ),
     Mutation(
         "common.py",
-        right="kl = torch.where(rollout.action_mask, log_ratio, 0.0).sum(1).mean().item()",
-        wrong="kl = log_ratio.sum(1).mean().item()",
+        right="token_logprobs(m, rollout.tokens, mask=sampled) for m",
+        wrong="token_logprobs(m, rollout.tokens) for m",
         effect="DPO's KL counts prompts and filler",
         tests="tests/test_common.py::test_compare_samples_equals_a_loop",
     ),
@@ -1251,17 +1574,45 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="picked = at_least_float32(logits[:, :-1][target_mask])",
-        wrong="picked = at_least_float32(logits[:, 1:][target_mask])",
+        right="picked = logits if logits.dim() == 2 else logits[:, :-1][target_mask]",
+        wrong="picked = logits if logits.dim() == 2 else logits[:, 1:][target_mask]",
         effect="labels not shifted: the model learns to copy its input",
         tests="tests/test_sft.py::test_loss_equals_a_loop_over_tokens",
     ),
     Mutation(
         "sft.py",
-        right="picked = at_least_float32(logits[:, :-1][target_mask])",
-        wrong="picked = logits[:, :-1][target_mask]",
+        right="F.cross_entropy(at_least_float32(picked),",
+        wrong="F.cross_entropy(picked,",
         effect="the loss of bfloat16 logits in bfloat16",
         tests="tests/test_sft.py::test_loss_of_bfloat16_logits_is_taken_in_float32",
+    ),
+    Mutation(
+        "sft.py",
+        right="logits = model(tokens, mask[:, 1:])  # (n, V), at",
+        wrong="logits = model(tokens, mask)  # (n, V), at",
+        effect="logits at the completion's tokens instead of before them: the model learns to copy its input",
+        tests="tests/test_sft.py::test_training_steps_are_the_gradient_of_the_whole_batch",
+    ),
+    Mutation(
+        "sft.py",
+        right="sft_loss(model(tokens, mask[:, 1:]), tokens, mask, n_tokens=1)",
+        wrong="sft_loss(model(tokens, mask), tokens, mask, n_tokens=1)",
+        effect="the held-out loss is that of a copy of the input",
+        tests="tests/test_sft.py::test_held_out_loss_is_the_mean_over_all_tokens",
+    ),
+    Mutation(
+        "sft.py",
+        right="config.dropout, rope_base=config.rope_base)",
+        wrong="config.dropout)",
+        effect="--rope_base is ignored: positions are learned, as in GPT-2",
+        tests="tests/test_sft.py::test_positions_are_those_of_the_flag",
+    ),
+    Mutation(
+        "sft.py",
+        right='for name in ("n_layer", "n_head", "n_embd", "rope_base"):',
+        wrong='for name in ("n_layer", "n_head", "n_embd"):',
+        effect="--rope_base with --init is ignored, and nobody notices",
+        tests="tests/test_sft.py::test_sizes_are_refused_where_the_weights_have_their_own",
     ),
     Mutation(
         "sft.py",
@@ -1730,8 +2081,11 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right=("(logp.exp() * (logp - ref_logp)).sum(-1)\n\n\ndef shaped"),
-        wrong=("(ref_logp.exp() * (ref_logp - logp)).sum(-1)\n\n\ndef shaped"),
+        right="return (logp.exp() * (logp - at_least_float32(ref_logits).log_softmax(-1))).sum(-1)",
+        wrong=(
+            "ref_logp = at_least_float32(ref_logits).log_softmax(-1)\n"
+            "    return (ref_logp.exp() * (ref_logp - logp)).sum(-1)"
+        ),
         effect="the reverse divergence, KL(reference || policy)",
         tests="tests/test_ppo_math.py::test_exact_kl_by_hand_and_by_loop",
     ),
@@ -1887,17 +2241,66 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="ref_logits = reference(tokens) / config.temperature",
-        wrong="ref_logits = reference(tokens)",
+        right="ref_logits = reference(tokens, mask) / config.temperature",
+        wrong="ref_logits = reference(tokens, mask)",
         effect="the reference is not divided by the temperature: KL is not 0 at the start",
         tests="tests/test_ppo_update.py::test_policy_equal_to_reference_has_no_kl",
     ),
     Mutation(
         "ppo.py",
-        right="logprobs = token_logprobs(policy, old.tokens, config.temperature)  # (b, t-1)",
-        wrong="logprobs = token_logprobs(policy, old.tokens)  # (b, t-1)",
+        right="logits = policy(tokens, mask) / config.temperature  # (n, V)\n            ref",
+        wrong="logits = policy(tokens, mask)  # (n, V)\n            ref",
+        effect="the rollout is measured at temperature 1: the first ratio is not 1, and the KL is another one",
+        tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
+    ),
+    Mutation(
+        "ppo.py",
+        right="columns[:, rows, : T - 1] = torch.stack",
+        wrong="columns[:, sorted(rows), : T - 1] = torch.stack",
+        effect="figures of rows sorted by length are not put back in their order: advantages belong to other texts",
+        tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
+    ),
+    Mutation(
+        "ppo.py",
+        right="T = max(lens[i] for i in rows) if cut else rollout.tokens.size(1)",
+        wrong="T = rollout.tokens.size(1)",
+        effect="every slice is as wide as the longest rollout: filler is most of the work",
+        tests="tests/test_ppo_update.py::test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone",
+    ),
+    Mutation(
+        "ppo.py",
+        right="values = value_model(tokens, mask) if",
+        wrong="values = value_model(tokens, F.pad(mask, (1, 0))) if",
+        effect="values after the action: the baseline has seen what it is a baseline for",
+        tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
+    ),
+    Mutation(
+        "ppo.py",
+        right="kl = distribution_kl(logits, ref_logits) if exact",
+        wrong="kl = distribution_kl(ref_logits, logits) if exact",
+        effect="--kl exact penalises the reverse divergence",
+        tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
+    ),
+    Mutation(
+        "ppo.py",
+        right="token_logprobs(policy, old.tokens, config.temperature, mask)",
+        wrong="token_logprobs(policy, old.tokens, 1.0, mask)",
         effect="the update forgets the temperature: the ratio is not 1",
         tests="tests/test_ppo_update.py::test_the_first_ratio_is_1",
+    ),
+    Mutation(
+        "ppo.py",
+        right="values = put_back(value_model(old.tokens, mask), mask)",
+        wrong="values = put_back(value_model(old.tokens, F.pad(mask, (1, 0))), mask)",
+        effect="the critic learns the value after the action, and is asked for the one before it",
+        tests="tests/test_ppo_update.py::test_an_update_equals_the_slow_one_for_any_micro_batch",
+    ),
+    Mutation(
+        "ppo.py",
+        right="token_logprobs(policy, old.tokens, config.temperature, mask)",
+        wrong="token_logprobs(policy, old.tokens, config.temperature)",
+        effect="logits of prompts and filler in every update: most of its time and memory for nothing",
+        tests="tests/test_ppo_update.py::test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone",
     ),
     Mutation(
         "ppo.py",
@@ -1938,10 +2341,10 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right='cut = device.type != "cuda" and config.dtype == "float32"',
-        wrong='cut = device.type != "cuda"',
+        right='return device.type != "cuda" and config.dtype == "float32"',
+        wrong='return device.type != "cuda"',
         effect="in bfloat16 another width rounds differently: the first ratio is off 1",
-        tests="tests/test_ppo_update.py::test_bfloat16_keeps_the_ratios_of_a_network_of_gpt2_s_size",
+        tests=("tests/test_ppo_update.py::test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone"),
     ),
     Mutation(
         "ppo.py",
@@ -1952,15 +2355,20 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right=("        with autocast(tokens.device, config.dtype):\n            logits = policy(tokens)"),
-        wrong=('        with autocast(tokens.device, "float32"):\n            logits = policy(tokens)'),
+        right="        with autocast(tokens.device, config.dtype):\n            logits = policy(tokens, mask)",
+        wrong='        with autocast(tokens.device, "float32"):\n            logits = policy(tokens, mask)',
         effect="--dtype is ignored where the rollout is measured",
         tests="tests/test_ppo_update.py::test_the_dtype_holds_for_the_products_of_every_forward_pass",
     ),
     Mutation(
         "ppo.py",
-        right=("            with autocast(policy.device, config.dtype):\n                logits = policy(tokens)"),
-        wrong=('            with autocast(policy.device, "float32"):\n                logits = policy(tokens)'),
+        right=(
+            "            with autocast(policy.device, config.dtype):\n"
+            "                logits = policy(tokens, mask[:, 1:])"
+        ),
+        wrong=(
+            '            with autocast(policy.device, "float32"):\n                logits = policy(tokens, mask[:, 1:])'
+        ),
         effect="--dtype is ignored in the PTX term",
         tests="tests/test_ppo_update.py::test_the_dtype_holds_for_the_products_of_every_forward_pass",
     ),
@@ -2134,8 +2542,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="values = old.values if value_model is None else value_model(old.tokens)[:, :-1]",
-        wrong="values = value_model(old.tokens)[:, :-1]",
+        right="                if value_model is not None:\n                    values",
+        wrong="                if True:\n                    values",
         effect="no update without a value model",
         tests="tests/test_ppo_update.py::test_without_a_value_model_the_policy_learns_the_same",
     ),
@@ -2163,25 +2571,22 @@ MUTATIONS = [
     # ------------------------------------------------------------ dpo.py
     Mutation(
         "dpo.py",
-        right="torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)",
-        wrong="torch.where(completion_mask[:, :-1].bool(), token_logprobs(model, tokens), 0.0).sum(1)",
+        right="token_logprobs(model, tokens, mask=completion_mask[:, 1:]).sum(1)",
+        wrong="token_logprobs(model, tokens, mask=completion_mask[:, :-1]).sum(1)",
         effect="the mask is off by one: EOS is left out of the sum, the last prompt token is in it",
         tests="tests/test_dpo.py::test_a_completion_is_the_sum_of_its_known_tokens",
     ),
     Mutation(
         "dpo.py",
-        right="torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)",
+        right="token_logprobs(model, tokens, mask=completion_mask[:, 1:]).sum(1)",
         wrong="token_logprobs(model, tokens).sum(1)",
         effect="prompt and filler count: the loss depends on padding",
         tests="tests/test_dpo.py::test_a_completion_is_the_sum_of_its_known_tokens",
     ),
     Mutation(
         "dpo.py",
-        right="torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1)",
-        wrong=(
-            "torch.where(completion_mask[:, 1:].bool(), token_logprobs(model, tokens), 0.0).sum(1) / "
-            "completion_mask.sum(1)"
-        ),
+        right="token_logprobs(model, tokens, mask=completion_mask[:, 1:]).sum(1)",
+        wrong="token_logprobs(model, tokens, mask=completion_mask[:, 1:]).sum(1) / completion_mask.sum(1)",
         effect="a mean instead of a sum: another loss, known to collapse",
         tests="tests/test_dpo.py::test_a_completion_is_the_sum_of_its_known_tokens",
     ),
@@ -2395,17 +2800,24 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluate.py",
-        right="parts = tokens.split(max(1, rows_at_a_time(tokens, policy) // 4))",
-        wrong="parts = [tokens]",
+        right="max(1, rows_at_a_time(rollout.tokens, policy) // 4)",
+        wrong="len(rollout.tokens)",
         effect="eight tensors of the logits' size of a whole batch: 10 GB at GPT-2's vocabulary",
         tests="tests/test_evaluate.py::test_the_kl_goes_through_the_models_a_few_rows_at_a_time",
     ),
     Mutation(
         "evaluate.py",
-        right="exact_kl(policy(part) / temperature, reference(part) / temperature)",
-        wrong="exact_kl(policy(part), reference(part))",
+        right="distribution_kl(policy(tokens, wanted) / temperature, reference(tokens, wanted) / temperature)",
+        wrong="distribution_kl(policy(tokens, wanted), reference(tokens, wanted))",
         effect="KL of other distributions than the samples are drawn from",
         tests="tests/test_evaluate.py::test_samples_come_with_their_own_figures",
+    ),
+    Mutation(
+        "evaluate.py",
+        right="return put_back(torch.cat(found), mask)",
+        wrong="return put_back(torch.cat(found[::-1]), mask)",
+        effect="slices put together in another order: KLs belong to other samples",
+        tests="tests/test_evaluate.py::test_the_kl_goes_through_the_models_a_few_rows_at_a_time",
     ),
     Mutation(
         "evaluate.py",

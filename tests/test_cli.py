@@ -520,6 +520,7 @@ def test_text_is_read_and_written_without_torch():
 LAYERS = [
     {"cli"},
     {"data"},
+    {"blocks"},
     {"model"},
     {"weights", "common"},
     {"sft"},

@@ -1054,7 +1054,7 @@ def test_a_collapse_is_said_aloud(monkeypatch, capsys, ended, ref_ended, per_tok
 
     monkeypatch.setattr(common, "sample_prompts", sampled)
     per = {policy: per_token, reference: 0.0}
-    monkeypatch.setattr(common, "token_logprobs", lambda model, tokens: torch.full((10, 11), per[model]))
+    monkeypatch.setattr(common, "token_logprobs", lambda model, tokens, mask: per[model] * mask)
     found = common.compare_samples(policy, reference, [[1, 2]] * 10, TOY, 10, 1)
     assert found == {
         "eos_rate": pytest.approx(ended / 10),

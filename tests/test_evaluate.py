@@ -45,6 +45,7 @@ from evaluate import (
     wilson_interval,
     win_rate,
 )
+from model import Rollout
 
 TOY = ToyTokenizer()
 
@@ -179,11 +180,14 @@ def test_the_kl_goes_through_the_models_a_few_rows_at_a_time(float64):
     is one row; and the slices must be put together in order."""
     policy, baseline = relatives(3)
     tokens = torch.randint(0, 22, (11, 19), generator=torch.Generator().manual_seed(1))
+    prompt_lens, lens = 1 + torch.arange(11) % 5, 19 - 3 * torch.arange(11) % 12
+    rollout = Rollout(tokens, prompt_lens, lens, torch.ones(11, dtype=torch.bool))
     with torch.no_grad():
-        whole = token_kl(policy, baseline, tokens, 0.7)
-        for i in range(11):
-            row = tokens[i].tolist()
-            assert whole[i].sum().item() == pytest.approx(slow_kl(policy, baseline, row[:1], row[1:], 0.7), abs=1e-10)
+        whole = token_kl(policy, baseline, rollout, 0.7)
+        assert whole.shape == (11, 18) and (whole[~rollout.action_mask] == 0).all()
+        for i, (start, end) in enumerate(zip(prompt_lens.tolist(), lens.tolist(), strict=True)):
+            prompt, actions = tokens[i, :start].tolist(), tokens[i, start:end].tolist()
+            assert whole[i].sum().item() == pytest.approx(slow_kl(policy, baseline, prompt, actions, 0.7), abs=1e-10)
     shapes = []
     for model in (policy, baseline):
         model.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
@@ -191,7 +195,7 @@ def test_the_kl_goes_through_the_models_a_few_rows_at_a_time(float64):
         policy.config.vocab_size = baseline.config.vocab_size = pretended
         shapes.clear()
         with torch.no_grad():
-            sliced = token_kl(policy, baseline, tokens, 0.7)
+            sliced = token_kl(policy, baseline, rollout, 0.7)
         torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-11)
         assert all(b * T * pretended <= 2**24 or b == 1 for b, T in shapes)
         assert len(shapes) == 2 * -(-11 // rows)  # and no more passes than that takes

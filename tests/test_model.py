@@ -1,4 +1,4 @@
-"""model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics."""
+"""model.py and blocks.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import frame_batch, gradient_of, make_gpt, make_scalar, random_mask, random_prompts, slow_generate
+from helpers import (
+    frame_batch,
+    gradient_of,
+    make_gpt,
+    make_scalar,
+    randn,
+    random_mask,
+    random_prompts,
+    slow_draw,
+    slow_generate,
+)
 from torch import nn
 
 import model as model_module
+from blocks import KVCache, attend_to_slots, rotary_turns, rotate
 from model import (
     GPT,
     GPTConfig,
-    KVCache,
     Rollout,
     ScalarModel,
     completion_mask,
@@ -27,6 +37,7 @@ from model import (
     join,
     masked_mean,
     prefill,
+    put_back,
     sample_token,
     select_logprobs,
     token_logprobs,
@@ -34,6 +45,7 @@ from model import (
 )
 
 V = 23  # make_gpt's vocabulary
+PROMPTS = random_prompts([1, 5, 17], V, seed=3)
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -44,6 +56,16 @@ def endless(seed: int = 0, **sizes) -> GPT:
     """A GPT that never samples id V: a row of its embedding table, so that it can be
     filler, but no token of the vocabulary."""
     return make_gpt(seed, vocab=V + 1, real_vocab=V, **sizes)
+
+
+def restless(seed: int = 0, **sizes) -> GPT:
+    """A float64 GPT whose logits are about -2 .. 2: no probability is tiny, so with any id as EOS rows end, and at very
+    different times."""
+    model = make_gpt(seed, dtype=torch.float64, **sizes)
+    with torch.no_grad():
+        for p in model.ln_f.parameters():
+            p *= 0.3
+    return model
 
 
 def greedy_alone(model, prompt: list[int], max_new_tokens: int, eos_id: int) -> tuple[list[int], bool]:
@@ -75,13 +97,11 @@ def successor(V: int = 12) -> GPT:
 def bigram(V: int) -> tuple[GPT, torch.Tensor]:
     """A GPT, with cache and all, whose next token depends on the last one alone (no positions, and blocks that add
     nothing), so that every probability is known -> it, and its table of logits (V, V). Id V is filler, no token."""
-    model = make_gpt(seed=3, vocab=V + 1, real_vocab=V, dtype=torch.float64)
+    model = restless(seed=3, vocab=V + 1, real_vocab=V)
     with torch.no_grad():
         for part in (model.wpe, *(layer for block in model.h for layer in (block.attn.c_proj, block.mlp.c_proj))):
             for p in part.parameters():
                 p.zero_()
-        for p in model.ln_f.parameters():
-            p *= 0.3  # logits of about -2 .. 2: no probability is tiny
         x = nn.functional.layer_norm(model.wte.weight, (32,), model.ln_f.weight, model.ln_f.bias)
         return model, (x @ model.wte.weight.T)[:V, :V]
 
@@ -105,23 +125,37 @@ def test_names_and_signatures_that_others_build_on():
             parts.append(keyword + name + ("" if p.default is p.empty else f"={p.default}"))
         return " ".join(parts)
 
-    assert shown(GPTConfig).startswith("vocab_size block_size n_layer n_head n_embd dropout=0.0")
-    assert shown(token_logprobs) == "model tokens temperature=1.0"
+    assert shown(GPTConfig).startswith("vocab_size block_size n_layer n_head n_embd dropout=0.0 real_vocab=None")
+    assert shown(token_logprobs) == "model tokens temperature=1.0 mask=None"
+    assert shown(sample_token) == "logits uniforms temperature=1.0 top_k=None top_p=None"
     options = "*eos_id *temperature=1.0 *top_k=None *top_p=None *generator=None"
     assert shown(generate) == f"model prompts max_new_tokens {options}"
     assert shown(masked_mean) == "x mask" and shown(whiten) == "x mask shift_mean=True"
-    assert shown(GPT.forward) == "self tokens" == shown(ScalarModel.forward) and shown(ScalarModel.from_gpt) == "gpt"
-    assert shown(GPT.hidden).startswith("self tokens ") and shown(GPT) == shown(ScalarModel) == "config"
+    assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None"
+    assert shown(GPT.hidden).startswith("self tokens where=None ") and shown(ScalarModel.from_gpt) == "gpt"
+    assert shown(GPT) == shown(ScalarModel) == "config"
     assert [f.name for f in fields(Rollout)] == ["tokens", "prompt_lens", "lens", "ended"]
 
 
 # ------------------------------------------------------------------------------------------------ the network
 
 
+def turn(x: torch.Tensor, position: int, base: float) -> torch.Tensor:
+    """Rotary positions by the paper (Su et al. 2021, eq. 15): each pair of the channels (D,) times its 2 x 2 rotation
+    matrix, by the angle position * base^(-2j/D)."""
+    pairs = []
+    for j in range(len(x) // 2):
+        angle = position * base ** (-2 * j / len(x))
+        rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        pairs.append(torch.tensor(rotation, dtype=torch.float64) @ x[2 * j : 2 * j + 2].double())
+    return torch.cat(pairs)
+
+
 def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
-    """GPT-2's forward for one row, by the paper and with loops, in float64: (T, V)."""
+    """GPT-2's forward for one row, by the paper and with loops, in float64: (T, V). With a rope_base queries and keys
+    of every head are turned, and no position is added."""
     state = {k: v.double() for k, v in model.state_dict().items()}
-    C, H = model.config.n_embd, model.config.n_head
+    C, H, base = model.config.n_embd, model.config.n_head, model.config.rope_base
     D = C // H
 
     def norm(x, name):
@@ -132,7 +166,8 @@ def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
     def dense(x, name):
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
-    x = torch.stack([state["wte.weight"][t] + state["wpe.weight"][i] for i, t in enumerate(tokens)])
+    x = torch.stack([state["wte.weight"][t] for t in tokens])
+    x = x if base else x + state["wpe.weight"][: len(tokens)]
     for layer in range(model.config.n_layer):
         qkv = dense(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
         q, k, v = qkv[:, :C], qkv[:, C : 2 * C], qkv[:, 2 * C :]
@@ -140,7 +175,10 @@ def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
         for t in range(len(tokens)):
             for head in range(H):
                 part = slice(head * D, (head + 1) * D)
-                weights = [math.exp(float(q[t, part] @ k[s, part]) / math.sqrt(D)) for s in range(t + 1)]  # only s <= t
+                query, keys = q[t, part], [k[s, part] for s in range(t + 1)]  # only s <= t
+                if base:
+                    query, keys = turn(query, t, base), [turn(key, s, base) for s, key in enumerate(keys)]
+                weights = [math.exp(float(query @ key) / math.sqrt(D)) for key in keys]
                 y[t, part] = sum(w * v[s, part] for s, w in enumerate(weights)) / sum(weights)
         x = x + dense(y, f"h.{layer}.attn.c_proj")
         u = dense(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
@@ -149,9 +187,14 @@ def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
     return norm(x, "ln_f") @ state["wte.weight"].T
 
 
-def test_forward_is_gpt2_by_loops():
-    """Heads, scaling, causal mask, residuals, tanh-GELU, tied output: against an obvious float64 implementation."""
-    model = make_gpt(seed=3, vocab=11, n_embd=12, n_head=3, block_size=9, dtype=torch.float64)
+POSITIONS = pytest.mark.parametrize("rope_base", [0.0, 50.0], ids=["learned", "rotary"])
+
+
+@POSITIONS
+def test_forward_is_gpt2_by_loops(float64, rope_base):
+    """Heads, scaling, causal mask, residuals, tanh-GELU, tied output, positions of both kinds: against an obvious
+    float64 implementation."""
+    model = make_gpt(seed=3, vocab=11, n_embd=12, n_head=3, block_size=9, rope_base=rope_base)
     tokens = random_prompts([9, 1, 4], 11, seed=5)
     for row in tokens:
         torch.testing.assert_close(model(torch.tensor([row]))[0], slow_gpt(model, row), rtol=0, atol=1e-10)
@@ -188,6 +231,11 @@ def test_sequences_longer_than_the_block_are_refused():
         GPTConfig(10, 8, 1, 3, 32)
     with pytest.raises(ValueError, match="dropout"):
         GPTConfig(10, 8, 1, 4, 32, dropout=1.0)
+    with pytest.raises(ValueError, match="block_size"):
+        make_gpt(block_size=8, rope_base=100.0)(torch.zeros(1, 9, dtype=torch.long))
+    for rope_base, n_embd in ((-1.0, 32), (100.0, 12)):  # 12 channels in 4 heads: 3 can't be paired
+        with pytest.raises(ValueError, match="rope_base"):
+            GPTConfig(10, 8, 1, 4, n_embd, rope_base=rope_base)
 
 
 def test_padding_changes_nothing():
@@ -252,6 +300,140 @@ def test_dropout_is_on_in_training():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         assert not torch.equal(model(tokens), model(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ rotary positions
+
+
+def turned(x: torch.Tensor, first: int = 0, base: float = 50.0, slots: int = 99) -> torch.Tensor:
+    """x (..., T, D) at positions first, first + 1, ..."""
+    turns = rotary_turns(GPTConfig(9, slots, 1, 1, x.size(-1), rope_base=base))
+    return rotate(x, turns[first : first + x.size(-2)])
+
+
+def test_rotary_positions_are_2_by_2_rotations(float64):
+    """Another pairing of the channels, sine and cosine exchanged, the angles of another base or turned the other way:
+    against a rotation matrix for each pair. Position 0 is not turned, and no vector changes its length."""
+    for base, D in ((10000.0, 8), (50.0, 6), (3.0, 2)):
+        x = randn(2, 20, D, seed=D)
+        found = turned(x, 11, base)
+        for b, t in product(range(2), range(20)):
+            torch.testing.assert_close(found[b, t], turn(x[b, t], 11 + t, base), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(turned(x, 0, base)[:, 0], x[:, 0], rtol=0, atol=1e-15)
+
+
+def test_a_rotary_product_depends_on_the_distance_alone(float64):
+    """Queries and keys turned by different angles, or opposite ones: their product would depend on where both stand."""
+    q, k = randn(8, seed=1), randn(8, seed=2)
+    queries, keys = (turned(x.expand(30, 8)) for x in (q, k))
+    products = queries @ keys.T  # (30, 30) of the same two vectors at every two positions
+    for distance in range(-29, 30):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-12)
+    of_each = torch.stack([products.diagonal(distance)[0] for distance in range(-29, 30)])
+    assert (of_each[:, None] - of_each).abs().fill_diagonal_(1).min() > 1e-5  # and on the distance it does depend
+
+
+def test_rotary_positions_in_other_precisions():
+    """Half precision keeps its dtype and is turned in float32, so a channel is off by its own rounding and no more:
+    angles of 90 in bfloat16 would be off by a quarter. A float64 tensor is not cut to float32."""
+    x = randn(30, 8, seed=3)
+    for dtype, relative in ((torch.bfloat16, 2**-8), (torch.float16, 2**-10), (torch.float32, 2**-15)):
+        found, given = turned(x.to(dtype), 60), x.to(dtype)
+        assert found.dtype == dtype
+        truth = torch.stack([turn(row, 60 + t, 50.0) for t, row in enumerate(given)])
+        assert ((found.double() - truth).abs() <= relative * given.double().norm(dim=-1, keepdim=True)).all()
+    assert turned(x).dtype == torch.float64
+
+
+def test_a_rotary_network_has_no_table_of_positions():
+    """No parameter and no entry of the checkpoint belongs to positions, so that a checkpoint is weights alone; the
+    scalar head copies such a body too."""
+    model = make_gpt(seed=4, rope_base=50.0)
+    learned = make_gpt(seed=4)
+    assert set(learned.state_dict()) - set(model.state_dict()) == {"wpe.weight"}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    twin = make_gpt(seed=5, rope_base=50.0)
+    twin.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, V, (2, 20), generator=gen())
+    assert torch.equal(twin(tokens), model(tokens))
+    assert torch.equal(ScalarModel.from_gpt(model).gpt.hidden(tokens), model.hidden(tokens))
+
+
+def test_a_rotary_network_made_double_is_one_of_float64():
+    """The angles are float32 numbers then, but everything that is computed from them is float64: forward and cached
+    sampling agree to that."""
+    model = make_gpt(seed=4, rope_base=50.0).double()
+    tokens = torch.randint(0, V, (2, 20), generator=gen())
+    assert model(tokens).dtype == torch.float64
+    torch.testing.assert_close(model(tokens)[0], slow_gpt(model, tokens[0].tolist()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(tokens[:, :7]), model(tokens)[:, :7], rtol=0, atol=1e-11)
+    assert rows_of(generate(model, PROMPTS, 20, eos_id=0, generator=gen(3))) == rows_of(
+        slow_generate(model, PROMPTS, 20, eos_id=0, generator=gen(3))
+    )
+
+
+# ------------------------------------------------------------------------------------------------ some positions alone
+
+
+SHAPES = [(1, 2), (3, 7), (5, 12)]
+
+
+def masks_of(B: int, T: int) -> list[torch.Tensor]:
+    """Masks (B, T) and (B, T-1): random ones, one row of which is empty, everything, a single place, and nothing."""
+    masks = []
+    for width in (T, T - 1):
+        some = random_mask((B, width), seed=B + width, share=0.5)
+        some[B - 1] = B == 1
+        single, nothing = torch.zeros(B, width, dtype=torch.bool), torch.zeros(B, width, dtype=torch.bool)
+        single[B // 2, width - 1] = True
+        masks += [some, torch.ones(B, width, dtype=torch.bool), single, nothing]
+    return masks
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    """Of all parameters; 0 where there is none."""
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+@pytest.mark.parametrize("make", [make_gpt, make_scalar])
+@POSITIONS
+def test_some_positions_alone_equal_those_of_the_full_forward(float64, make, rope_base, n_layer):
+    """Positions off by one or of another row, an order other than reading order, a last block that mixes up its rows:
+    values, and the gradients of all parameters, of any masks."""
+    model = make(seed=21, rope_base=rope_base, n_layer=n_layer)
+    if make is make_scalar:
+        model.mean.fill_(0.3)
+        model.std.fill_(2.0)
+    for B, T in SHAPES:
+        tokens = torch.randint(0, V, (B, T), generator=gen(T))
+        for where in masks_of(B, T):
+            full = model(tokens)[:, : where.size(1)][where]  # (N, V) or (N,)
+            some = model(tokens, where)
+            assert some.shape == full.shape == (int(where.sum()), *full.shape[1:])
+            torch.testing.assert_close(some, full, rtol=0, atol=1e-11)
+            weight = randn(*full.shape, seed=T)
+            pairs = zip(gradients(model, (some * weight).sum()), gradients(model, (full * weight).sum()), strict=True)
+            for (name, _), (a, b) in zip(model.named_parameters(), pairs, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_nothing_is_computed_that_only_other_positions_need():
+    """What makes it worth while: the last block's projection and MLP, the final norm and the output layer see the
+    positions asked for and no others; the blocks before, whose keys are read, see all."""
+    model, tokens = make_gpt(seed=22), torch.randint(0, V, (4, 10), generator=gen())
+    where, rows = random_mask((4, 9), seed=1, share=0.3), {}
+    for name in ("h.0.mlp", "h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp", "ln_f"):
+        hook = lambda _, inputs, __, name=name: rows.update({name: inputs[0].numel() // 32})  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    model(tokens, where)
+    N = int(where.sum())
+    assert 0 < N < 36
+    assert rows == {"h.0.mlp": 40, "h.1.attn.c_attn": 40, "h.1.attn.c_proj": N, "h.1.mlp": N, "ln_f": N}
 
 
 # ------------------------------------------------------------------------------------------------ scalar head
@@ -416,8 +598,50 @@ def test_token_logprobs_frame():
             assert abs(ours[b, t].item() - truth.item()) < 1e-11
 
 
+@POSITIONS
+def test_token_logprobs_of_some_tokens_are_those_of_all(float64, rope_base):
+    """With a mask: the same values at its places and 0 elsewhere, and the same gradient; what the ids elsewhere are,
+    even ids that no vocabulary has, makes no difference. A mask of 0 and 1 will do, and with no_grad slices too."""
+    model = make_gpt(seed=23, rope_base=rope_base)
+    for B, T in SHAPES:
+        tokens = torch.randint(0, V, (B, T), generator=gen(T))
+        everything = token_logprobs(model, tokens, 0.7)
+        for mask in masks_of(B, T)[4:]:
+            expected = torch.where(mask, everything, 0.0)
+            for given in (mask, mask.long()):
+                found = token_logprobs(model, tokens, 0.7, given)
+                assert found.shape == (B, T - 1) and (found[~mask] == 0).all()
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+            weight = randn(B, T - 1, seed=T)
+            pairs = zip(*(gradients(model, (x * weight).sum()) for x in (found, expected)), strict=True)
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    sampled = random_mask((5, 11), seed=2, share=0.15)
+    behind = sampled.flip(1).cumsum(1).flip(1) == 0  # no token that counts comes after these
+    spoilt = tokens.clone()
+    spoilt[:, 1:][behind] = 0
+    found, expected = (token_logprobs(model, x, 1.0, sampled) for x in (spoilt, tokens))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    model = make_gpt(seed=23, vocab=V + 1, real_vocab=V, rope_base=rope_base)
+    spoilt[:, 1:][behind] = V  # filler that is no token: beyond the logits
+    expected = torch.where(sampled, token_logprobs(model, tokens), 0.0)
+    torch.testing.assert_close(token_logprobs(model, spoilt, 1.0, sampled), expected, rtol=0, atol=1e-11)
+
+
+def test_put_back_by_hand():
+    """In reading order, 0 elsewhere; the gradient finds its way back."""
+    mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
+    found = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    assert put_back(found, mask).tolist() == [[0, 1, 2], [0, 0, 0], [3, 0, 4]]
+    assert put_back(found, mask).dtype == torch.float64
+    weight = torch.arange(9.0, dtype=torch.float64).view(3, 3)
+    assert gradient_of(lambda x: (put_back(x, mask) * weight).sum(), found).tolist() == [1, 2, 6, 8]
+    assert put_back(found[:0], torch.zeros(2, 3, dtype=torch.bool)).tolist() == [[0, 0, 0]] * 2
+
+
 class Recorder:
-    """A model that claims a huge vocabulary, so that token_logprobs must slice, and notes what it was asked."""
+    """A function from tokens to logits that claims a huge vocabulary, so that token_logprobs must slice, and notes
+    what it was asked."""
 
     def __init__(self, model, vocab):
         self.model, self.config, self.rows = model, SimpleNamespace(vocab_size=vocab), []
@@ -427,20 +651,38 @@ class Recorder:
         return self.model(tokens)
 
 
+class RecordingGPT(GPT):
+    """The same, as a GPT, which can be asked for some positions alone."""
+
+    def __init__(self, model, vocab):
+        super().__init__(model.config)
+        self.load_state_dict(model.state_dict())
+        self.config, self.rows = GPTConfig(vocab, 48, 2, 4, 32), []
+        self.eval()
+
+    def forward(self, tokens, where=None):
+        self.rows.append(tokens.size(0))
+        return super().forward(tokens, where)
+
+
+@pytest.mark.parametrize("kind", [Recorder, RecordingGPT])
 @pytest.mark.parametrize("vocab", [2**22, 2**24, 2**30])
-def test_token_logprobs_in_slices_changes_nothing(vocab):
-    """Without gradients the rows go through in slices that bound memory (need R20); the answer is that of one pass."""
-    model, tokens = make_gpt(seed=9, dtype=torch.float64), torch.randint(0, V, (7, 5), generator=gen())
-    whole = token_logprobs(model, tokens, 0.7)
-    recorder = Recorder(model, vocab)
-    with torch.no_grad():
-        sliced = token_logprobs(recorder, tokens, 0.7)
-    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-11)
-    assert sum(recorder.rows) == 7 and len(recorder.rows) > 1
-    assert all(n == 1 or n * 5 * vocab <= 2**26 for n in recorder.rows)
-    recorder = Recorder(model, vocab)
-    token_logprobs(recorder, tokens)
-    assert recorder.rows == [7]  # with gradients: one pass, whose memory is the caller's business
+def test_token_logprobs_in_slices_changes_nothing(float64, vocab, kind):
+    """Without gradients the rows go through in slices that bound memory (need R20); the answer is that of one pass,
+    with a mask, whose rows are of different fullness, as without."""
+    model, tokens = make_gpt(seed=9), torch.randint(0, V, (7, 5), generator=gen())
+    mask = random_mask((7, 4), seed=4, share=0.4)
+    for given in (None, mask):
+        whole = token_logprobs(model, tokens, 0.7, given)
+        recorder = kind(model, vocab)
+        with torch.no_grad():
+            sliced = token_logprobs(recorder, tokens, 0.7, given)
+        torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-11)
+        assert sum(recorder.rows) == 7 and len(recorder.rows) > 1
+        assert all(n == 1 or n * 5 * vocab <= 2**26 for n in recorder.rows)
+        recorder = kind(model, vocab)
+        token_logprobs(recorder, tokens, 0.7, given)
+        assert recorder.rows == [7]  # with gradients: one pass, whose memory is the caller's business
 
 
 def test_real_vocab_gets_all_the_probability():
@@ -516,7 +758,7 @@ PROBS = [0.05, 0.5, 0.12, 0.3, 0.03]  # of ids 0..4
 
 def frequencies(n: int = 20_000, temperature: float = 1.0, top_k=None, top_p=None, seed: int = 0) -> torch.Tensor:
     logits = torch.tensor(PROBS).log() * temperature + 3.0  # any shift; divided by T again they are log PROBS
-    ids = sample_token(logits.expand(n, -1), temperature, top_k, top_p, gen(seed))
+    ids = sample_token(logits.expand(n, -1), torch.rand(n, generator=gen(seed)), temperature, top_k, top_p)
     return torch.bincount(ids, minlength=5).double()
 
 
@@ -569,21 +811,74 @@ def test_top_p_acts_on_what_top_k_left():
 def test_top_p_works_row_by_row():
     """Each row has its own set, whatever the order of its ids."""
     logits = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.34, 0.33, 0.33]]).log().repeat(500, 1)
-    ids = sample_token(logits, 1.0, None, 0.7, gen()).view(500, 3)
+    ids = sample_token(logits, torch.rand(1500, generator=gen()), top_p=0.7).view(500, 3)
     assert [sorted(set(ids[:, i].tolist())) for i in range(3)] == [[0, 1], [1, 2], [0, 1, 2]]
 
 
 def test_temperature_zero_and_top_k_one_are_greedy():
     """Both take the most likely id."""
-    logits = torch.randn(200, 50, generator=gen())
-    assert torch.equal(sample_token(logits, 0, None, None, None), logits.argmax(-1))
-    assert torch.equal(sample_token(logits, 1.3, 1, None, gen()), logits.argmax(-1))
+    logits, uniforms = torch.randn(200, 50, generator=gen()), torch.rand(200, generator=gen(1))
+    assert torch.equal(sample_token(logits, uniforms, 0), logits.argmax(-1))
+    assert torch.equal(sample_token(logits, uniforms, 1.3, 1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+def test_a_token_is_where_the_summed_probability_passes_the_number(temperature):
+    """Each row by its own number: the first token at which the cumulative probability exceeds it, against adding up in
+    a loop; logits that are huge, and a vocabulary of a single token, too."""
+    for V, scale, shift in ((23, 2.0, 0.0), (300, 1.0, -100.0), (2, 5.0, 1e4), (1, 1.0, 0.0)):
+        logits = randn(400, V, seed=V, scale=scale) + shift
+        uniforms = torch.rand(400, generator=gen(V), dtype=torch.float64)
+        found = sample_token(logits, uniforms, temperature).tolist()
+        rows = zip(logits.tolist(), uniforms.tolist(), strict=True)
+        assert found == [slow_draw(row, u, temperature) for row, u in rows]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (None, 0.8), (7, 0.8), (1, 0.5), (3, 1e-9)])
+def test_what_was_cut_off_leaves_its_probability_to_the_others(top_k, top_p):
+    """Numbers that are not scaled by what top-k and top-p left: the last token kept is drawn far too often. Against a
+    loop over the sets by their definition, and the frequencies of 400 draws at evenly spaced numbers, which can be off
+    by one draw at each boundary and no more."""
+    for seed in range(5):
+        logits, n = randn(23, seed=seed, scale=2.0), 400
+        probs = (logits / 0.9).softmax(-1).tolist()
+        kept = sorted(range(23), key=lambda i: -probs[i])[:top_k]
+        if top_p is not None:
+            total, reached = sum(probs[i] for i in kept), 0
+            while sum(probs[i] for i in kept[:reached]) < top_p * total:
+                reached += 1
+            kept = kept[:reached]
+        uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        found = sample_token(logits.expand(n, -1), uniforms, 0.9, top_k, top_p)
+        cut = [x if i in kept else -math.inf for i, x in enumerate(logits.tolist())]
+        assert found.tolist() == [slow_draw(cut, u, 0.9) for u in uniforms.tolist()]
+        counts = torch.bincount(found, minlength=23).double()
+        expected = n * torch.tensor([probs[i] if i in kept else 0.0 for i in range(23)]) / sum(probs[i] for i in kept)
+        assert ((counts - expected).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_on_a_boundary_and_tokens_of_probability_0(dtype):
+    """Four tokens of a quarter each, which softmax and sum give exactly, and tokens of probability 0 before, between
+    and behind them, which are never drawn: not by 0, not by a boundary, not by the last number below 1."""
+    no = -math.inf
+    logits = torch.tensor([no, 0.0, no, 0.0, 0.0, no, no, 0.0, no], dtype=dtype)
+    below = torch.nextafter(torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=dtype), torch.zeros(4, dtype=dtype))
+    uniforms = torch.cat([torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=dtype), below])
+    assert sample_token(logits.expand(8, -1), uniforms).tolist() == [1, 3, 4, 7, 1, 3, 4, 7]
+    for V in (2, 23, 1000):  # whatever the sum of the probabilities is rounded to
+        rows = randn(500, V, seed=V, scale=3.0).to(dtype)
+        rows[random_mask((500, V), seed=V, share=0.5)] = no
+        rows[:, 0], rows[:, -1] = no, no
+        rows[:, V // 2] = 0.0
+        if V == 2:
+            rows = torch.tensor([no, 0.0], dtype=dtype).expand(500, 2)
+        for uniform in (0.0, 2.0**-149, 0.5, float(below[-1])):
+            drawn = sample_token(rows, torch.full((500,), uniform, dtype=dtype))
+            assert (rows[torch.arange(500), drawn] > no).all()
 
 
 # ------------------------------------------------------------------------------------------------ generate
-
-
-PROMPTS = random_prompts([1, 5, 17], V, seed=3)
 
 
 def test_rows_of_a_batch_equal_each_alone():
@@ -598,49 +893,106 @@ def test_rows_of_a_batch_equal_each_alone():
 
 
 def test_the_cache_holds_what_was_written_where_it_was_written():
-    """Keys and values exchanged, written to a neighbour's slot, or given back in another precision than the queries
-    have: under autocast keys are bfloat16 while the cache is float32, which holds them exactly."""
-    config = GPTConfig(10, 6, 1, 2, 8)
-    cache = KVCache(3, 6, config, torch.zeros(()))
+    """Keys and values exchanged, written to a neighbour's slot or another row, lost when rows are kept or slots added;
+    or rounded: under autocast keys are bfloat16 while the cache is float32, which holds them exactly."""
+    cache = KVCache(3, 6, GPTConfig(10, 9, 1, 2, 8), torch.zeros(()))
     k, v = torch.randn(2, 3, 2, 4, 4, generator=gen()).bfloat16()  # 3 rows, 2 heads, 4 tokens, 4 channels
-    given = cache.write(k, v, None, 4)
-    assert torch.equal(given[0], k) and torch.equal(given[1], v)
+    cache.fill(k, v)
     new_k, new_v = torch.randn(2, 3, 2, 1, 4, generator=gen(1)).bfloat16()
-    positions = torch.tensor([1, 4, 2])
-    keys, values = cache.write(new_k, new_v, positions, 5)
-    assert keys.dtype == values.dtype == torch.bfloat16 and keys.shape == values.shape == (3, 2, 5, 4)
-    for found, old, new in ((keys, k, new_k), (values, v, new_v)):
-        for row, slot in product(range(3), range(5)):
-            expected = (
-                new[row, :, 0] if slot == positions[row] else old[row, :, slot] if slot < 4 else torch.zeros(2, 4)
-            )
-            assert torch.equal(found[row, :, slot], expected.bfloat16()), (row, slot)
+    positions = [1, 4, 2]
+    cache.write(new_k, new_v, torch.arange(3), torch.tensor(positions))
+
+    def assert_holds(rows: list[int], slots: int) -> None:
+        assert cache.kv.shape == (2, len(rows), 2, slots, 4) and cache.kv.dtype == torch.float32
+        for found, old, new in zip(cache.kv, (k, v), (new_k, new_v), strict=True):
+            for n, slot in product(range(len(rows)), range(slots)):
+                row = rows[n]
+                there = new[row, :, 0] if slot == positions[row] else torch.zeros(2, 4)
+                there = old[row, :, slot] if slot < 4 and slot != positions[row] else there
+                assert torch.equal(found[n, :, slot], there.float()), (row, slot)
+
+    assert_holds([0, 1, 2], 6)
+    cache.grow(3)
+    assert_holds([0, 1, 2], 9)
+    cache.keep(torch.tensor([True, False, True]))
+    assert_holds([0, 2], 9)
+    cache.keep(torch.tensor([1, 0, 1, 1]))
+    assert_holds([2, 0, 2, 2], 9)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "whole-cache"])
-def test_prefill_and_decode_one_token_equal_the_full_forward(wide):
+def test_attention_written_out_is_attention():
+    """softmax(q k' / sqrt(D)) v over the slots that may be seen: against the fused kernel with a mask, whatever stands
+    in the slots that may not."""
+    B, H, S, D = 5, 3, 9, 4
+    q, k, v = randn(B, H, 1, D, seed=1), randn(B, H, S, D, seed=2, scale=2.0), randn(B, H, S, D, seed=3)
+    seen = random_mask((B, S), seed=4, share=0.5)
+    seen[:, 0] = True
+    visible = seen[:, None, None].expand(B, H, 1, S)
+    truth = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    bias = torch.zeros(B, H, 1, S, dtype=torch.float64).masked_fill(~visible, -math.inf).flatten(0, 1)
+    torch.testing.assert_close(attend_to_slots(q, k, v, bias), truth, rtol=0, atol=1e-12)
+    hidden = ~seen[:, None, :, None]
+    k, v = k.masked_fill(hidden, 1e6), v.masked_fill(hidden, -1e6)
+    torch.testing.assert_close(attend_to_slots(q, k, v, bias), truth, rtol=0, atol=1e-12)
+
+
+@POSITIONS
+@pytest.mark.parametrize("slots", [10, 13, 20], ids=["grows-by-1", "grows-by-3", "whole-cache"])
+def test_prefill_and_decode_one_token_equal_the_full_forward(float64, slots, rope_base):
     """Logits read from filler, a token that doesn't see itself, or sees stale slots behind it; the two functions that
-    sampling is made of, on given texts, however many slots are looked at."""
-    model = make_gpt(seed=20, dtype=torch.float64)
+    sampling is made of, on given texts, however many slots there are, and whatever has stood in them."""
+    model = make_gpt(seed=20, rope_base=rope_base)
     texts, filler = torch.randint(0, V, (2, 5, 20), generator=gen())
     lens = torch.tensor([1, 5, 9, 3, 8])
     prompts = torch.where(torch.arange(9) < lens[:, None], texts[:, :9], filler[:, :9])
-    caches = [KVCache(5, 20, model.config, model.wte.weight) for _ in model.h]
+    caches = [KVCache(5, slots, model.config, model.wte.weight) for _ in model.h]
+    for cache in caches:
+        cache.kv += 7.0
     with torch.no_grad():
         found = [prefill(model, prompts, lens, caches)]
         for step in range(11):
             positions = lens + step
+            if int(positions.max()) == caches[0].kv.size(3):
+                for cache in caches:
+                    cache.grow(slots - 9)
             last = texts[torch.arange(5), positions]
-            found.append(decode_one_token(model, last, positions, caches, 20 if wide else 10 + step))
+            found.append(decode_one_token(model, last, positions, caches))
         for step, logits in enumerate(found):
             for row, n in enumerate((lens + step).tolist()):
                 truth = model(texts[row : row + 1, :n])[0, -1]
                 torch.testing.assert_close(logits[row], truth, rtol=0, atol=1e-11)
 
 
-def test_cached_logits_equal_the_full_forward(monkeypatch):
+@POSITIONS
+def test_cached_sampling_works_under_autocast(rope_base):
+    """Products in bfloat16, a cache in float32 and logits in float32: no crash over mixed dtypes, products that are
+    not in float32 after all, or keys of another token. bfloat16 has 8 bits, and the logits are of order 10."""
+    model = make_gpt(seed=20, rope_base=rope_base)
+    texts, lens = torch.randint(0, V, (3, 12), generator=gen()), torch.tensor([1, 6, 9])
+    caches = [KVCache(3, 12, model.config, model.wte.weight) for _ in model.h]
+    products = set()
+    for block in model.h:
+        block.attn.c_proj.register_forward_hook(lambda _, inputs, __: products.add(inputs[0].dtype))
+    with torch.no_grad():
+        truth = model(texts)
+        assert products == {torch.float32}
+        products.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [prefill(model, texts[:, :9], lens, caches)]
+            for step in range(3):
+                last = texts[torch.arange(3), lens + step]
+                found.append(decode_one_token(model, last, lens + step, caches))
+    assert products == {torch.bfloat16}
+    for step, logits in enumerate(found):
+        expected = truth[torch.arange(3), lens - 1 + step]
+        assert logits.dtype == torch.float32
+        assert (logits - expected).pow(2).mean() < 0.01 * expected.var()
+
+
+@POSITIONS
+def test_cached_logits_equal_the_full_forward(monkeypatch, rope_base):
     """At every step the logits that are sampled from are those of a forward over the whole
-    sequence (needs R2, R19; OAI test_model.py)."""
+    sequence (needs R2, R19; OAI test_model.py), however often the cache has grown, up to the last slot there is."""
     seen = []
 
     def spy(logits, *args):
@@ -650,19 +1002,22 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
     monkeypatch.setattr(model_module, "sample_token", spy)
     for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
         seen.clear()
-        model = endless(seed=12, dtype=dtype)
-        rollout = generate(model, PROMPTS, 25, eos_id=V, generator=gen(1))
+        model = endless(seed=12, dtype=dtype, block_size=67, rope_base=rope_base)
+        rollout = generate(model, PROMPTS, 50, eos_id=V, generator=gen(1))
         full = model(rollout.tokens)  # (3, S, V)
-        assert len(seen) == 25
+        assert len(seen) == 50 and rollout.tokens.size(1) == 67
         for step, logits in enumerate(seen):
             truth = full[torch.arange(3), rollout.prompt_lens - 1 + step]
             torch.testing.assert_close(logits, truth, rtol=0, atol=atol)
 
 
+@POSITIONS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_generate_and_the_slow_sampler_draw_the_same_tokens(temperature):
-    """The same generator, the same draws: with rows that end (and are left behind) and with rows that never do."""
-    models = (V, endless(seed=13, dtype=torch.float64)), (0, make_gpt(seed=13, vocab=5, dtype=torch.float64))
+def test_generate_and_the_slow_sampler_draw_the_same_tokens(temperature, rope_base):
+    """The same numbers, the same draws: with rows that end at very different times (and are left behind by `generate`
+    alone) and with rows that never do."""
+    never = endless(seed=13, dtype=torch.float64, rope_base=rope_base)
+    models = (V, never), (0, restless(seed=13, vocab=5, rope_base=rope_base))
     for eos_id, model in models:
         prompts = random_prompts([1, 5, 17, 2, 9, 3, 1, 4] * 6, 5, seed=4)  # so many that some end, whatever is drawn
         settings = {"eos_id": eos_id, "temperature": temperature}
@@ -670,6 +1025,79 @@ def test_generate_and_the_slow_sampler_draw_the_same_tokens(temperature):
         slow = slow_generate(model, prompts, 20, generator=gen(2), **settings)
         assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
         assert bool(cached.ended.any()) is (eos_id == 0)
+
+
+@pytest.mark.parametrize("new", [1, 15, 16, 17, 32, 33, 48, 49, 64])
+def test_a_completion_may_be_as_long_as_the_block_leaves_room(monkeypatch, new):
+    """A cache that grows one token too late, one slot too far or not at all: completions that need one more slot than
+    there are, and exactly as many, the longest prompt ending at the last position there is."""
+    model = endless(seed=24, dtype=torch.float64, block_size=17 + new, n_layer=1)
+    widths = [0]
+
+    class Watched(KVCache):
+        def grow(self, slots):
+            super().grow(slots)
+            widths.append(self.kv.size(3))
+
+    monkeypatch.setattr(model_module, "KVCache", Watched)
+    cached = generate(model, PROMPTS, new, eos_id=V, generator=gen(new))
+    slow = slow_generate(model, PROMPTS, new, eos_id=V, generator=gen(new))
+    assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
+    assert max(widths) <= 17 + new
+
+
+def test_copies_of_a_prompt_are_read_once_and_answered_each(monkeypatch):
+    """A group of samples of one prompt, or prompts that are drawn twice: the prompts are read once, every copy goes on
+    with the keys of its own prompt, and draws by numbers of its own."""
+    model = restless(seed=25, vocab=7)
+    rows, _ = slices_of_the_cache(monkeypatch, 2**29)
+    long, short, one = random_prompts([9, 3, 1], 7, seed=8)
+    for distinct, prompts in (
+        (1, [long] * 8),
+        (3, [short, long, short, one, long, short, short, one]),
+        (3, [one, short, long]),
+        (2, [long, short[:1], long]),
+        (2, [short, [*short, 0], short]),  # one of them is the beginning of the other
+    ):
+        for eos_id in (0, 3):
+            rows.clear()
+            found = generate(model, prompts, 20, eos_id=eos_id, generator=gen(9))
+            assert rows == [distinct]
+            slow = slow_generate(model, prompts, 20, eos_id=eos_id, generator=gen(9))
+            assert rows_of(found) == rows_of(slow) and torch.equal(found.tokens, slow.tokens)
+    many = rows_of(generate(model, [long] * 40, 20, eos_id=0, generator=gen()))
+    assert len({tuple(ids) for ids, _ in many}) > 20
+
+
+def test_what_a_row_draws_does_not_depend_on_which_rows_have_left():
+    """Numbers handed out to the rows that are left, and not to each its own: for every id as EOS, a row is what it is
+    without any EOS, up to there."""
+    model = endless(seed=26, dtype=torch.float64)
+    prompts = random_prompts([1, 7, 3, 12, 5, 2, 9, 4] * 4, V, seed=10)
+    free = rows_of(generate(model, prompts, 30, eos_id=V, generator=gen(11)))
+    for eos_id in range(V):
+        found = rows_of(generate(model, prompts, 30, eos_id=eos_id, generator=gen(11)))
+        expected = [(ids[: ids.index(eos_id) + 1], True) if eos_id in ids else (ids, False) for ids, _ in free]
+        assert found == expected
+
+
+def test_rows_that_have_ended_are_left_behind(monkeypatch):
+    """Rows that have ended and are computed to the end all the same: sampling takes several times as long. More than
+    four of five rows that are computed must be going on."""
+    model = restless(seed=14, vocab=9)
+    prompts = random_prompts([1, 7, 3, 12, 5] * 12, 9, seed=6)
+    widths = []
+
+    def spy(logits, *args):
+        widths.append(len(logits))
+        return sample_token(logits, *args)
+
+    monkeypatch.setattr(model_module, "sample_token", spy)
+    rollout = generate(model, prompts, 24, eos_id=0, generator=gen(1))
+    lens = rollout.lens - rollout.prompt_lens
+    going = [int((lens > step).sum()) for step in range(24)]  # rows that step 0, 1, ... has a token for
+    assert widths[0] == 60 and len(set(widths)) > 4 and len(widths) == int(lens.max())
+    assert all(0.8 * width < n <= width for n, width in zip(going, widths, strict=False))
 
 
 def test_rows_left_behind_don_t_disturb_the_others():
@@ -715,17 +1143,27 @@ def test_eos_in_the_prompt_ends_nothing():
 
 
 def slices_of_the_cache(monkeypatch, numbers: int) -> tuple[list[int], list[int]]:
-    """Let `generate` hold this many keys and values -> (rows of each pass over prompts, numbers held at each new
-    cache), filled while it works."""
-    rows, held, peaks = [], [0], []
+    """Let `generate` hold this many keys and values -> (rows of each pass over prompts, numbers held whenever a cache
+    is new or has another size), filled while it works."""
+    rows, held, peaks = [], {}, []
 
     class Counted(KVCache):
+        def count(self):
+            held[id(self)] = self.kv.numel()
+            peaks.append(sum(held.values()))
+
         def __init__(self, *args):
             super().__init__(*args)
-            n = self.k.numel() + self.v.numel()
-            held[0] += n
-            peaks.append(held[0])
-            weakref.finalize(self, lambda: held.__setitem__(0, held[0] - n))
+            self.count()
+            weakref.finalize(self, held.pop, id(self))
+
+        def keep(self, rows):
+            super().keep(rows)
+            self.count()
+
+        def grow(self, slots):
+            super().grow(slots)
+            self.count()
 
     def spy(model, tokens, *args):
         rows.append(len(tokens))
@@ -743,14 +1181,14 @@ def test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache(monkeypatch, at
     slice's memory is given back before the next. What fits is not cut."""
     model = make_gpt(seed=5, vocab=10, real_vocab=9, dtype=torch.float64)  # id 9 is never sampled
     prompts = random_prompts([1, 7, 3, 12, 5, 2, 9], 9, seed=6)
-    a_row = 2 * 2 * 32 * (12 + 10)  # keys and values, layers, channels, slots of the longest
-    whole = [generate(model, prompts, 10, eos_id=eos, temperature=0) for eos in range(10)]
+    a_row = 2 * 2 * 32 * (12 + 36)  # keys and values, layers, channels, slots of the longest
+    whole = [generate(model, prompts, 36, eos_id=eos, temperature=0) for eos in range(10)]
     assert len({tuple(c) for c, _ in rows_of(whole[9])}) == 7  # no two alike
     assert len({r.tokens.size(1) for r in whole}) > 1 and any(r.ended.any() for r in whole)
     rows, peaks = slices_of_the_cache(monkeypatch, at_a_time * a_row + a_row // 2)
     for eos, expected in enumerate(whole):
         rows.clear()
-        found = generate(model, prompts, 10, eos_id=eos, temperature=0)
+        found = generate(model, prompts, 36, eos_id=eos, temperature=0)
         assert rows == [at_a_time] * (7 // at_a_time) + [7 % at_a_time] * (7 % at_a_time > 0)
         assert rows_of(found) == rows_of(expected) and torch.equal(found.tokens, expected.tokens)
         assert found.prompt_lens.tolist() == [1, 7, 3, 12, 5, 2, 9]
@@ -769,7 +1207,7 @@ def test_one_row_goes_whatever_the_cache_may_hold(monkeypatch):
 def test_slices_sample_as_the_whole_does(monkeypatch):
     """A setting that doesn't reach the slices, or slices that all draw the same noise."""
     model, state = endless(seed=17, dtype=torch.float64), torch.get_rng_state()
-    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0).tokens
+    greedy = generate(model, PROMPTS, 12, eos_id=V, temperature=0, generator=gen()).tokens
     slices_of_the_cache(monkeypatch, 1)
     for one in ({"top_k": 1}, {"top_p": 1e-9}):
         assert torch.equal(generate(model, PROMPTS, 12, eos_id=V, generator=gen(), **one).tokens, greedy)
@@ -777,6 +1215,9 @@ def test_slices_sample_as_the_whole_does(monkeypatch):
     assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
     assert len({tuple(ids) for ids, _ in rows_of(a)}) == 6
     assert torch.equal(torch.get_rng_state(), state)
+    rows, peaks = slices_of_the_cache(monkeypatch, 2 * 2 * 32 * 14 * 4)  # four rows of 14 slots
+    generate(model, [[1, 2]] * 10, 12, eos_id=V, generator=gen())
+    assert rows == [1, 1, 1] and max(peaks) == 2 * 2 * 32 * 14 * 4  # a prompt is read once in each slice
 
 
 def test_joined_rollouts_by_hand():

@@ -27,8 +27,9 @@ from helpers import (
 )
 
 import ppo
+from blocks import Block
 from common import Checkpoint, UserError, call_reward, load_file, load_model, load_reward, lr_at, save_model
-from model import GPT, Block, GPTConfig, Rollout, generate
+from model import GPT, GPTConfig, Rollout, generate
 from ppo import Config, initial_value_model, make_experience
 
 CPU = torch.device("cpu")
@@ -505,6 +506,7 @@ def test_every_block_is_compiled(tmp_path, monkeypatch):
 def test_the_true_reward_is_told_which_completions_ended(tmp_path, monkeypatch):
     """--gold with a function that asks for `ended`: its mean is then the share of completions that ended."""
     changes = {"gold": f"{reward_file(tmp_path)}:stops", "reward": f"{reward_file(tmp_path)}:stops"}
+    changes |= {"temperature": 5.0}  # so that every token, and EOS among them, is about equally likely
     _, _, log, _ = run_ppo(tmp_path, monkeypatch, make_gpt(0, block_size=24), **changes)
     for row in log:
         assert row["gold"] == pytest.approx(row["eos_rate"], abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 from dataclasses import fields, replace
@@ -40,14 +41,16 @@ def tiny_config(**changes) -> Config:
     return Config(**{**settings, **changes})
 
 
-def tiny_world(seed: int = 0, B: int = 7, temperature: float = 0.7, dtype: torch.dtype = torch.float64):
+def tiny_world(
+    seed: int = 0, B: int = 7, temperature: float = 0.7, dtype: torch.dtype = torch.float64, rope_base: float = 0.0
+):
     """policy, reference, value model, and a rollout of prompts of unequal length, some of its
     completions cut. Dropout is configured. In float64: another batch shape or padding moves a float32
     figure by an amount that differs between CPUs."""
-    policy = make_gpt(seed, dropout=0.1, dtype=dtype)
+    policy = make_gpt(seed, dropout=0.1, dtype=dtype, rope_base=rope_base)
     reference = copy.deepcopy(policy).requires_grad_(False)
     spread(reference, seed + 5, scale=0.05)
-    value_model = make_scalar(seed + 7, dropout=0.1, dtype=dtype)
+    value_model = make_scalar(seed + 7, dropout=0.1, dtype=dtype, rope_base=rope_base)
     value_model.mean.fill_(0.3)
     value_model.std.fill_(2.0)
     prompts = random_prompts([1, 5, 9, 2, 3, 7, 4, 6][:B], 23, seed=seed)  # EOS, id 22, may stand in a prompt
@@ -90,12 +93,13 @@ def slow_rows(
     return rows
 
 
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
-def test_experience_equals_the_slow_one(kl):
+def test_experience_equals_the_slow_one(kl, rope_base):
     """Every figure of an iteration, at temperature 0.7 with dropout configured: a missing
     temperature in one of the log-probs, values taken after the action, KL to the wrong model, filler
     in a sum. Everything is 0 outside the actions."""
-    world = tiny_world()
+    world = tiny_world(rope_base=rope_base)
     rollout = world[3]
     assert 0 < rollout.ended.sum() < 7, "the rollout must hold ended and cut completions"
     config, scores = tiny_config(kl=kl), randn(7, seed=41)
@@ -163,6 +167,36 @@ def test_experience_does_not_depend_on_batch_mates_or_micro_batches():
         alone = Rollout(rollout.tokens[row, :n], rollout.prompt_lens[row], rollout.lens[row], rollout.ended[row])
         for name, x in columns(make_experience(*models, alone, scores[row], 0.3, tiny_config())).items():
             torch.testing.assert_close(x[0], whole[name][i, : n - 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("micro_batch", [0, 2, 3])
+def test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone(micro_batch, dtype):
+    """Logits of prompts and filler cost more than anything else, and so do slices as wide as the longest row of all.
+    While a rollout is measured, and in an update, no other slices have less filler, and every network is asked for
+    what stands before the sampled tokens and for nothing else. In bfloat16 the width stays."""
+    policy, reference, value_model, rollout = tiny_world(dtype=torch.float32)
+    config = tiny_config(micro_batch=micro_batch, dtype=dtype, minibatch=7, ppo_epochs=1)
+    lens, T = sorted(rollout.lens.tolist()), rollout.tokens.size(1)
+    slices = [lens[i : i + (micro_batch or 7)] for i in range(0, 7, micro_batch or 7)]
+    shapes = [(len(part), max(part) if dtype == "float32" else T) for part in slices]
+    assert lens != rollout.lens.tolist() and lens[0] < lens[-1]
+    passes: dict[str, list] = {}
+    asked: dict[str, int] = collections.Counter()
+    for name, model in (("policy", policy), ("reference", reference), ("value_model", value_model)):
+
+        def note(_, inputs, output, name=name):
+            tokens, where = inputs
+            passes.setdefault(name, []).append(tuple(tokens.shape))
+            asked[name] += len(output)
+            assert len(output) == int(where.sum())
+
+        model.register_forward_hook(note)
+    experience = make_experience(policy, reference, value_model, rollout, randn(7, seed=47).float(), 0.3, config)
+    update(policy, value_model, sgd(policy, value_model, 0.0), experience, config, rng())
+    assert passes == {"policy": shapes * 2, "reference": shapes, "value_model": shapes * 2}
+    actions = int(rollout.action_mask.sum())
+    assert asked == {"policy": actions * 2, "reference": actions, "value_model": actions * 2}
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])

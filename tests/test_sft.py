@@ -76,20 +76,25 @@ def loop_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor) -> Tensor
 
 
 def test_loss_equals_a_loop_over_tokens():
-    """Logits shifted by one against their labels, or a mean over rows instead of tokens."""
+    """Logits shifted by one against their labels, or a mean over rows instead of tokens; of all positions, or of those
+    before a completion token alone."""
     frame = frame_batch(B=6, extra=2, seed=1)
     logits = randn(*frame.tokens.shape, 23, seed=2, scale=2)
-    found = sft_loss(logits=logits, tokens=frame.tokens, completion_mask=frame.completion_mask)
-    assert found.item() == pytest.approx(loop_loss(logits, frame.tokens, frame.completion_mask).item(), rel=1e-12)
+    truth = loop_loss(logits, frame.tokens, frame.completion_mask).item()
+    for given in (logits, logits[:, :-1][frame.action_mask]):
+        found = sft_loss(logits=given, tokens=frame.tokens, completion_mask=frame.completion_mask)
+        assert found.item() == pytest.approx(truth, rel=1e-12)
 
 
 def test_loss_of_bfloat16_logits_is_taken_in_float32():
     """The log-softmax in bfloat16: two and a half digits of the loss and of each gradient."""
     frame = frame_batch(B=6, extra=2, seed=1)
     logits = randn(*frame.tokens.shape, 23, seed=2, scale=2).bfloat16()
-    found = sft_loss(logits, frame.tokens, frame.completion_mask)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(loop_loss(logits, frame.tokens, frame.completion_mask).item(), rel=1e-5)
+    truth = loop_loss(logits, frame.tokens, frame.completion_mask).item()
+    for given in (logits, logits[:, :-1][frame.action_mask]):
+        found = sft_loss(given, frame.tokens, frame.completion_mask)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(truth, rel=1e-5)
 
 
 def test_gradient_equals_finite_differences():
@@ -137,6 +142,19 @@ def test_masked_logits_may_be_anything():
         assert torch.equal(gradient_of(lambda x, t=tokens: sft_loss(x, t, frame.completion_mask), spoilt), reference)
 
 
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
+def test_the_positions_before_a_completion_are_all_that_the_loss_needs(float64, rope_base):
+    """Logits of some positions alone, as training asks for them, in an order or at places other than the labels': the
+    loss and the gradient of every parameter are those of the loss of all logits."""
+    model, frame = make_gpt(3, rope_base=rope_base), frame_batch(B=5, extra=2, seed=8)
+    results = []
+    for logits in (model(frame.tokens), model(frame.tokens, frame.action_mask)):
+        loss = sft_loss(logits, frame.tokens, frame.completion_mask)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("filler", [0, EOS])
 def test_padding_changes_neither_loss_nor_gradients(float64, filler):
     """Filler leaking into the loss: seven more columns and other filler ids,
@@ -156,8 +174,9 @@ def test_padding_changes_neither_loss_nor_gradients(float64, filler):
 
 def test_all_rows_masked_is_zero_not_nan():
     """A division by zero tokens."""
-    loss = sft_loss(torch.zeros(2, 4, 5), torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool))
-    assert loss.item() == 0
+    for logits in (torch.zeros(2, 4, 5), torch.zeros(0, 5)):
+        loss = sft_loss(logits, torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool))
+        assert loss.item() == 0
 
 
 def test_untrained_loss_is_about_ln_v():
@@ -513,15 +532,31 @@ def test_block_size_is_honoured_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["folder", "checkpoint"])
-@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd"])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "rope_base"])
 def test_sizes_are_refused_where_the_weights_have_their_own(tmp_path, start, name):
     """--n_layer 12 --init FOLDER trains the folder's two layers, and nobody notices."""
     with pytest.raises(UserError, match=f"--{name} is for a model from scratch"):
         sft.initial_model(Config(init=starts(tmp_path)[start], **{name: 8}), 23, CPU)
 
 
+def test_positions_are_those_of_the_flag(tmp_path, monkeypatch):
+    """--rope_base that is ignored, lost in the checkpoint, or 1e4 whatever was asked for: the network's logits are
+    those of its weights with the base of the flag, before saving and after."""
+    speak_toy(monkeypatch, sft)
+    tokens = torch.arange(12).view(2, 6)
+    for rope_base in (0.0, 77.0, 1e4):
+        settings = {} if rope_base == 1e4 else {"rope_base": rope_base}  # 1e4: the default
+        _, model, _ = run_sft(tmp_path, **settings)
+        twin = make_gpt(block_size=24, n_layer=1, rope_base=rope_base)
+        twin.load_state_dict(model.state_dict())
+        assert ("wpe.weight" in model.state_dict()) is (rope_base == 0)
+        assert torch.equal(model.eval()(tokens), twin(tokens))
+
+
 def test_impossible_starts_are_refused(tmp_path):
     """A checkpoint whose ids mean other words, heads that don't divide the channels: refused by the flag's name."""
+    with pytest.raises(UserError, match="rope_base"):
+        sft.initial_model(Config(n_embd=12), 23, CPU)  # 3 channels a head can't be paired
     with pytest.raises(UserError, match="was trained with --tokenizer toy"):
         sft.initial_model(Config(init=starts(tmp_path)["checkpoint"], tokenizer="tiny"), 23, CPU)
     with pytest.raises(UserError, match="n_embd 30 is not a multiple of n_head 4"):

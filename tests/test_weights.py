@@ -12,7 +12,7 @@ from helpers import make_gpt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import GPT
+from model import GPT, GPTConfig
 from weights import load_pretrained, save_pretrained
 
 V = 23  # make_gpt's vocabulary
@@ -193,4 +193,13 @@ def test_save_pretrained_refuses_a_network_that_is_no_longer_gpt2(tmp_path, chan
     with pytest.raises(ValueError, match="not GPT-2's") as error:
         save_pretrained(model, tmp_path / "hf")
     assert any(name in str(error.value) for name in unchanged ^ set(model.state_dict()))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_save_pretrained_refuses_rotary_positions(tmp_path):
+    """What sft.py trains from scratch has rotary positions, which GPT-2's layout can't hold: written as a GPT-2, it
+    would be one without positions."""
+    model = GPT(GPTConfig(V, 48, 1, 2, 8, rope_base=100.0))
+    with pytest.raises(ValueError, match=r"not GPT-2's .*wpe\.weight"):
+        save_pretrained(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
