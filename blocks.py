@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class GPTConfig:
     real_vocab: int | None = None
     # 0: learned positions, as in GPT-2. Above 0: rotary positions of this base (Su et al. 2021), and no table of them.
     rope_base: float = 0.0
+    expectation: bool = False  # of a ScalarModel: it is told how expected each token was, see there
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -83,7 +85,11 @@ def rotary_turns(config: GPTConfig) -> Tensor:
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): channels 2j and 2j+1 of x (..., D) are one complex number,
     which is turned by its position's angle, turns (..., D/2, 2). So query times key depends on their distance alone.
-    One complex product, because on a CPU it is the fastest way."""
+    One complex product, because on a CPU it is the fastest way; in parts for torch.compile, which knows no complex
+    numbers."""
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1), at_least_float32(turns).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))  # (..., D/2)
     return torch.view_as_real(pairs * torch.view_as_complex(at_least_float32(turns))).flatten(-2).to(x.dtype)
 
@@ -123,6 +129,17 @@ class Attention(nn.Module):
 
     def project(self, y: Tensor) -> Tensor:
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def init_weights(module: nn.Module, config: GPTConfig) -> None:
+    """GPT-2's N(0, 0.02) is for 768 channels; scaled so that activations have the same size at any width, and less
+    where a residual branch ends, so that depth adds no variance."""
+    for name, p in module.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 * math.sqrt(768 / config.n_embd)
+            nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
 
 class MLP(nn.Module):

@@ -23,7 +23,7 @@ from cli import UserError, check, check_ranges, flag, run_main
 from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device
 from data.batches import encode_prompts
 from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
-from data.tiny import annotator_ranking, task_of
+from data.tiny import annotator_ranking, annotators_agreement, task_of
 from data.tokenizer import load_tokenizer
 from model import generate
 
@@ -34,7 +34,7 @@ class Config:
     temperatures: list[float] = flag([1.0], "sampling temperatures, in turn", above=0)
     prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
     skip: int = flag(0, "prompts to leave out at the start of the file", low=0)
-    n_prompts: int = flag(3500, "prompts to use after those (0: all)", low=0)
+    n_prompts: int = flag(5000, "prompts to use after those (0: all)", low=0)
     completions: int = flag(4, "completions K of each prompt", low=2)
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     annotator: str = flag(
@@ -43,8 +43,8 @@ class Config:
         choices=("simulated", "human"),
     )
     annotator_temperature: float = flag(
-        0.8,
-        "noise of the simulated annotators, in units of the gold reward: about as consistent as people are",
+        0.5,
+        "noise of the simulated annotators, in units of the gold reward",
         above=0,
     )
     gold: str = flag(
@@ -190,6 +190,9 @@ def run(config: Config) -> dict:
                 written += 1
     already = f" ({stood_already} stood there already)" if stood_already else ""
     print(f"wrote {written} rankings of {config.completions} completions to {path}{already}")
+    if config.annotator == "simulated":
+        agreement = annotators_agreement(str(path))
+        print(f"two such annotators agree on {agreement:.0%} of the pairs" if agreement else "nothing to compare")
     return {"written": written}
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blocks import Block
 from cli import UserError, check, one_line
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, Rollout, ScalarModel, generate, masked_mean, token_logprobs
@@ -421,10 +423,20 @@ def progress(start: int, total: int, name: str) -> tqdm:
 
 
 def compile_blocks(*models: nn.Module) -> None:
-    """torch.compile for each block: one compiled graph serves them all, and parameter names stay as they are."""
+    """torch.compile for each block: what is compiled serves them all, and parameter names stay as they are.
+
+    dynamic: every micro-batch has another length, and code made for each would cost more than it saves. So the number
+    of graphs doesn't depend on the lengths but on how a block is called: with gradients or without, trained or frozen,
+    whole or at chosen positions, filling a cache or reading it; each once more where something has size 1. That is 9 in
+    a usual run of ppo.py and at most about 40: more than the 8 at which torch would give up and go on uncompiled.
+
+    On a GPU the decode step could also be one CUDA graph (mode="reduce-overhead"), but that needs a cache that stays at
+    one address from one `generate` to the next; ours belongs to the call, and would be recorded anew each time."""
+    torch._dynamo.config.cache_size_limit = 64  # the name of recompile_limit that torch 2.6 knows too
     for model in models:
-        for block in getattr(model, "gpt", model).h:
-            block.compile()
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=True)
 
 
 def sample_prompts(
@@ -480,6 +492,12 @@ def gate(name: str, value: float, low: float, high: float, note: str = "") -> di
 
 
 # -------------------------------------------------------------------------------- what is shown of rollouts
+
+
+def shares(clock: list[float], names: tuple[str, ...]) -> dict[str, float]:
+    """The seconds between the first and the last time of a clock, and each part's share of them."""
+    seconds = [b - a for a, b in pairwise(clock)]
+    return {"seconds": sum(seconds)} | {f"share_{k}": t / sum(seconds) for k, t in zip(names, seconds, strict=True)}
 
 
 def rollout_figures(

@@ -29,6 +29,7 @@ from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_pa
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, Rollout, ScalarModel, generate, put_back, rows_at_a_time
 from ppo import distribution_kl
+from reward_model import accuracy_by_part
 from reward_model import evaluate as evaluate_reward_model
 
 
@@ -99,6 +100,18 @@ def sample_policy(
         for key, column in batch.items():
             for i, value in zip(rows, column, strict=True):
                 found[key][i] = value
+    return found
+
+
+@torch.no_grad()
+def likeliest(policy: GPT, ids: list[list[int]], tokenizer: Tokenizer, config: Config) -> list[str]:
+    """The completion of every prompt at temperature 0."""
+    found = [""] * len(ids)
+    for rows in by_length(ids, 128):
+        prompts = [ids[i] for i in rows]
+        rollout = generate(policy, prompts, config.max_new_tokens, eos_id=tokenizer.eos_id, temperature=0)
+        for i, completion in zip(rows, rollout.completions(), strict=True):
+            found[i] = tokenizer.decode(completion)
     return found
 
 
@@ -180,6 +193,8 @@ COLUMNS = (
     ("length", "length", "{:.1f}"),
     ("distinct", "distinct", "{:.2f}"),
     ("headroom_closed", "headroom closed", "{:.0%}"),
+    ("correct", "correct", "{:.2f}"),
+    ("correct_greedy", "at temperature 0", "{:.2f}"),
 )
 
 
@@ -248,8 +263,12 @@ def run(config: Config) -> dict:
         items = load_rankings(path, tokenizer, reference.config.block_size, "python collect.py")
         results["reward_model"] = evaluate_reward_model(reward_model, items, device)
         results["reward_model"]["bayes_accuracy"] = annotators_bayes_accuracy(path)
+        if task == "tiny":
+            results["reward_model"] |= accuracy_by_part(reward_model, prompts, tokenizer, device)
 
     judged_baseline: list[float] = []
+    greedy: dict[str, list[str]] = {}  # policy -> what it says to every prompt at temperature 0
+    right: dict[str, list[bool]] = {}  # policy -> whether that is right
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
         seed = config.seed * 100 + number
         samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
@@ -269,12 +288,18 @@ def run(config: Config) -> dict:
             "length": mean(samples["length"]),
             "distinct": len(set(samples["completion"])) / len(prompts),
             "headroom_closed": None,
+            "correct": None,
+            "correct_greedy": None,
         }
         if ceiling is not None:
             start = mean(judged_baseline)
             figures["headroom_closed"] = (mean(golds) - start) / ((ceiling - start) or math.inf)
             each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
             figures["parts"] = {k: mean([e[k] for e in each]) for k in PARTS}
+            figures["correct"] = mean([float(e["correct"] > 0) for e in each])
+            greedy[name] = likeliest(found.model, ids, tokenizer, config)
+            right[name] = [gold_parts(p, c)["correct"] > 0 for p, c in zip(prompts, greedy[name], strict=True)]
+            figures["correct_greedy"] = mean([float(r) for r in right[name]])
         results["policies"][name] = figures
     if reward_model and config.best_of:
         results["best_of_n"] = best_of_n(reference, reward_model, prompts, ids, gold, tokenizer, config)
@@ -282,7 +307,10 @@ def run(config: Config) -> dict:
     print_table(results)
     judge = "the gold reward (+-: its standard error)" if gold else f"the reward model {config.reward}"
     print(f"{len(prompts)} prompts; win rates against {config.policies[0]}, judged by {judge}")
-    results["gates"] = report_task(results) if ceiling is not None else []
+    results["gates"] = []
+    if ceiling is not None:
+        results["gates"] = report_task(results)
+        show_answers(prompts, greedy, right)
     write_json(results, Path(config.out_dir) / "results.json")
     return results
 
@@ -293,6 +321,19 @@ def beside(prompts: str, path: str, kind: str) -> str:
     if path != "auto":
         return path
     return sibling(prompts, name.replace("prompts", kind)) if "prompts" in name else ""
+
+
+def show_answers(prompts: list[str], greedy: dict[str, list[str]], right: dict[str, list[bool]]) -> None:
+    """What every policy says at temperature 0: two prompts that all get right, and up to two that each gets wrong."""
+    everyone = [i for i in range(len(prompts)) if all(column[i] for column in right.values())]
+    shown = everyone[:2]
+    for column in right.values():
+        shown += [i for i in range(len(prompts)) if not column[i] and i not in shown][:2]
+    print("\nanswers at temperature 0, right ones and wrong ones:")
+    for i in shown:
+        print(f"  {prompts[i]}")
+        for name, answers in greedy.items():
+            print(f"    {name:10} {'right' if right[name][i] else 'WRONG'}  {answers[i]}")
 
 
 def report_task(results: dict) -> list[dict]:
@@ -310,13 +351,22 @@ def report_task(results: dict) -> list[dict]:
         found.append(gate(name, left, 0.4, math.inf))
     if results["reward_model"].get("bayes_accuracy"):
         share = results["reward_model"]["accuracy"] / results["reward_model"]["bayes_accuracy"]
-        found.append(gate("reward model: share of the annotators' Bayes accuracy", share, 0.93, 1.03))
-    for name, closed in (("ppo", 0.55), ("dpo", 0.40)):
+        found.append(gate("reward model: share of the annotators' Bayes accuracy", share, 0.89, 1.03))
+    if "right_vs_wrong" in results["reward_model"]:
+        parts = {k: v for k, v in results["reward_model"].items() if "_vs_" in k}
+        print("reward model, part by part: " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
+        found.append(gate("reward model: right against wrong, manners equal", parts["right_vs_wrong"], 0.75, 1.0))
+    start = policies[baseline]
+    found.append(gate(f"{baseline}: correct at temperature 1", start["correct"], 0.0, 0.5))
+    for name, closed in (("ppo", 0.55), ("dpo", 0.50)):
         if name in policies:
             figures = policies[name]
             found.append(gate(f"{name}: headroom closed", figures["headroom_closed"], closed, 1.0))
             found.append(gate(f"{name}: win rate over {baseline}, low end", figures["win_low"], 0.5, 1.0))
-            found.append(gate(f"{name}: exact KL, nats a sequence", figures["kl"], 0.1, 15.0))
+            found.append(gate(f"{name}: exact KL, nats a sequence", figures["kl"], 0.1, 20.0))
+            gain, lost = (figures[k] - start[k] for k in ("correct", "correct_greedy"))
+            found.append(gate(f"{name}: correct at temperature 1, above {baseline}", gain, 0.15, 1.0))
+            found.append(gate(f"{name}: correct at temperature 0, above {baseline}", lost, -0.05, 1.0))
             found.append(gate(f"{name}: EOS rate", figures["eos_rate"], 0.98, 1.0))
     return found
 

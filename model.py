@@ -16,16 +16,24 @@ Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import Block, GPTConfig, KVCache, Step, at_least_float32, rotary_turns
+from blocks import Block, GPTConfig, KVCache, Step, at_least_float32, init_weights, rotary_turns
 
 # -------------------------------------------------------------------------------- the network
+
+
+def flat_index(where: Tensor | None, T: int) -> Tensor | None:
+    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order."""
+    if where is None:
+        return None
+    rows, columns = where.nonzero(as_tuple=True)  # (N,) each
+    return rows * T + columns
 
 
 class GPT(nn.Module):
@@ -42,14 +50,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                # GPT-2's N(0, 0.02) is for 768 channels; scaled so that activations have the same size at any width,
-                # and less where a residual branch ends, so that depth adds no variance.
-                std = 0.02 * math.sqrt(768 / config.n_embd)
-                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        init_weights(self, config)
 
     @property
     def device(self) -> torch.device:
@@ -69,19 +70,17 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         at = torch.arange(T, device=tokens.device) if step is None else step.positions[:, None]  # (T,) or (B, 1)
-        x, turns = self.wte(tokens), None  # (B, T, C)
-        if self.config.rope_base:
-            turns = self.turns[at].unflatten(-2, (1, 1, -1))  # (T or B x 1, 1, 1, D/2, 2)
-        else:
+        x, turns, index = self.wte(tokens), self.turns_at(at), flat_index(where, T)  # (B, T, C)
+        if turns is None:
             x = x + self.wpe(at)
         x = F.dropout(x, self.config.dropout, self.training)
-        index = None
-        if where is not None:
-            rows, columns = where.nonzero(as_tuple=True)  # (N,) each
-            index = rows * T + columns
         for i, block in enumerate(self.h):
             x = block(x, turns, caches[i] if caches else None, step, index if i + 1 == len(self.h) else None)
         return self.ln_f(x)
+
+    def turns_at(self, positions: Tensor) -> Tensor | None:
+        """Rotary turns of positions (...), for `Block`: (..., 1, 1, D/2, 2); None with learned positions."""
+        return self.turns[positions].unflatten(-2, (1, 1, -1)) if self.config.rope_base else None
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in less than float32: GPT-2's
@@ -97,12 +96,20 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """A GPT whose output is one number a position: the reward model (read at the last real token) and the value model
     (read before every action). `mean` and `std` are the reward model's normalisation; they are buffers, so they are
-    saved with it and hold wherever it scores, and a value model made from it starts in the same units."""
+    saved with it and hold wherever it scores, and a value model made from it starts in the same units.
+
+    With config.expectation one more block stands between the GPT and the head, and is told at every token how strongly
+    the GPT had expected it: the logit that the position before gave it. In a deep network the upper layers can look at
+    what the lower ones predict; three layers can't, and learn from rankings who is polite but not who is right."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gpt = GPT(config)
+        if config.expectation:
+            self.block, self.ln = Block(config), nn.LayerNorm(config.n_embd)
+            init_weights(self.block, config)
+            self.direction = nn.Parameter(0.1 * torch.randn(config.n_embd))  # (C,) where the logit is written
         self.head = nn.Linear(config.n_embd, 1)
         # std 1/sqrt(d+1): outputs of order one from a LayerNormed d-vector (Stiennon et al. 2020, arXiv:2009.01325)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
@@ -111,15 +118,26 @@ class ScalarModel(nn.Module):
         self.register_buffer("std", torch.ones(()))
 
     @classmethod
-    def from_gpt(cls, gpt: GPT) -> ScalarModel:
+    def from_gpt(cls, gpt: GPT, expectation: bool = False) -> ScalarModel:
         """The GPT's body, copied, under a new head."""
-        model = cls(gpt.config).to(gpt.device)
+        model = cls(replace(gpt.config, expectation=expectation)).to(gpt.device)
         model.gpt.load_state_dict(gpt.state_dict())
         return model
 
+    def hidden(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+        """What the head reads: tokens (B, T) -> (B, T, C), or (N, C) at the positions of `where`."""
+        if not self.config.expectation:
+            return self.gpt.hidden(tokens, where)
+        T = tokens.size(1)
+        x = self.gpt.hidden(tokens)  # (B, T, C)
+        logits = (x[:, :-1] * self.gpt.wte(tokens[:, 1:])).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
+        x = x + F.pad(logits, (1, 0))[..., None] * self.direction
+        turns = self.gpt.turns_at(torch.arange(T, device=tokens.device))
+        return self.ln(self.block(x, turns, index=flat_index(where, T)))
+
     def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone."""
-        hidden = self.gpt.hidden(tokens, where)  # (B, T, C) or (N, C)
+        hidden = self.hidden(tokens, where)  # (B, T, C) or (N, C)
         with torch.autocast(hidden.device.type, enabled=False):
             raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)
         return (raw - self.mean) / self.std
@@ -136,7 +154,8 @@ def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Te
     """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32."""
     logits = at_least_float32(logits)
     logits = logits if temperature == 1 else logits / temperature
-    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
+    losses = F.cross_entropy(logits.reshape(-1, logits.size(-1)), ids.reshape(-1), reduction="none")
+    return -losses.view(ids.shape)
 
 
 def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
@@ -238,10 +257,8 @@ def sample_token(
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the probability of all better tokens already reaches it
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]  # 1, but for rounding and what was cut off
-    # right=True: the first place above the number, so a token of probability 0 is never taken. The number must stay
-    # below the total, or nothing would be above it.
-    target = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    target = uniforms[:, None] * cumulative[:, -1:]  # the last is 1, but for rounding and for what was cut off
+    # right=True: the first place above the number, so that a token of probability 0 is never taken
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
@@ -302,7 +319,11 @@ def generate(
     source = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,)
     tokens, prompt_lens = distinct[source], distinct_lens[source]  # (B, S), (B,)
     # one number a step for every row, also for those that will have left: what a row draws doesn't depend on the others
-    uniforms = torch.rand(max_new_tokens, B, generator=generator, device=device)
+    uniforms = (
+        torch.rand(max_new_tokens, B, generator=generator, device=device)
+        if temperature
+        else torch.zeros(max_new_tokens, B)
+    )
     on_gpu = device.type == "cuda"
     training = model.training
     model.eval()  # dropout off
@@ -311,6 +332,8 @@ def generate(
         slots = S if on_gpu else min(S, longest + 16)
         caches = [KVCache(len(number), slots, c, model.wte.weight) for _ in model.h]
         logits = prefill(model, distinct[:, :longest], distinct_lens, caches)[source]  # (B, V)
+        if logits.isnan().any():
+            raise ValueError("the model's logits are nan")
         if len(number) < B:
             for cache in caches:
                 cache.keep(source)

@@ -20,7 +20,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, call_reward, clip_gradients, compile_blocks, due, generator_for
 from common import gold_function, last_quarter, load_model, load_reward, lr_at, note_task, pick_device, print_trace
-from common import progress, rollout_figures, save_model, show_samples, train_last_layers, trainable
+from common import progress, rollout_figures, save_model, shares, show_samples, train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, make_batch, micro_batches
 from data.files import read_prompts, sibling
 from data.tiny import task_of
@@ -49,15 +48,15 @@ class Config(TrainConfig):
     reward_weights: list[float] = flag([], "factor of each reward (none: 1 each)")
     reward_combine: str = flag("sum", "one reward from several, after weighting", choices=("sum", "mean", "min"))
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
-    iterations: int = flag(18, "rollout-and-update rounds", low=1)
+    iterations: int = flag(24, "rollout-and-update rounds", low=1)
     rollouts: int = flag(192, "completions sampled each iteration", low=1)
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     temperature: float = flag(1.0, "of sampling; the log-probs of policy and reference are taken at it too", above=0)
     ppo_epochs: int = flag(2, "passes over each iteration's rollouts", low=1)
     minibatch: int = flag(48, "rollouts an optimiser step", low=1)
     micro_batch: int = flag(24, "rollouts a forward pass; changes memory and nothing else (0: the minibatch)", low=0)
-    lr: float = flag(5e-4, "peak learning rate of the policy", low=0)
-    value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
+    lr: float = flag(2e-4, "peak learning rate of the policy", low=0)
+    value_lr: float = flag(5e-4, "peak learning rate of the value model", low=0)
     warmup: int = flag(2, "iterations of linear warm-up, before the linear decay", low=0)
     gamma: float = flag(1.0, "discount", low=0, high=1)
     lam: float = flag(0.95, "GAE's lambda: 1 is Monte Carlo (unbiased), 0 one-step (low variance)", low=0, high=1)
@@ -187,7 +186,7 @@ def value_loss(
         L = 1/2 mean of  max((V - R)^2, (V_clipped - R)^2),     V_clipped = V_old + clip(V - V_old, -clip, clip)
 
     so that one iteration can't move V far. max, not min: a value that has moved too far already may still come back.
-    clip 0: no clipping. All (B, T-1) -> loss, share of actions clipped."""
+    clip 0: none. All (B, T-1) -> loss, share of actions clipped."""
     mask = action_mask.bool()
     n = mask.sum().clamp(min=1) if n_tokens is None else n_tokens
     # masked before the arithmetic: an inf at a masked place would give a gradient of 0 * inf = nan
@@ -223,10 +222,15 @@ class AdaptiveKL:
 # -------------------------------------------------------------------------------- experience
 
 
+def may_cut(config: Config, device: torch.device) -> bool:
+    """May rows be cut to the longest of their micro-batch? Not where shapes must stay: for compiled GPU kernels, and in
+    bfloat16, where attention over another width rounds differently and moves a log-prob by up to 0.01."""
+    return device.type != "cuda" and config.dtype == "float32"
+
+
 @dataclass
 class Experience:
-    """An iteration's rollouts with all that the update needs; every (B, T-1) tensor is in the frame, 0 where masked
-    out."""
+    """An iteration's rollouts with all that the update needs; (B, T-1) tensors are in the frame, 0 where masked out."""
 
     tokens: Tensor  # (B, T)
     lens: Tensor  # (B,)
@@ -249,12 +253,6 @@ class Experience:
         return Experience(self.tokens[index, :T], self.lens[index], self.ended[index], *frame)
 
 
-def may_cut(device: torch.device, config: Config) -> bool:
-    """Rows are cut to the longest of their micro-batch, but not where shapes must stay: for compiled GPU kernels, and
-    in bfloat16, where attention over another width rounds differently and moves a log-prob by up to 0.01."""
-    return device.type != "cuda" and config.dtype == "float32"
-
-
 MEASURED = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values")
 
 
@@ -269,7 +267,7 @@ def measure(
     for model in (policy, reference, value_model):
         if model is not None:
             model.eval()  # dropout off, or the ratio would not start at 1
-    lens, cut = rollout.lens.tolist(), may_cut(rollout.tokens.device, config)
+    lens, cut = rollout.lens.tolist(), may_cut(config, rollout.tokens.device)
     columns = policy.wte.weight.new_zeros(len(MEASURED), *rollout.action_mask.shape)  # (6, B, T-1)
     for rows in micro_batches(list(range(len(lens))), config.micro_batch, length=lambda i: lens[i]):
         T = max(lens[i] for i in rows) if cut else rollout.tokens.size(1)
@@ -282,9 +280,9 @@ def measure(
         logp = logits.log_softmax(-1)  # (n, V)
         logprobs = logp.gather(1, chosen[:, None]).squeeze(1)  # (n,), like all that follows
         ref_logprobs = select_logprobs(ref_logits, chosen)
+        k3, entropy = kl_penalty(logprobs, ref_logprobs, "k3"), -(logp.exp() * logp).sum(-1)
         exact = config.kl == "exact"
         kl = distribution_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
-        k3, entropy = kl_penalty(logprobs, ref_logprobs, "k3"), -(logp.exp() * logp).sum(-1)
         told = (logprobs, ref_logprobs, kl, k3, entropy, values)
         columns[:, rows, : T - 1] = torch.stack([put_back(x, mask) for x in told]).to(columns.dtype)
     return dict(zip(MEASURED, columns, strict=True))
@@ -320,7 +318,6 @@ def make_experience(
 
 # -------------------------------------------------------------------------------- update
 
-# the figures of an optimiser step, in the order of `update`'s tensor
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm")
 
 
@@ -349,7 +346,6 @@ def update(
     for model in models:
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens, device = experience.lens.tolist(), experience.tokens.device
-    cut = may_cut(device, config)
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
     for rows in minibatches(len(lens), config, generator):
@@ -358,13 +354,11 @@ def update(
         figures = torch.zeros(len(STATISTICS), device=device)
         # micro-batches of similar length, each cut to its longest row: less filler, and the same gradient
         for part in micro_batches(rows, config.micro_batch, length=lambda i: lens[i]):
-            old = experience.rows(part, cut)
+            old = experience.rows(part, may_cut(config, device))
             mask = old.action_mask  # (b, t-1), like all of `old`
             with autocast(device, config.dtype):
                 logprobs = token_logprobs(policy, old.tokens, config.temperature, mask)  # (b, t-1)
-                values = old.values  # (b, t-1)
-                if value_model is not None:
-                    values = put_back(value_model(old.tokens, mask), mask)
+                values = old.values if value_model is None else put_back(value_model(old.tokens, mask), mask)
             p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
             v_loss, v_clipped = value_loss(values, old.values, old.returns, mask, config.value_clip, n_tokens)
             (p_loss + v_loss).backward()
@@ -378,7 +372,7 @@ def update(
         if not steps and not first_ratio <= 1.001:
             raise RuntimeError(f"the first probability ratio is {first_ratio:.4f}, not 1: rollout and update disagree")
         stopped = config.stop_kl > 0 and figures[4].item() > config.stop_kl
-        if stopped:  # before this step is taken: the policy has gone too far already
+        if stopped:  # before this step is taken
             break
         for loss in extra_losses() if extra_losses is not None else ():
             loss.backward()
@@ -488,9 +482,7 @@ def train(config: Config) -> dict:
         if gold is not None:
             golds = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
             figures["gold"] = sum(golds) / len(golds)
-        seconds = [b - a for a, b in pairwise(clock)]
-        shares = {f"share_{k}": t / sum(seconds) for k, t in zip(("rollout", "score", "update"), seconds, strict=True)}
-        run.log(step=iteration + 1, **figures, lr=config.lr * factor, seconds=sum(seconds), **shares)
+        run.log(step=iteration + 1, **figures, lr=config.lr * factor, **shares(clock, ("rollout", "score", "update")))
         controller.update(figures["kl"], config.rollouts)
         bar.set_postfix({k: f"{figures[k]:.2f}" for k in ("score", "kl", "gold") if k in figures})
         if iteration == 0 or due(iteration, config.log_every, config.iterations):
@@ -507,9 +499,8 @@ def train(config: Config) -> dict:
 
 
 def initial_value_model(policy: GPT, reward_models: list[ScalarModel], config: Config) -> ScalarModel:
-    """It starts as the reward model, which knows already what a good text looks like, in the units of its weight. Where
-    a function has a part in the reward, its units are not known: then the head starts at 0, on the reward model's body
-    or the policy's, so that the first advantages are just the rewards."""
+    """It starts as the reward model, which knows what a good text looks like, in the units of its weight. A function's
+    units are not known: with one in the reward the head starts at 0, so the first advantages are just the rewards."""
     weights = config.reward_weights or [1.0] * len(config.reward)
     scale = {"sum": sum(weights), "mean": 1.0, "min": weights[0]}[config.reward_combine]
     if reward_models and len(reward_models) == len(config.reward) and scale:

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate, generator_for, load_model, lr_at
-from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
-from data.batches import RankedExamples, by_length, encode_prompts, epoch_batches, load_preferences, micro_batches
-from data.batches import ranked_batch
+from common import note_task, pick_device, progress, save_model, score_rollout, set_lr, train_last_layers, trainable
+from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
+from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, ScalarModel, generate
 
 
@@ -40,6 +40,9 @@ class Config(TrainConfig):
     prompts: str = flag("auto", "prompts for the normalisation (auto: prompts.jsonl beside the data, or the data's)")
     policy: str = flag("out/sft", "checkpoint to start from, and whose samples set the normalisation")
     out_dir: str = flag("out/reward_model", "folder for the checkpoint and the logs")
+    expectation: str = flag(
+        "auto", "tell the head how expected each token was (auto: below 4 blocks)", choices=("auto", "yes", "no")
+    )
     epochs: int = flag(1, "passes over the data; more than one overfits", low=1)
     batch_size: int = flag(8, "rankings an optimiser step", low=1)
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
@@ -51,41 +54,29 @@ class Config(TrainConfig):
     log_every: int = flag(20, "steps between log lines", low=1)
 
 
-# What the embedded task gives at default settings: held-out accuracy, and its share of what the noise allows.
-EXPECTED_ACCURACY = (0.64, 0.80)
-EXPECTED_SHARE_OF_BAYES = (0.93, 1.03)
+# What the embedded task gives at default settings: held-out accuracy, its share of what the noise allows, and the
+# accuracy on pairs of a right and a wrong answer with the same manners.
+EXPECTED_ACCURACY, EXPECTED_SHARE_OF_BAYES, EXPECTED_RIGHT = (0.70, 0.85), (0.89, 1.03), (0.75, 1.0)
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Tensor | None = None) -> Tensor:
-    """Mean over all pairs of -log sigmoid(better score - worse score). Ouyang et al. 2022, eq. 1; K = 2 is
-    Bradley-Terry.
+    """Mean over pairs of -log sigmoid(better score - worse score). Ouyang et al. 2022, eq. 1; K = 2 is Bradley-Terry.
 
     scores (N, K), best first. ranks (N, K) ascending, by default 0..K-1: equal ranks are a tie, whose target is half /
     half; -1 marks a completion that this ranking doesn't have. n_pairs: what the sum is divided by (default: the pairs
-    here; the pairs of the whole step when it is split into micro-batches). -> scalar. Stable for any gap: softplus
-    never overflows.
-    """
+    here; the pairs of the whole step when it is split into micro-batches). -> scalar."""
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (N, K) with K >= 2, not {tuple(scores.shape)}")
-    i, j = torch.triu_indices(
-        scores.size(1), scores.size(1), offset=1, device=scores.device
-    )  # (P,) each, i ranked before j
+    K = scores.size(1)
+    i, j = torch.triu_indices(K, K, offset=1, device=scores.device)  # (P,) each, i ranked before j
     gap = scores[:, i] - scores[:, j]  # (N, P)
-    losses = F.softplus(-gap)  # -log sigmoid(gap)
+    losses = F.softplus(-gap)  # -log sigmoid(gap), without overflow
     if ranks is None:
         return losses.sum() / (losses.numel() if n_pairs is None else n_pairs)
     tied = ranks[:, i] == ranks[:, j]
     losses = torch.where(tied, 0.5 * (losses + F.softplus(gap)), losses)  # cross-entropy against the target 1/2
     present = (ranks[:, i] >= 0) & (ranks[:, j] >= 0)
     return torch.where(present, losses, 0.0).sum() / (present.sum().clamp(min=1) if n_pairs is None else n_pairs)
-
-
-def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """scores, ranks (N, K) -> correct (N, P): 1, or 1/2 for equal scores, 0; gap in rank (N, P), 0 where there is no
-    strict pair."""
-    i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)
-    gap = torch.where((ranks[:, i] >= 0) & (ranks[:, j] >= 0), ranks[:, j] - ranks[:, i], 0)
-    return 0.5 + 0.5 * torch.sign(scores[:, i] - scores[:, j]), gap
 
 
 @torch.no_grad()
@@ -113,9 +104,14 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
         "accuracy_se": (per_ranking.std() / math.sqrt(len(per_ranking))).item() if len(per_ranking) > 1 else 0.0,
         "longer_wins": longer_wins,
         "length_alone": max(longer_wins, 1 - longer_wins),  # a judge may just as well prefer the shorter
-        "random": 0.5,
     }
     return results | {f"accuracy_gap_{int(g)}": right[gaps == g].mean().item() for g in gaps.unique().tolist()}
+
+
+def accuracy_by_part(model: ScalarModel, prompts: list[str], tokenizer: Tokenizer, device) -> dict[str, float]:
+    """How often it prefers the better of two texts that differ in one part of the embedded task's reward alone."""
+    parts = contrast_rankings(prompts, tokenizer, model.config.block_size)
+    return {name: evaluate(model, items, device)["accuracy"] for name, items in parts.items()}
 
 
 @torch.no_grad()
@@ -128,7 +124,7 @@ def normalise(
     scores = []
     for rows in by_length(prompts, 128):
         rollout = generate(policy, [prompts[i] for i in rows], max_new_tokens, eos_id=eos_id, generator=generator)
-        scores.append(model.score(rollout.tokens, rollout.lens))
+        scores.append(score_rollout(model, rollout))
     scores = torch.cat(scores) * model.std + model.mean  # as they would be with mean 0 and std 1
     check(bool(scores.std() > 0), "the reward model gives all samples of the policy the same score; it learned nothing")
     model.mean.copy_(scores.mean())
@@ -141,7 +137,8 @@ def train(config: Config) -> dict:
     start_from = load_model(config.policy, device, made_by="python sft.py")
     policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
     torch.manual_seed(config.seed)
-    model = ScalarModel.from_gpt(policy)
+    told = config.expectation == "yes" or (config.expectation == "auto" and policy.config.n_layer < 4)
+    model = ScalarModel.from_gpt(policy, expectation=told)
     train_last_layers(model, config.train_layers)
     block_size = policy.config.block_size
     items, held_out, task = load_preferences(config, tokenizer, block_size)
@@ -194,8 +191,10 @@ def train(config: Config) -> dict:
     save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config, task)
     results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:
-        results |= evaluate(model, held_out, device)
-        results["bayes_accuracy"] = annotators_bayes_accuracy(held_out_twin(config.data, config.held_out_data))
+        path, results = held_out_twin(config.data, config.held_out_data), results | evaluate(model, held_out, device)
+        results["bayes_accuracy"] = annotators_bayes_accuracy(path)
+        if task == "tiny":
+            results["by_part"] = accuracy_by_part(model, read_prompts(path)[:400], tokenizer, device)
         results["gates"] = report(results, task)
     return run.finish(results)
 
@@ -203,16 +202,18 @@ def train(config: Config) -> dict:
 def report(results: dict, task: str) -> list[dict]:
     """Print the held-out figures -> gates, on the embedded task's own annotators."""
     gaps = ", ".join(f"{k[13:]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap_"))
-    print(f"raw scores: mean {results['mean']:.2f}, std {results['std']:.2f};  held-out accuracy by rank gap  {gaps}")
+    print(f"raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}; held-out accuracy by rank gap {gaps}")
     accuracy, bayes = results["accuracy"], results["bayes_accuracy"]
-    note = f"standard error {results['accuracy_se']:.3f}; length alone {results['length_alone']:.2f}; random 0.50"
+    note = f"standard error {results['accuracy_se']:.3f}; length alone {results['length_alone']:.2f}"
     note += "" if bayes is None else f"; annotators' Bayes {bayes:.2f}"
     if bayes is None or task != "tiny":
         print(f"RM held-out accuracy {accuracy:.3f} ({note})")
         return []
+    print("accuracy by part: " + ", ".join(f"{name} {share:.2f}" for name, share in results["by_part"].items()))
     return [
         gate("RM held-out accuracy", accuracy, *EXPECTED_ACCURACY, note),
         gate("RM share of Bayes accuracy", accuracy / bayes, *EXPECTED_SHARE_OF_BAYES),
+        gate("RM right against wrong, manners equal", results["by_part"]["right_vs_wrong"], *EXPECTED_RIGHT),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cli import check
 from data.files import Ranking, held_out_twin, read_demonstrations, read_rankings
-from data.tiny import task_of
+from data.tiny import contrasts, task_of
 from data.tokenizer import Tokenizer
 
 
@@ -195,6 +195,13 @@ def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: i
     return kept
 
 
+def contrast_rankings(prompts: list[str], tokenizer: Tokenizer, block_size: int) -> dict[str, list[RankedExamples]]:
+    """tiny.contrasts of these prompts, each pair as a ranking."""
+    named = contrasts(prompts, seed=1)
+    pairs = {name: [Ranking(p, [b, w], [0, 1], [True, True]) for p, b, w in rows] for name, rows in named.items()}
+    return {name: encode_rankings(rankings, tokenizer, block_size) for name, rankings in pairs.items()}
+
+
 def load_rankings(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[RankedExamples]:
     """Rankings or pairs, encoded; what compares nothing, or was cut, is counted. No path: none."""
     if not path:
@@ -233,3 +240,11 @@ def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBat
         ranks[n, :k] = torch.tensor(item.ranks)
         row += k
     return RankedBatch(tokens, prompt_lens, lens, index.to(device), ranks.to(device))
+
+
+def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """scores, ranks (N, K) -> correct (N, P): 1, or 1/2 for equal scores, 0; gap in rank (N, P), 0 where there is no
+    strict pair."""
+    i, j = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)
+    gap = torch.where((ranks[:, i] >= 0) & (ranks[:, j] >= 0), ranks[:, j] - ranks[:, i], 0)
+    return 0.5 + 0.5 * torch.sign(scores[:, i] - scores[:, j]), gap
