@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded task (about 5 minutes on 2 cores)
+# make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores); make demo LONG=1: about 10
 # make test   the tests
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change
@@ -16,7 +16,7 @@ endif
 .PHONY: demo test lint env clean
 
 demo: env
-	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) bash runs/tiny.sh
+	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) bash runs/tiny.sh
 
 test: env
 	$(VENV)/python -m pytest -q tests

@@ -40,7 +40,7 @@ class Config(TrainConfig):
     epochs: int = flag(1, "passes over the data; DPO overfits soon", low=1)
     batch_size: int = flag(12, "rankings an optimiser step; all pairs of a ranking are used", low=1)
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
-    lr: float = flag(1.5e-4, "peak learning rate", low=0)
+    lr: float = flag(2e-4, "peak learning rate", low=0)
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay", low=0)
     max_new_tokens: int = flag(48, "longest of the printed samples, tokens", low=1)
     log_every: int = flag(20, "steps between log lines", low=1)

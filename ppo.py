@@ -48,7 +48,7 @@ class Config(TrainConfig):
     reward_weights: list[float] = flag([], "factor of each reward (none: 1 each)")
     reward_combine: str = flag("sum", "one reward from several, after weighting", choices=("sum", "mean", "min"))
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
-    iterations: int = flag(24, "rollout-and-update rounds", low=1)
+    iterations: int = flag(21, "rollout-and-update rounds", low=1)
     rollouts: int = flag(192, "completions sampled each iteration", low=1)
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     temperature: float = flag(1.0, "of sampling; the log-probs of policy and reference are taken at it too", above=0)

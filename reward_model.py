@@ -46,7 +46,7 @@ class Config(TrainConfig):
     epochs: int = flag(1, "passes over the data; more than one overfits", low=1)
     batch_size: int = flag(8, "rankings an optimiser step", low=1)
     micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
-    lr: float = flag(1e-3, "peak learning rate", low=0)
+    lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay", low=0)
     weight_decay: float = flag(0.01, "AdamW's decay", low=0)
     normalise_samples: int = flag(512, "samples of the policy that set mean and standard deviation", low=2)

@@ -48,7 +48,7 @@ class Config(TrainConfig):
     rope_base: float = flag(1e4, "base of rotary positions (from scratch; 0: learned positions, as in GPT-2)", low=0)
     block_size: int = flag(0, "longest sequence, tokens (0: 96, or with --init the model's own)", low=0)
     dropout: float = flag(0.0, "dropout probability while training", low=0, below=1)
-    epochs: int = flag(2, "passes over the data", low=1)
+    epochs: int = flag(3, "passes over the data", low=1)
     batch_size: int = flag(32, "demonstrations an optimiser step", low=1)
     micro_batch: int = flag(
         16, "demonstrations a forward pass; changes memory and nothing else (0: the whole batch)", low=0
@@ -61,7 +61,7 @@ class Config(TrainConfig):
 
 
 # What the embedded task gives at default settings (seeds 1 to 5); printed beside what this run gave.
-EXPECTED_LOSS = (0.72, 0.88)
+EXPECTED_LOSS = (0.62, 0.80)
 EXPECTED_EOS = (0.95, 1.0)
 
 

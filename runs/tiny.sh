@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded task, offline, on a laptop CPU. Every line can be run by itself.
 #   SEED=2 OUT=out2 bash runs/tiny.sh
-#   LONG=1 bash runs/tiny.sh        # more of everything, about 15 minutes: how far the same recipe goes
+#   LONG=1 bash runs/tiny.sh        # more of everything, about 10 minutes: how far the same recipe goes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-1}
 OUT=${OUT:-out}
-# Networks this small gain from a second thread, and lose from more.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-SFT="" COLLECT="" PPO=""
+# Networks this small gain from a second thread, and lose from more. A thread that waits for the other spins for a short time only: by
+# default it would spin on, which costs a twentieth less on an idle machine, and makes everything 20 times slower beside any other job.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
+DATA="" SFT="" COLLECT="" DPO="" PPO=""
 if [ -n "${LONG:-}" ]; then
-    SFT="--epochs 4" COLLECT="--n_prompts 0" PPO="--iterations 60"
+    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 7e-5" PPO="--iterations 40 --lr 1e-4"
 fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
 rm -rf "$OUT/data" # rankings are appended to: start a fresh file
 
 # 0. the world: demonstrations of mixed quality, prompts; for training, for choosing (_held_out) and for the results (_test)
-step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED"
+step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED" $DATA
 # 1. SFT: imitate the demonstrations
 step python sft.py --data "$OUT/data/demonstrations.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict $SFT
 # 2. sample and rank completions, learn to score them
@@ -25,7 +26,7 @@ step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl"
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --seed "$SEED"
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --seed "$SEED"
 # 3b. DPO on the same rankings. It needs no reward model, so both learn side by side, a thread each; its output goes to a file
-OMP_NUM_THREADS=1 step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict > "$OUT/dpo.log" 2>&1 &
+OMP_NUM_THREADS=1 step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict $DPO > "$OUT/dpo.log" 2>&1 &
 dpo=$!
 trap 'kill $dpo 2> /dev/null || true' EXIT # if the reward model fails
 OMP_NUM_THREADS=1 step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
@@ -36,7 +37,7 @@ cat "$OUT/dpo.log"
 # 3a. PPO against the reward model
 step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict $PPO
 # 4. compare, on questions that nothing was trained on or chosen by
-step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
 step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
 echo
 echo "done in $((SECONDS - start)) s; see $OUT/evaluate/results.json, or: python sample.py --policy $OUT/ppo"

@@ -55,13 +55,34 @@ def make_gpt(
     return model.to(dtype or torch.get_default_dtype()).eval()
 
 
-def make_scalar(seed: int = 0, **sizes) -> ScalarModel:
+def make_scalar(seed: int = 0, expectation: bool = False, **sizes) -> ScalarModel:
     """A ScalarModel around make_gpt(seed, **sizes), in eval mode."""
     gpt = make_gpt(seed, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
-        model = ScalarModel.from_gpt(gpt)
+        model = ScalarModel.from_gpt(gpt, expectation)
+    if expectation:
+        spread(model.block, seed + 3)
+        spread(model.ln, seed + 4)
     return model.to(gpt.wte.weight.dtype).eval()
+
+
+def make_told(seed: int = 0, **sizes) -> ScalarModel:
+    """make_scalar's, with config.expectation: it is told how expected each token was."""
+    return make_scalar(seed, expectation=True, **sizes)
+
+
+def slow_hidden(model: ScalarModel, ids: list[int]) -> Tensor:
+    """What the head reads in one text, the obvious way: (T, C). With config.expectation the logit of each token, from
+    the position before it, is written along `direction`, and one more block and LayerNorm follow."""
+    x = model.gpt.hidden(torch.tensor([ids]))[0]  # (T, C)
+    if not model.config.expectation:
+        return x
+    written = [x[0]]  # nothing has foretold the first token
+    for t in range(1, len(ids)):
+        written.append(x[t] + torch.dot(x[t - 1], model.gpt.wte.weight[ids[t]]) * model.direction)
+    turns = model.gpt.turns[: len(ids), None, None] if model.config.rope_base else None
+    return model.ln(model.block(torch.stack(written)[None], turns))[0]
 
 
 def random_prompts(lengths: list[int], vocab: int, seed: int = 0, low: int = 0) -> list[list[int]]:

@@ -273,7 +273,7 @@ def make_folder(folder: Path) -> Path:
 
 
 START = ["--out_dir", "o", "--warmup", "0", "--device", "cpu"]
-SFT = ["sft.py", "--data", "good.jsonl", *START, "--n_layer", "1", "--n_embd", "8"]
+SFT = ["sft.py", "--data", "good.jsonl", *START, "--n_layer", "1", "--n_embd", "8", "--epochs", "1"]
 DPO = ["dpo.py", "--policy", "policy", "--data", "pairs.jsonl", *START]
 RM = ["reward_model.py", "--policy", "policy", "--data", "pairs.jsonl", "--prompts", "good.jsonl", *START]
 PPO = ["ppo.py", "--policy", "policy", "--prompts", "good.jsonl", "--max_new_tokens", "4", *START]
@@ -525,7 +525,7 @@ LAYERS = [
     {"weights", "common"},
     {"sft"},
     {"reward_model", "ppo", "dpo"},
-    {"evaluate", "sample", "collect"},
+    {"evaluate", "sample", "collect", "bench"},
 ]
 
 

@@ -128,7 +128,7 @@ def collecting(folder, out, **changes) -> collect.Config:
     return collect.Config(**{**settings, **changes})
 
 
-def test_collected_rankings(random_policy, tmp_path):
+def test_collected_rankings(random_policy, tmp_path, capsys):
     """One line a prompt, in order; K completions each, sampled not copied; the truth that the simulated annotators knew
     stands in the order of the texts it belongs to (here a made-up truth that differs for every text)."""
     truth = "[len(set(c)) + len(c) / 100 for c in completions]"
@@ -140,11 +140,15 @@ def test_collected_rankings(random_policy, tmp_path):
     policies = [str(random_policy / "p1"), str(random_policy / "p2")]
     gold = f"{tmp_path / 'truth.py'}:f"
     out = tmp_path / "r.jsonl"
-    collect.run(collecting(random_policy, out, policies=policies, temperatures=[0.7, 1.0], completions=5, gold=gold))
+    settings = {"policies": policies, "temperatures": [0.7, 1.0], "completions": 5, "annotator_temperature": 2.0}
+    collect.run(collecting(random_policy, out, **settings, gold=gold))
+    agreement = tiny.annotators_agreement(str(out))
+    assert 0.5 < agreement < 1 and f"annotators agree on {agreement:.0%} of the pairs" in capsys.readouterr().out
     rankings = read_rankings(out)
     assert [r.prompt for r in rankings] == read_prompts(random_policy / "prompts.jsonl")
     assert all(len(r.completions) == 5 for r in rankings)
-    assert len({c for r in rankings for c in r.completions}) > 45
+    words = [c for r in rankings for c in r.completions if len(c) > 3]  # silence may well come twice
+    assert len(set(words)) == len(words) > 30
     mixed = 0
     for (_, row), ranking in zip(read_jsonl(out), rankings, strict=True):
         assert row["gold"] == pytest.approx([len(set(c)) + len(c) / 100 for c in ranking.completions], abs=1e-4)

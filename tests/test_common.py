@@ -22,6 +22,7 @@ from helpers import (
     frame_batch,
     make_gpt,
     make_scalar,
+    make_told,
     random_prompts,
     spread,
     strict_json,
@@ -82,9 +83,10 @@ def test_a_saved_policy_is_the_loaded_one(tmp_path):
     assert [p.name for p in (tmp_path / "stage").iterdir()] == ["model.pt"]
 
 
-def test_a_saved_reward_model_is_the_loaded_one(tmp_path):
-    """Head and normalisation included (trap 25: or it scores in other units after loading)."""
-    model = make_scalar(3)
+@pytest.mark.parametrize("make", [make_scalar, make_told])
+def test_a_saved_reward_model_is_the_loaded_one(tmp_path, make):
+    """Head and normalisation included (trap 25: or it scores in other units after loading), and what it is told."""
+    model = make(3)
     model.mean.fill_(1.25)
     model.std.fill_(0.75)
     save_model(tmp_path, model, "gpt2", "reward_model.py", Made())
@@ -95,6 +97,21 @@ def test_a_saved_reward_model_is_the_loaded_one(tmp_path):
     assert (
         (tokenizer, task) == ("gpt2", "") and torch.equal(loaded(tokens), model(tokens)) and float(loaded.mean) == 1.25
     )
+    assert loaded.config == model.config
+
+
+@pytest.mark.parametrize("kind", ["gpt", "scalar"])
+def test_checkpoints_of_before_load_as_what_they_were(tmp_path, kind):
+    """One that was saved when GPTConfig had fewer fields: learned positions, and a head that is told nothing."""
+    model = make_gpt(3) if kind == "gpt" else make_scalar(3)
+    save_model(tmp_path, model, "tiny", "test", Made())
+    content = content_of(tmp_path / "model.pt")
+    for field in ("rope_base", "expectation"):
+        del content["config"][field]
+    torch.save(content, tmp_path / "model.pt")
+    loaded = load_model(tmp_path, CPU, kind).model
+    tokens = torch.randint(0, 23, (2, 9))
+    assert torch.equal(loaded(tokens), model(tokens)) and loaded.config == model.config
 
 
 def test_checkpoints_hold_tensors_and_plain_python(tmp_path):
@@ -310,7 +327,7 @@ def test_load_function(tmp_path, monkeypatch):
         (tmp_path / folder / "my_reward.py").write_text(source.format(value), encoding="utf-8")
     one, two = load_function("one/my_reward.py:f"), load_function(str(tmp_path / "two" / "my_reward.py") + ":f")
     assert one(["p"], ["c"]) == [1] and two(["p"], ["c", "d"]) == [2, 2]
-    assert load_function("data/tiny.py:gold_reward")(["Anna: Add 2 and 3."], ["Sure! It is 5."]) == [2.0]
+    assert load_function("data/tiny.py:gold_reward")(["Anna: Add 2 and 3."], ["Sure! It is 5."]) == [3.0]
 
 
 def test_a_user_s_file_may_have_any_name(tmp_path, monkeypatch):
@@ -412,7 +429,7 @@ def test_a_bug_in_a_reward_function_is_not_blamed_on_its_result():
 
 def test_gold_function(tmp_path):
     """auto: the embedded task's truth on the embedded task's prompts, none otherwise; empty: none; a name: that."""
-    assert common.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [1.0]
+    assert common.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [2.0]
     assert common.gold_function("auto", "") is None and common.gold_function("", "tiny") is None
     (tmp_path / "mine.py").write_text("def f(p, c):\n    return [7.0]\n", encoding="utf-8")
     for task in ("", "tiny"):
@@ -898,6 +915,14 @@ def test_a_gate_shows_its_note(capsys):
     assert "(expected at default settings: 0.4 to 0.6; standard error 0.1)  OK" in capsys.readouterr().out
 
 
+def test_shares_of_the_time_by_hand():
+    """The seconds from the first time to the last, and what part of them each step took: together 1."""
+    found = common.shares([10.0, 12.0, 15.0, 20.0], ("rollout", "score", "update"))
+    assert found == {"seconds": 10.0, "share_rollout": 0.2, "share_score": 0.3, "share_update": 0.5}
+    with pytest.raises(ValueError):
+        common.shares([10.0, 12.0, 15.0], ("rollout", "score", "update"))
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -942,11 +967,12 @@ def test_frozen_parameters_do_not_count_when_clipping():
     assert clip_gradients(model, 1.0).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("make", [make_gpt, make_scalar])
+@pytest.mark.parametrize("make", [make_gpt, make_scalar, make_told])
 def test_train_last_layers(make):
-    """The last n blocks, the final LayerNorm and a scalar head; 0: everything. The token embedding is the output layer
-    too, so it stays. More blocks than there are: the flag is named."""
-    for n, kept in ((0, r""), (1, r"(gpt\.)?(h\.2|ln_f)\.|head\."), (2, r"(gpt\.)?(h\.[12]|ln_f)\.|head\.")):
+    """The last n blocks, the final LayerNorm and all that a scalar model has above them; 0: everything. The token
+    embedding is the output layer too, so it stays. More blocks than there are: the flag is named."""
+    above = r"|head\.|block\.|ln\.|direction$"
+    for n, kept in ((0, r""), (1, rf"(gpt\.)?(h\.2|ln_f)\.{above}"), (2, rf"(gpt\.)?(h\.[12]|ln_f)\.{above}")):
         model = make(n_layer=3)
         common.train_last_layers(model, n)
         expected = [name for name, _ in model.named_parameters() if re.match(kept, name)]
@@ -972,10 +998,10 @@ def test_every_block_is_compiled_and_no_name_changes(monkeypatch):
     """torch.compile(model) would put _orig_mod before every name, and no checkpoint would load."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
-    policy, scorer = make_gpt(), make_scalar()
+    policy, scorer = make_gpt(), make_told()
     names = [*policy.state_dict(), *scorer.state_dict()]
     common.compile_blocks(policy, scorer)
-    assert compiled == [*policy.h, *scorer.gpt.h]
+    assert len(compiled) == len(set(compiled)) and set(compiled) == {*policy.h, *scorer.gpt.h, scorer.block}
     assert [*policy.state_dict(), *scorer.state_dict()] == names
 
 

@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import socket
+import statistics
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -22,6 +25,7 @@ from data import tiny
 from data.batches import (
     Example,
     by_length,
+    contrast_rankings,
     encode_example,
     encode_group,
     encode_prompts,
@@ -777,13 +781,13 @@ def test_no_held_out_question_occurs_in_another_split(world):
 
 
 def test_a_world_that_is_too_small_says_so(monkeypatch):
-    """More prompts than there are: a message, not an endless loop. (12 names ask 2 phrasings of 7 days, so all splits
-    together have 168 prompts.)"""
+    """More prompts than there are: a message, not an endless loop. (12 names ask 3 phrasings of 7 days, so all splits
+    together have 252 prompts.)"""
     monkeypatch.setattr(tiny, "FAMILIES", {"day_after": tiny.FAMILIES["day_after"]})
     asked = [f"{name}: {form.format(w=day)}" for name in tiny.NAMES for form in tiny.FAMILIES["day_after"].phrasings
              for day in tiny.DAYS]  # fmt: skip
     n = sum(tiny.split_of(p) == "train" for p in asked)
-    assert len(asked) == 168 and 100 < n < 168
+    assert len(asked) == 252 and 150 < n < 252
     assert len(set(tiny.distinct_prompts(n - 5, random.Random(0), "train"))) == n - 5
     with pytest.raises(UserError, match=f"{n + 1} distinct prompts for train"):
         tiny.distinct_prompts(n + 1, random.Random(0), "train")
@@ -896,9 +900,10 @@ def test_an_unknown_prompt_has_no_reward_whatever_the_completion(completion):
 HOT = "Anna: What is the opposite of hot?"
 SUM = "Ben: What is 2 plus 3?"
 STORY = "Leo: Write one line about a dog."
-PRICE, MOST = 0.2, 3.0  # of a surplus word, and of all of them, as the docstring of gold_parts says
+WORTH = 2.0  # of a right answer, as the docstring of gold_parts says
+PRICE, MOST = 0.2, 3.0  # of a surplus word, and of all of them
 PARTS_TABLE = [
-    # prompt, completion -> correct, polite, surplus words, ended, not repeated
+    # prompt, completion -> right, polite, surplus words, ended, not repeated
     (HOT, "It is cold.", (1, 0, 0, 0, 0)),
     (HOT, "The answer is cold.", (1, 0, 0, 0, 0)),
     (HOT, "I say COLD!", (1, 0, 0, 0, 0)),
@@ -949,7 +954,7 @@ def test_gold_parts_by_hand(prompt, completion, truth):
     """Each named part of the true reward behaves as it is documented; the reward is their sum."""
     parts = tiny.gold_parts(prompt, completion)
     assert tuple(parts) == tiny.PARTS == ("correct", "polite", "to_the_point", "ended", "not_repeated")
-    truth = (*truth[:2], -min(MOST, PRICE * truth[2]), *truth[3:])
+    truth = (WORTH * truth[0], truth[1], -min(MOST, PRICE * truth[2]), *truth[3:])
     assert tuple(parts.values()) == pytest.approx(truth, abs=1e-9)
     assert tiny.gold_reward([prompt], [completion]) == [pytest.approx(sum(truth), abs=1e-9)]
 
@@ -962,7 +967,7 @@ def test_the_ceiling_is_reached_and_never_passed():
     demonstrations = [tiny.demonstrate(p, rng) for p in prompts]
     rewards = tiny.gold_reward(prompts, demonstrations)
     assert -3 - MOST <= min(rewards) and max(rewards) <= tiny.CEILING
-    assert -1.0 < sum(rewards) / 2000 < 0.5  # mediocre by construction: far below 2
+    assert 0.0 < sum(rewards) / 2000 < tiny.CEILING / 2  # mediocre by construction
     good = sum(r == tiny.CEILING for r in rewards) / 2000
     assert 0.02 < good < 0.3  # but what RLHF must find is there to be imitated
     glued = [" ".join(rng.sample(demonstrations, 3)) for _ in prompts]
@@ -981,23 +986,218 @@ def test_a_wrong_answer_is_wrong():
             assert wrong.isdigit() == answer.isdigit()
 
 
-def test_demonstrations_mix_all_qualities():
-    """Right, wrong, polite, rude, rambling, repeated, unfinished: each a known, sizable share."""
-    rng = random.Random(7)
-    prompts = [tiny.sample_prompt(rng, "train") for _ in range(4000)]
-    parts = [tiny.gold_parts(p, tiny.demonstrate(p, rng)) for p in prompts]
-    share = {
-        "right": sum(p["correct"] == 1 for p in parts),
-        "polite": sum(p["polite"] == 1 for p in parts),
-        "rude": sum(p["polite"] == -1 for p in parts),
-        "rambling": sum(p["to_the_point"] < 0 for p in parts),
-        "unfinished": sum(p["ended"] < 0 for p in parts),
-        "repeated": sum(p["not_repeated"] < 0 for p in parts),
-    }
-    expected = {"right": (0.4, 0.7), "polite": (0.2, 0.4), "rude": (0.1, 0.3)}
-    expected |= {"rambling": (0.2, 0.5), "unfinished": (0.02, 0.2), "repeated": (0.03, 0.15)}
-    for name, (low, high) in expected.items():
-        assert low < share[name] / 4000 < high, name
+def within(found: int, n: int, share: float) -> bool:
+    """Is the number of successes of n trials within five standard errors of what is expected?"""
+    return abs(found - n * share) < 5 * math.sqrt(n * share * (1 - share))
+
+
+def test_demonstrations_have_the_stated_rates():
+    """What SFT will imitate, and so how much RLHF has left to do: right 0.5, wrong 0.2, evasive 0.3; polite 0.35, plain
+    0.5, rude 0.15, before the answer, behind it or both; one aside at most in 0.08, most of them behind; repeated 0.04;
+    unfinished 0.05. Counted by taking the texts apart, over 12,000 of them."""
+    rng, n = random.Random(7), 12_000
+    courtesies = [set(x) for x in (tiny.POLITE_OPENINGS, tiny.POLITE_CLOSINGS, tiny.RUDE_OPENINGS, tiny.RUDE_CLOSINGS)]
+    found, unfinished = Counter(), 0
+    for _ in range(n):
+        prompt = tiny.sample_prompt(rng, "train")
+        text = tiny.demonstrate(prompt, rng)
+        if text[-1:] not in list(".!?"):
+            unfinished += 1  # nothing else can be told of it for certain
+            continue
+        sentences = tiny.split_sentences(text)
+        kinds = [next((k for k, c in enumerate(courtesies) if s in c), 5 if s in tiny.ASIDES else 4) for s in sentences]
+        answers = [s for s, kind in zip(sentences, kinds, strict=True) if kind == 4]
+        before, behind = kinds[: kinds.index(4)], kinds[kinds.index(4) :]
+        assert 1 <= len(answers) <= 2 and len(set(answers)) == 1 and kinds.count(5) <= 1
+        assert not {1, 3} & set(before) and not {0, 2} & set(behind)  # openings open, closings close
+        assert not ({0, 1} & set(kinds) and {2, 3} & set(kinds))  # polite or rude
+        opened, closed = bool({0, 2} & set(kinds)), bool({1, 3} & set(kinds))
+        quality = "right" if tiny.is_correct(prompt, answers[0]) else "wrong"
+        found["evasive" if answers[0] in tiny.EVASIONS else quality] += 1
+        found["polite" if {0, 1} & set(kinds) else "rude" if {2, 3} & set(kinds) else "plain"] += 1
+        found["both" if opened and closed else "open" if opened else "close" if closed else "none"] += 1
+        found["aside"] += 5 in kinds
+        found["aside before"] += 5 in before
+        found["repeated"] += len(answers) == 2
+    assert within(unfinished, n, 0.05)
+    n -= unfinished
+    stated = {"right": 0.5, "wrong": 0.2, "evasive": 0.3, "polite": 0.35, "plain": 0.5, "rude": 0.15}
+    stated |= {"open": 0.4, "close": 0.075, "both": 0.025, "aside": 0.08, "repeated": 0.04}
+    for name, share in stated.items():
+        assert within(found[name], n, share), (name, found[name] / n)
+    assert within(found["aside before"], found["aside"], 0.2)
+
+
+def test_an_unfinished_text_is_the_beginning_of_one():
+    """Cut between words, at least one of them left, and without the mark that would end it."""
+    rng, seen = random.Random(11), set()
+    forms = [re.compile(re.escape(form).replace(r"\{\}", ".+")) for form in tiny.ANSWER_FORMS]
+    for _ in range(4000):
+        prompt = tiny.sample_prompt(rng, "train")
+        text = tiny.demonstrate(prompt, rng)
+        assert text and text == text.strip()
+        if text[-1] not in ".!?":
+            seen.add(len(text.split()))
+            whole = tiny.split_sentences(text)[:-1]
+            known = tiny.POLITE | tiny.RUDE | tiny.ASIDE | {s.lower() for s in tiny.EVASIONS}
+            frames = [re.compile(re.escape(s).replace(r"\{\}", r"\w+")) for s in tiny.STORIES] + forms
+            assert all(s.lower() in known or any(f.fullmatch(s) for f in frames) for s in whole), text
+    assert {1, 2, 3, 4, 5, 6} < seen
+
+
+def facts_of(family: tiny.Family) -> list[dict]:
+    """All that it may ask (of the families that draw from lists of words, a part), as slot values."""
+    rng = random.Random(12)
+    return list({tuple(slots.items()): slots for slots in (family.draw(rng) for _ in range(1500))}.values())
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_every_fact_is_asked_in_several_ways(name):
+    """In a single way, a held-out question would be about a fact that is never asked in training, and what the policy
+    then says is a guess. In two at least, which are different questions with one answer."""
+    family = tiny.FAMILIES[name]
+    assert len(set(family.phrasings)) == len(family.phrasings) >= 2
+    for slots in facts_of(family):
+        questions = {phrasing.format(**slots) for phrasing in family.phrasings}
+        assert len(questions) == len(family.phrasings)
+        assert {tiny.parse_prompt(f"Anna: {q}") for q in questions} == {(name, family.solve(slots))}
+
+
+# what can't be worked out from the words of the question
+BY_HEART = ["opposite", "plural", "past", "kind", "sound", "day_after", "sum", "difference", "next", "previous"]
+BY_HEART += ["even", "spell", "first_letter", "story"]
+
+
+@pytest.mark.parametrize("name", BY_HEART)
+def test_what_must_be_known_by_heart_is_asked_in_training(name):
+    """No fact whose every phrasing happens to be held out: on it a policy could only be wrong."""
+    family = tiny.FAMILIES[name]
+    for slots in facts_of(family):
+        splits = {tiny.split_of(f"Anna: {phrasing.format(**slots)}") for phrasing in family.phrasings}
+        assert "train" in splits, slots
+
+
+# ------------------------------------------------------------------------------------------------ contrasts
+
+# what the two texts of a pair differ in
+CONTRASTS = {
+    "right_vs_wrong": {"correct"},
+    "right_vs_evasive": {"correct"},
+    "polite_vs_plain": {"polite"},
+    "plain_vs_rude": {"polite"},
+    "short_vs_rambling": {"to_the_point"},
+    "once_vs_repeated": {"not_repeated", "to_the_point"},  # said twice is longer
+    "finished_vs_cut": {"ended", "correct"},  # what was cut off may have been the answer
+}
+
+
+@pytest.fixture(scope="module", params=tiny.SUFFIX)
+def contrasted(request):
+    """Prompts of one split, of all families, and their contrasts."""
+    prompts = tiny.distinct_prompts(1200, random.Random(13), request.param)
+    assert {tiny.parse_prompt(p)[0] for p in prompts} == set(tiny.FAMILIES)
+    return prompts, tiny.contrasts(prompts, seed=3)
+
+
+def test_contrasts_differ_in_one_part_of_the_reward_alone(contrasted):
+    """A pair that differs in its manners too would take taste for understanding. Every prompt has a pair of every name,
+    in order; the better one is better in the part that the name says, by as much as that part is worth, and equal in
+    all others."""
+    prompts, found = contrasted
+    assert list(found) == list(CONTRASTS)
+    for name, rows in found.items():
+        assert [p for p, _, _ in rows] == prompts
+        for prompt, better, worse in rows:
+            a, b = tiny.gold_parts(prompt, better), tiny.gold_parts(prompt, worse)
+            differ = {k for k in tiny.PARTS if abs(a[k] - b[k]) > 1e-9}
+            assert differ <= CONTRASTS[name] and sum(a.values()) > sum(b.values()), (name, better, worse)
+            gain = {k: a[k] - b[k] for k in differ}
+            if name.startswith("right_vs"):
+                assert gain == {"correct": 2.0}
+            elif CONTRASTS[name] == {"polite"}:
+                assert gain == {"polite": 1.0}
+            elif name == "short_vs_rambling":
+                assert gain == {"to_the_point": pytest.approx(PRICE * (len(worse.split()) - len(better.split())))}
+            elif name == "once_vs_repeated":
+                words = len(worse.split()) - len(better.split())
+                assert gain == {"not_repeated": 1.0, "to_the_point": pytest.approx(PRICE * words)}
+            else:  # a story may have said its word before it was cut
+                story = tiny.parse_prompt(prompt)[0] == "story"
+                assert gain == {"ended": 1.0, "correct": 2.0} or (story and gain == {"ended": 1.0})
+
+
+def manners_of(text: str) -> str:
+    """The courtesy that it opens with, and the space behind it."""
+    openings = [*tiny.POLITE_OPENINGS, *tiny.RUDE_OPENINGS]
+    return next((o + " " for o in openings if text.startswith(o + " ")), "")
+
+
+def test_contrasts_are_the_same_text_but_for_what_they_are_about(contrasted):
+    """The same manners on both sides, none, polite and rude alike often; an aside, a repetition or an end and no other
+    change; the same frame around the right and the wrong answer."""
+    prompts, found = contrasted
+    manners = Counter()
+    for name, rows in found.items():
+        for prompt, better, worse in rows:
+            family, answer = tiny.parse_prompt(prompt)
+            a, b = manners_of(better), manners_of(worse)
+            text, other = better.removeprefix(a), worse.removeprefix(b)
+            answer = tiny._story_word(answer) if family == "story" else answer
+            frames = tiny.STORIES if family == "story" else tiny.ANSWER_FORMS
+            (frame,) = [f for f in frames if f.format(answer) == text]
+            if name in ("polite_vs_plain", "plain_vs_rude"):
+                courtesy, none = (a, b) if name == "polite_vs_plain" else (b, a)
+                of_its_kind = tiny.POLITE_OPENINGS if name == "polite_vs_plain" else tiny.RUDE_OPENINGS
+                assert text == other and none == "" and courtesy.strip() in of_its_kind
+                continue
+            assert a == b
+            manners["polite" if a.strip() in tiny.POLITE_OPENINGS else "rude" if a else "plain"] += 1
+            if name == "right_vs_wrong":
+                start, end = frame.split("{}")
+                assert other.startswith(start) and other.endswith(end)
+                wrong = other[len(start) : len(other) - len(end)]
+                assert wrong and wrong != answer and (family != "story" or wrong in tiny.NOUNS)
+            elif name == "right_vs_evasive":
+                assert other in tiny.EVASIONS
+            elif name == "short_vs_rambling":
+                assert other.removeprefix(text + " ") in tiny.ASIDES
+            elif name == "once_vs_repeated":
+                assert other == f"{text} {text}"
+            else:
+                assert other and (text + " ").startswith(other + " ") and other != text
+    for kind in ("polite", "rude", "plain"):  # drawn once a prompt, and seen in five names
+        assert manners[kind] % 5 == 0 and within(manners[kind] // 5, len(prompts), 1 / 3)
+
+
+def test_contrasts_are_seeded_and_draw_all_there_is(contrasted):
+    """The same seed asks every model the same; another seed, other pairs; nothing is drawn from Python's own stream.
+    Every frame, courtesy, aside and evasion occurs."""
+    prompts, found = contrasted
+    random.seed(1)
+    state = random.getstate()
+    assert tiny.contrasts(prompts, seed=3) == found and random.getstate() == state
+    other = tiny.contrasts(prompts, seed=4)
+    assert all(other[name] != rows for name, rows in found.items())
+    texts = " ".join(text for rows in found.values() for row in rows for text in row[1:])
+    for phrase in (*tiny.POLITE_OPENINGS, *tiny.RUDE_OPENINGS, *tiny.ASIDES, *tiny.EVASIONS):
+        assert phrase in texts, phrase
+    assert tiny.contrasts([], seed=3) == {}
+
+
+def test_contrasts_as_rankings():
+    """Better first, each with its EOS, encoded as any other completion; pairs that a short block has made equal compare
+    nothing and are left out."""
+    prompts = tiny.distinct_prompts(30, random.Random(14), "dev")
+    tokenizer = load_tokenizer("tiny")
+    named, expected = contrast_rankings(prompts, tokenizer, 96), tiny.contrasts(prompts, seed=1)
+    assert list(named) == list(CONTRASTS)
+    for name, items in named.items():
+        assert all(item.ranks == [0, 1] for item in items)
+        rows = [(item.examples[0].prompt, *(e.completion for e in item.examples)) for item in items]
+        ids = [[[*tokenizer.encode(text), tokenizer.eos_id] for text in row[1:]] for row in expected[name]]
+        assert rows == [(tokenizer.encode_prompt(p), *pair) for p, pair in zip(prompts, ids, strict=True)]
+    shorter = contrast_rankings(prompts, tokenizer, 8)
+    assert len(shorter["polite_vs_plain"]) == 30 > len(shorter["short_vs_rambling"])
 
 
 def test_the_generator_is_seeded(tmp_path, capsys):
@@ -1047,6 +1247,50 @@ def test_annotators_are_plackett_luce(temperature):
     for i, j in ((0, 1), (0, 2), (1, 2)):
         p = 1 / (1 + math.exp(-(rewards[i] - rewards[j]) / temperature))
         assert abs(sum(o.index(i) < o.index(j) for o in orders) / n - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_agreement_is_that_of_two_annotators(tmp_path):
+    """p^2 + (1 - p)^2 for each strict pair, p being how sure an annotator is of it: against two annotators who rank the
+    same completions 3,000 times each, K of them at a time, and are compared on the pairs that the file orders."""
+    rng, rows, agreed, pairs = random.Random(15), [], [], 0
+    rankings = [([2.0, 0.5, -1.0], 0.5), ([0.0, 0.0, 1.0, 0.3], 1.5), ([1.0, -3.0], 0.8), ([0.2, 0.1], 2.0)]
+    for rewards, temperature in rankings:
+        row = {"prompt": "p", "completions": list("abcd")[: len(rewards)], "gold": rewards}
+        rows.append({**row, "annotator_temperature": temperature})
+        pairs += math.comb(len(rewards), 2)
+        for _ in range(3000):
+            one, two = (tiny.annotator_ranking(rewards, temperature, rng) for _ in range(2))
+            same = [
+                (one.index(i) < one.index(j)) == (two.index(i) < two.index(j))
+                for i, j in combinations(range(len(rewards)), 2)
+            ]
+            agreed.append(sum(same))
+    found = tiny.annotators_agreement(write_lines(tmp_path / "r.jsonl", rows))
+    assert pairs == 11
+    variances = [statistics.variance(agreed[i : i + 3000]) for i in range(0, 12_000, 3000)]
+    error = math.sqrt(sum(variances) / 3000) / pairs
+    assert abs(found - sum(agreed) / 3000 / pairs) < 5 * error < 0.02
+
+
+def test_agreement_by_hand(tmp_path):
+    """Between strangers one half, without noise 1; ties are no comparison; how sure people are, nobody knows."""
+
+    def agreement(completions: list, *gold: float, temperature: float = 1.0) -> float | None:
+        row = {"prompt": "p", "completions": completions, "gold": gold, "annotator_temperature": temperature}
+        return tiny.annotators_agreement(write_lines(tmp_path / "r.jsonl", [row]))
+
+    assert agreement(["a", "b"], math.log(3), 0.0) == pytest.approx(0.75**2 + 0.25**2)
+    assert agreement(["a", "b"], 0.0, math.log(3)) == pytest.approx(0.75**2 + 0.25**2)  # ranked against the truth
+    assert agreement(["a", "b"], 1.0, 1.0) == 0.5
+    assert agreement(["a", "b"], 1.0, 0.0, temperature=1e-3) == 1.0
+    assert agreement([["a", "b"]], 1.0, 0.0) is None
+    two = (0.75**2 + 0.25**2 + 0.9**2 + 0.1**2) / 2
+    assert agreement([["a", "b"], "c"], 0.0, math.log(9 / 3), math.log(9)) == pytest.approx(two)
+    people = [{"prompt": "p", "completions": ["a", "b"]}]
+    told = [{"prompt": "p", "completions": ["a", "b"], "gold": [1.0, 0.0], "annotator_temperature": 1.0}]
+    for rows in (people, told + people):
+        path = write_lines(tmp_path / "r.jsonl", rows)
+        assert tiny.annotators_agreement(path) is None and tiny.annotators_bayes_accuracy(path) is None
 
 
 def test_bayes_accuracy_is_that_of_a_judge_who_knows(tmp_path):

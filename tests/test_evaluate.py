@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
     checkpoint,
     make_gpt,
     make_scalar,
+    make_told,
     own_pairs,
     random_prompts,
     speak_toy,
@@ -33,7 +35,7 @@ import sample
 import sft
 from cli import UserError
 from common import save_model
-from data.tokenizer import load_tokenizer
+from data.tokenizer import format_prompt, load_tokenizer
 from evaluate import (
     Config,
     best_of_n,
@@ -46,6 +48,7 @@ from evaluate import (
     win_rate,
 )
 from model import Rollout
+from reward_model import accuracy_by_part
 
 TOY = ToyTokenizer()
 
@@ -518,6 +521,176 @@ def test_sample_shows_the_reward_model_s_score(tmp_path, monkeypatch, capsys, fl
             assert float(score) == pytest.approx(scorer(ids)[0, -1].item(), abs=0.00501)
 
 
+# ------------------------------------------------------------------------------------------------ the embedded task
+
+
+def speaking(known: dict[str, dict[str, tuple[str, str]]], names: dict) -> Callable:
+    """A `generate` in whose place the policies' answers are known: {policy: {prompt: (at temperature 1, at 0)}}; names:
+    {the policy's first weight: its name}. An answer is said to its end, or cut."""
+    tokenizer = load_tokenizer("tiny")
+
+    def generate(model, prompts, max_new_tokens, *, eos_id, temperature=1.0, **rest) -> Rollout:
+        answers = known[names[model.wte.weight[0, 0].item()]]
+        start, end = format_prompt("\0").split("\0")
+        rows, prompt_lens, ended = [], [len(p) for p in prompts], []
+        for prompt in prompts:
+            text = tokenizer.decode(prompt).removeprefix(start).removesuffix(end)
+            ids = [*tokenizer.encode(answers[text][temperature == 0]), eos_id]
+            ended.append(len(ids) <= max_new_tokens)
+            rows.append(prompt + ids[:max_new_tokens])
+        lens = [len(row) for row in rows]
+        tokens = torch.tensor([row + [eos_id] * (max(lens) - len(row)) for row in rows])
+        return Rollout(tokens, torch.tensor(prompt_lens), torch.tensor(lens), torch.tensor(ended))
+
+    return generate
+
+
+def test_correct_answers_are_counted_as_sampled_and_at_temperature_0(tmp_path, monkeypatch, capsys):
+    """Answers of the batches' order in the place of the prompts', greedy ones that are sampled after all, manners that
+    count as being right, a share over the wrong number of prompts: two policies whose every answer is known."""
+    cold, five = "Anna: What is the opposite of hot?", "Ben: Add 2 and 3."
+    words, dog = "Carl: Count these words: cat dog fox apple.", "Dora: Tell a short story with the word dog."
+    story = "Long ago a dog was lost in the forest."
+    known = {
+        "sft": {
+            cold: ("It is hot.", "It is cold."),
+            five: ("Look it up.", "Ugh. It is 5."),
+            words: ("It is 4.", "Sure! It is 3."),
+            dog: ("Sure! I do not know.", "It is lost in the"),
+        },
+        "ppo": {
+            cold: ("Sure! It is cold.", "Sure! It is cold."),
+            five: ("Sure! It is 5.", "Sure! It is 6."),
+            words: ("It is 4. It is 4.", "Gladly! It is 4."),
+            dog: (story, f"Sure! {story}"),
+        },
+    }
+    names, paths = {}, []
+    for seed, name in enumerate(known):
+        model = make_gpt(seed, vocab=load_tokenizer("tiny").n_vocab, block_size=96, n_embd=16, n_layer=1)
+        save_model(tmp_path / name, model, "tiny", "t", sft.Config(), "tiny")
+        names[model.wte.weight[0, 0].item()] = name
+        paths.append(str(tmp_path / name))
+    monkeypatch.setattr(evaluate, "generate", speaking(known, names))
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in (dog, cold, words, five)])
+    settings = {"prompts": prompts, "reward": "", "out_dir": str(tmp_path / "out"), "device": "cpu"}
+    results = evaluate.run(Config(policies=paths, **settings))
+    figures = results["policies"]
+    assert [figures[name]["correct"] for name in known] == [0.25, 1.0]
+    assert [figures[name]["correct_greedy"] for name in known] == [0.5, 0.75]
+    assert [figures[name]["parts"]["correct"] for name in known] == [0.5, 2.0]  # in units of the reward
+    assert [figures[name]["gold"] for name in known] == pytest.approx([3 / 4, (3 + 3 + (2 - 1 - 0.6) + 2) / 4])
+    said = capsys.readouterr().out
+    header, *rows = said[said.index("policy  ") :].splitlines()[:3]
+    assert header.split("  ")[-2:] == ["correct", "at temperature 0"]
+    assert [row.split()[0] for row in rows] == ["sft", "ppo"]
+    assert [row.split()[-2:] for row in rows] == [["0.25", "0.50"], ["1.00", "0.75"]]
+    shown = said[said.index("answers at temperature 0") :].splitlines()[1:]
+    blocks = [shown[i : i + 3] for i in range(0, len(shown), 3)]
+    assert [block[0].strip() for block in blocks] == [cold, dog, words, five]  # all right, wrong of sft, wrong of ppo
+    for prompt, sft_s, ppo_s in blocks:
+        for line, name in ((sft_s, "sft"), (ppo_s, "ppo")):
+            answer = known[name][prompt.strip()][1]
+            right = answer in (
+                "It is cold.",
+                "Sure! It is cold.",
+                "Ugh. It is 5.",
+                "Gladly! It is 4.",
+                f"Sure! {story}",
+            )
+            assert line.split(maxsplit=2) == [name, "right" if right else "WRONG", answer]
+
+
+def test_the_likeliest_answer_is_drawn_by_nobody(float64):
+    """At temperature 0, in the order of the prompts: 150 of unequal length against one at a time."""
+    policy = make_gpt(8, block_size=24)
+    ids = random_prompts([1 + (5 * i) % 13 for i in range(150)], 22, seed=9)
+    state = torch.get_rng_state()
+    found = evaluate.likeliest(policy, ids, TOY, Config(max_new_tokens=5, temperature=3.0))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        for prompt, text in zip(ids, found, strict=True):
+            row = list(prompt)
+            while len(row) < len(prompt) + 5 and EOS not in row[len(prompt) :]:
+                row.append(int(policy(torch.tensor([row]))[0, -1].argmax()))
+            assert text == TOY.decode([i for i in row[len(prompt) :] if i != EOS])
+
+
+def test_the_reward_model_is_judged_part_by_part(tmp_path, monkeypatch):
+    """Its accuracies on pairs that differ in one part alone, of the evaluated prompts, stand in the results."""
+    tokenizer = load_tokenizer("tiny")
+    sizes = {"vocab": tokenizer.n_vocab, "block_size": 96, "n_embd": 16, "n_layer": 1}
+    scorer, rows = make_told(15, **sizes), task_rankings(12)
+    save_model(tmp_path / "policy", make_gpt(14, **sizes), "tiny", "t", sft.Config(), "tiny")
+    save_model(tmp_path / "rm", scorer, "tiny", "t", sft.Config(), "tiny")
+    settings = {"prompts": write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])}
+    settings |= {"policies": [str(tmp_path / "policy")], "reward": str(tmp_path / "rm"), "best_of": [1]}
+    settings |= {"out_dir": str(tmp_path / "out"), "device": "cpu", "max_new_tokens": 4, "n_prompts": 10}
+    write_lines(tmp_path / "rankings.jsonl", rows)
+    found = evaluate.run(Config(**settings))["reward_model"]
+    expected = accuracy_by_part(scorer, [r["prompt"] for r in rows[:10]], tokenizer, torch.device("cpu"))
+    assert {name: share for name, share in found.items() if "_vs_" in name} == expected and len(expected) == 7
+    assert len(set(expected.values())) > 2
+
+
+def good_figures(**changes) -> dict:
+    """What a good run gives for a policy."""
+    figures = {"gold": 2.5, "headroom_closed": 0.75, "win_low": 0.8, "kl": 6.0, "correct": 0.95, "correct_greedy": 0.9}
+    return {**figures, "eos_rate": 1.0, "parts": {"correct": 1.9}, **changes}
+
+
+def good_results(**changes) -> dict:
+    """What a good run gives; `changes` maps a policy, or "reward_model", to figures that differ."""
+    start = good_figures(gold=1.0, headroom_closed=0.0, win_low=None, kl=0.0, correct=0.45, correct_greedy=0.9)
+    judge = {"accuracy": 0.76, "bayes_accuracy": 0.8, "right_vs_wrong": 0.85, "polite_vs_plain": 1.0}
+    made = {"sft": start, "ppo": good_figures(), "dpo": good_figures(), "reward_model": judge}
+    made = {name: figures | changes.get(name, {}) for name, figures in made.items()}
+    return {"ceiling": 3.0, "demonstrations": 0.9, "reward_model": made.pop("reward_model"), "policies": made}
+
+
+GATES = [
+    # whose figures differ, how -> the gates that fail
+    ("sft", {"correct": 0.7}, ["sft: correct at temperature 1"]),  # nothing would be left to learn
+    ("sft", {"gold": 2.9}, ["sft: share of the way from demonstrations to ceiling still open"]),
+    ("reward_model", {"accuracy": 0.6}, ["reward model: share of the annotators' Bayes accuracy"]),
+    ("reward_model", {"right_vs_wrong": 0.5}, ["reward model: right against wrong, manners equal"]),
+]
+for who in ("ppo", "dpo"):
+    GATES += [
+        (who, {"headroom_closed": 0.2}, [f"{who}: headroom closed"]),
+        (who, {"win_low": 0.3}, [f"{who}: win rate over sft, low end"]),
+        (who, {"kl": 100.0}, [f"{who}: exact KL, nats a sequence"]),
+        (who, {"kl": 0.0}, [f"{who}: exact KL, nats a sequence"]),
+        (
+            who,
+            {"correct": 0.55},
+            [f"{who}: correct at temperature 1, above sft"],
+        ),  # polite, but hardly more often right
+        (who, {"correct_greedy": 0.6}, [f"{who}: correct at temperature 0, above sft"]),  # it has forgotten facts
+        (who, {"eos_rate": 0.5}, [f"{who}: EOS rate"]),
+    ]
+
+
+@pytest.mark.parametrize(("who", "changes", "fails"), GATES, ids=str)
+def test_every_gate_can_fail(capsys, who, changes, fails):
+    """At the figures of a good run all are passed; each fails by its own figure alone, and says so."""
+    gates = evaluate.report_task(good_results())
+    assert all(gate["ok"] for gate in gates) and len(gates) == 4 + 2 * 6
+    assert "polite_vs_plain 1.00" in capsys.readouterr().out
+    gates = evaluate.report_task(good_results(**{who: changes}))
+    assert [gate["name"] for gate in gates if not gate["ok"]] == fails
+    assert capsys.readouterr().out.count("FAILED") == len(fails)
+
+
+def test_gates_are_about_what_was_measured():
+    """Without rankings nothing is known of the reward model, without demonstrations of the way from them."""
+    results = good_results()
+    results |= {"reward_model": {}, "demonstrations": None}
+    del results["policies"]["dpo"]
+    names = [gate["name"] for gate in evaluate.report_task(results)]
+    assert len(names) == 1 + 6 and all(name.startswith(("sft: correct", "ppo: ")) for name in names)
+
+
 # ------------------------------------------------------------------------------------------------ data of one's own
 
 
@@ -557,7 +730,7 @@ def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 2), ("bytes", True, 0), ("bytes", False, 2)]
+    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 4), ("bytes", True, 0), ("bytes", False, 4)]
 )
 def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
     """Own prompts in the tiny vocabulary met the embedded task's truth and gates, the task's prompts in another one
@@ -584,7 +757,7 @@ def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, monkey
     figures = results["policies"]["policy"]
     assert len(results["gates"]) == gates
     assert (results["ceiling"], figures["gold"] is None, "parts" in figures) == (
-        (None, True, False) if own else (pytest.approx(2.0), False, True)
+        (None, True, False) if own else (pytest.approx(3.0), False, True)
     )
     assert ("NOTE" in capsys.readouterr().out) == own
 
@@ -613,5 +786,8 @@ def test_demonstrations_at_the_ceiling_leave_no_way_open(tmp_path, monkeypatch):
         "out_dir": str(tmp_path / "out"),
     }
     results = evaluate.run(Config(**settings, max_new_tokens=4, device="cpu"))
-    assert results["demonstrations"] == results["ceiling"] == 2.0 and results["gates"] == []
+    assert results["demonstrations"] == results["ceiling"] == 3.0
+    # no share of a way that isn't there; but a baseline that is always right is not what RLHF should start from
+    (gate,) = results["gates"]
+    assert gate["name"].endswith("correct at temperature 1") and gate["value"] == 1.0 and not gate["ok"]
     assert [f["headroom_closed"] for f in results["policies"].values()] == [0.0, 0.0]

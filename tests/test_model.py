@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,11 +16,13 @@ from helpers import (
     gradient_of,
     make_gpt,
     make_scalar,
+    make_told,
     randn,
     random_mask,
     random_prompts,
     slow_draw,
     slow_generate,
+    slow_hidden,
 )
 from torch import nn
 
@@ -33,6 +35,7 @@ from model import (
     ScalarModel,
     completion_mask,
     decode_one_token,
+    flat_index,
     generate,
     join,
     masked_mean,
@@ -132,7 +135,10 @@ def test_names_and_signatures_that_others_build_on():
     assert shown(generate) == f"model prompts max_new_tokens {options}"
     assert shown(masked_mean) == "x mask" and shown(whiten) == "x mask shift_mean=True"
     assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None"
-    assert shown(GPT.hidden).startswith("self tokens where=None ") and shown(ScalarModel.from_gpt) == "gpt"
+    assert (
+        shown(GPT.hidden).startswith("self tokens where=None ")
+        and shown(ScalarModel.from_gpt) == "gpt expectation=False"
+    )
     assert shown(GPT) == shown(ScalarModel) == "config"
     assert [f.name for f in fields(Rollout)] == ["tokens", "prompt_lens", "lens", "ended"]
 
@@ -155,39 +161,51 @@ def slow_gpt(model: GPT, tokens: list[int]) -> torch.Tensor:
     """GPT-2's forward for one row, by the paper and with loops, in float64: (T, V). With a rope_base queries and keys
     of every head are turned, and no position is added."""
     state = {k: v.double() for k, v in model.state_dict().items()}
-    C, H, base = model.config.n_embd, model.config.n_head, model.config.rope_base
+    return slow_body(state, model.config, tokens) @ state["wte.weight"].T
+
+
+def slow_norm(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    centred = [row - row.mean() for row in x]
+    scaled = torch.stack([row / (row.pow(2).mean() + 1e-5).sqrt() for row in centred])
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def slow_block(state: dict, name: str, config: GPTConfig, x: torch.Tensor) -> torch.Tensor:
+    """One block for one row, x (T, C) -> (T, C)."""
+    C, H, base = config.n_embd, config.n_head, config.rope_base
     D = C // H
 
-    def norm(x, name):
-        centred = [row - row.mean() for row in x]
-        scaled = torch.stack([row / (row.pow(2).mean() + 1e-5).sqrt() for row in centred])
-        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+    def dense(x, part):
+        return x @ state[f"{name}.{part}.weight"].T + state[f"{name}.{part}.bias"]
 
-    def dense(x, name):
-        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+    qkv = dense(slow_norm(state, f"{name}.ln_1", x), "attn.c_attn")
+    q, k, v = qkv[:, :C], qkv[:, C : 2 * C], qkv[:, 2 * C :]
+    y = torch.zeros_like(x)
+    for t in range(len(x)):
+        for head in range(H):
+            part = slice(head * D, (head + 1) * D)
+            query, keys = q[t, part], [k[s, part] for s in range(t + 1)]  # only s <= t
+            if base:
+                query, keys = turn(query, t, base), [turn(key, s, base) for s, key in enumerate(keys)]
+            weights = [math.exp(float(query @ key) / math.sqrt(D)) for key in keys]
+            y[t, part] = sum(w * v[s, part] for s, w in enumerate(weights)) / sum(weights)
+    x = x + dense(y, "attn.c_proj")
+    u = dense(slow_norm(state, f"{name}.ln_2", x), "mlp.c_fc")
+    u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    return x + dense(u, "mlp.c_proj")
 
-    x = torch.stack([state["wte.weight"][t] for t in tokens])
-    x = x if base else x + state["wpe.weight"][: len(tokens)]
-    for layer in range(model.config.n_layer):
-        qkv = dense(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
-        q, k, v = qkv[:, :C], qkv[:, C : 2 * C], qkv[:, 2 * C :]
-        y = torch.zeros_like(x)
-        for t in range(len(tokens)):
-            for head in range(H):
-                part = slice(head * D, (head + 1) * D)
-                query, keys = q[t, part], [k[s, part] for s in range(t + 1)]  # only s <= t
-                if base:
-                    query, keys = turn(query, t, base), [turn(key, s, base) for s, key in enumerate(keys)]
-                weights = [math.exp(float(query @ key) / math.sqrt(D)) for key in keys]
-                y[t, part] = sum(w * v[s, part] for s, w in enumerate(weights)) / sum(weights)
-        x = x + dense(y, f"h.{layer}.attn.c_proj")
-        u = dense(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        x = x + dense(u, f"h.{layer}.mlp.c_proj")
-    return norm(x, "ln_f") @ state["wte.weight"].T
+
+def slow_body(state: dict, config: GPTConfig, tokens: list[int], prefix: str = "") -> torch.Tensor:
+    """What the output layer reads: (T, C)."""
+    x = torch.stack([state[f"{prefix}wte.weight"][t] for t in tokens])
+    x = x if config.rope_base else x + state[f"{prefix}wpe.weight"][: len(tokens)]
+    for layer in range(config.n_layer):
+        x = slow_block(state, f"{prefix}h.{layer}", config, x)
+    return slow_norm(state, f"{prefix}ln_f", x)
 
 
 POSITIONS = pytest.mark.parametrize("rope_base", [0.0, 50.0], ids=["learned", "rotary"])
+SCALARS = pytest.mark.parametrize("make", [make_scalar, make_told])
 
 
 @POSITIONS
@@ -238,11 +256,11 @@ def test_sequences_longer_than_the_block_are_refused():
             GPTConfig(10, 8, 1, 4, n_embd, rope_base=rope_base)
 
 
-def test_padding_changes_nothing():
+@SCALARS
+def test_padding_changes_nothing(make):
     """Other filler ids, more filler columns, other batch mates: no real position moves
     (needs R1, R5, R14; traps 1, 30, 41)."""
-    gpt = make_gpt(seed=1, dtype=torch.float64)
-    scalar = make_scalar(seed=1, dtype=torch.float64)
+    gpt, scalar = make_gpt(seed=1, dtype=torch.float64), make(seed=1, dtype=torch.float64)
     scalar.mean.fill_(0.3)
     frame = frame_batch(B=6, seed=2)
     where = torch.arange(frame.tokens.size(1)) < frame.lens[:, None]  # (B, T) real tokens
@@ -253,7 +271,7 @@ def test_padding_changes_nothing():
         torch.cat([frame.tokens, torch.randint(0, V, (6, 7), generator=gen(9))], dim=1),
     ):
         T = frame.tokens.size(1)
-        for f in (gpt, gpt.hidden):
+        for f in (gpt, gpt.hidden, scalar):
             torch.testing.assert_close(f(other)[:, :T][where], f(frame.tokens)[where], rtol=0, atol=1e-12)
         torch.testing.assert_close(scalar.score(other, frame.lens), scores, rtol=0, atol=1e-12)
     for i in range(6):  # alone, without any filler
@@ -399,14 +417,22 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
+def test_flat_positions_by_hand():
+    """Row times T plus column, also where the mask is one column narrower than the rows."""
+    where = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 1]]).bool()
+    assert flat_index(where, 3).tolist() == [1, 2, 6, 8]
+    assert flat_index(where, 4).tolist() == [1, 2, 8, 10]
+    assert flat_index(None, 4) is None
+
+
 @pytest.mark.parametrize("n_layer", [1, 3])
-@pytest.mark.parametrize("make", [make_gpt, make_scalar])
+@pytest.mark.parametrize("make", [make_gpt, make_scalar, make_told])
 @POSITIONS
 def test_some_positions_alone_equal_those_of_the_full_forward(float64, make, rope_base, n_layer):
     """Positions off by one or of another row, an order other than reading order, a last block that mixes up its rows:
     values, and the gradients of all parameters, of any masks."""
     model = make(seed=21, rope_base=rope_base, n_layer=n_layer)
-    if make is make_scalar:
+    if make is not make_gpt:
         model.mean.fill_(0.3)
         model.std.fill_(2.0)
     for B, T in SHAPES:
@@ -439,11 +465,14 @@ def test_nothing_is_computed_that_only_other_positions_need():
 # ------------------------------------------------------------------------------------------------ scalar head
 
 
-def test_scalar_model_copies_the_body_under_a_new_head():
+@pytest.mark.parametrize("expectation", [False, True])
+def test_scalar_model_copies_the_body_under_a_new_head(expectation):
     """from_gpt shares no storage with its GPT (a value model must not move the
     policy), and starts from exactly its body."""
     gpt = make_gpt(seed=4)
-    scalar = ScalarModel.from_gpt(gpt)
+    scalar = ScalarModel.from_gpt(gpt, expectation)
+    assert (scalar.config.expectation, gpt.config.expectation) == (expectation, False)
+    assert replace(scalar.config, expectation=False) == gpt.config
     tokens = torch.randint(0, V, (2, 7), generator=gen())
     assert torch.equal(scalar.gpt.hidden(tokens), gpt.hidden(tokens))
     ours = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -465,15 +494,16 @@ def test_scalar_head_starts_at_one_over_sqrt_d_plus_1():
     assert ScalarModel(GPTConfig(10, 4, 1, 1, 15)).head.bias.item() == 0
 
 
-def test_scalar_model_reads_the_last_real_token_normalised(float64):
+@SCALARS
+def test_scalar_model_reads_the_last_real_token_normalised(float64, make):
     """score = (w . hidden[len - 1] + b - mean) / std, row by row (need R14: off by one, read at a pad)."""
-    scalar, frame = make_scalar(seed=5), frame_batch(B=5, seed=3)
+    scalar, frame = make(seed=5), frame_batch(B=5, seed=3)
     scalar.mean.fill_(-0.7)
     scalar.std.fill_(2.5)
     scores = scalar.score(frame.tokens, frame.lens)
     assert scores.shape == (5,) and scalar(frame.tokens).shape == frame.tokens.shape
     for i in range(5):
-        last = scalar.gpt.hidden(frame.row(i))[0, -1]
+        last = slow_hidden(scalar, frame.row(i)[0].tolist())[-1]
         truth = ((last @ scalar.head.weight[0]).item() + scalar.head.bias.item() + 0.7) / 2.5
         assert abs(scores[i].item() - truth) < 1e-12
     for mode in (True, False):  # what it returns must not depend on the mode it is in (trap 25)
@@ -481,9 +511,10 @@ def test_scalar_model_reads_the_last_real_token_normalised(float64):
         assert torch.equal(scalar.score(frame.tokens, frame.lens), scores)
 
 
-def test_scalar_normalisation_is_saved_with_it():
+@SCALARS
+def test_scalar_normalisation_is_saved_with_it(make):
     """mean and std travel in the state dict: a loaded reward model scores as the saved one did."""
-    scalar, twin = make_scalar(seed=5), make_scalar(seed=6)
+    scalar, twin = make(seed=5), make(seed=6)
     scalar.mean.fill_(1.5)
     scalar.std.fill_(0.5)
     twin.load_state_dict(scalar.state_dict())
@@ -491,17 +522,160 @@ def test_scalar_normalisation_is_saved_with_it():
     assert torch.equal(twin(tokens), scalar(tokens))
 
 
-def test_the_scalar_head_is_no_less_than_float32_under_autocast():
+@SCALARS
+def test_the_scalar_head_is_no_less_than_float32_under_autocast(make):
     """Scores in bfloat16 have two and a half digits: behind a bias of -100 they are 0.5 apart, and so are rewards."""
-    scalar = make_scalar(seed=5)
+    scalar = make(seed=5)
     tokens = torch.randint(0, V, (4, 12), generator=gen())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         scalar.head.bias.fill_(-100.0)
-        found, hidden = scalar(tokens), scalar.gpt.hidden(tokens)
+        found, hidden = scalar(tokens), scalar.hidden(tokens)
     truth = hidden.double() @ scalar.head.weight[0].double() - 100
     assert found.dtype == torch.float32
     # float32 numbers near 100 are 8e-6 apart; each of 32 products and sums may round
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=33 * 8e-6)
+
+
+# ------------------------------------------------------------------------------------------------ what was expected
+
+
+def slow_scalar(model: ScalarModel, tokens: list[int]) -> list[float]:
+    """A ScalarModel that is told what was expected, position by position in float64: the GPT's state, plus the logit
+    that the position before gave this token, along `direction`; one more block, its norm, the head."""
+    state = {k: v.double() for k, v in model.state_dict().items()}
+    body = slow_body(state, model.config, tokens, "gpt.")
+    x = body.clone()
+    for t in range(1, len(tokens)):
+        logit = sum(float(a) * float(b) for a, b in zip(body[t - 1], state["gpt.wte.weight"][tokens[t]], strict=True))
+        x[t] += logit * state["direction"]
+    last = slow_norm(state, "ln", slow_block(state, "block", model.config, x))
+    raw = last @ state["head.weight"][0] + state["head.bias"]
+    return ((raw - state["mean"]) / state["std"]).tolist()
+
+
+@POSITIONS
+def test_a_told_model_equals_a_loop_over_positions(float64, rope_base):
+    """The logit of the next token in the place of this one's (which would be the answer), one from the position after
+    or two before, a first token that is told something, the new block without positions: against loops."""
+    model = make_told(seed=3, vocab=11, n_embd=12, n_head=3, block_size=9, rope_base=rope_base)
+    model.mean.fill_(0.4)
+    model.std.fill_(1.7)
+    plain = make_scalar(seed=3, vocab=11, n_embd=12, n_head=3, block_size=9, rope_base=rope_base)
+    for row in random_prompts([9, 1, 2, 4], 11, seed=5):
+        found = model(torch.tensor([row]))[0]
+        assert found.tolist() == pytest.approx(slow_scalar(model, row), abs=1e-10)
+        assert (found - plain(torch.tensor([row]))[0]).abs().min() > 1e-3
+
+
+def test_what_is_told_is_the_gpt_s_own_logit(float64):
+    """What is written along the direction is, to the last digit, the logit that the GPT gave each token before it was
+    read; of the first token, which nothing foretold, 0. Padding rows of an imported table change nothing."""
+    for real_vocab in (None, V - 3):
+        model = make_told(seed=6, real_vocab=real_vocab)
+        tokens = torch.randint(0, V - 3, (3, 9), generator=gen())
+        told = []
+        model.block.register_forward_pre_hook(lambda _, inputs, told=told: told.append(inputs[0]))
+        model(tokens)
+        written = (told[0] - model.gpt.hidden(tokens)) @ model.direction / model.direction.pow(2).sum()  # (3, 9)
+        logits = model.gpt(tokens)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+        torch.testing.assert_close(written[:, 1:], logits, rtol=0, atol=1e-10)
+        assert (written[:, 0].abs() < 1e-12).all()
+
+
+@SCALARS
+@POSITIONS
+def test_later_tokens_change_nothing_before(float64, make, rope_base):
+    """A value that has seen the action it is to judge explains everything in training and nothing is learned. Whatever
+    follows, and however long: the values before it stay, and no gradient leads there."""
+    model, tokens = make(seed=7, rope_base=rope_base), torch.randint(0, V, (4, 12), generator=gen())
+    values = model(tokens)
+    for t in range(1, 12):
+        other = tokens.clone()
+        other[:, t:] = (tokens[:, t:] + 1 + torch.arange(12 - t)) % V
+        changed = model(other)
+        torch.testing.assert_close(changed[:, :t], values[:, :t], rtol=0, atol=1e-11)
+        assert (changed[:, t:] != values[:, t:]).all()
+        torch.testing.assert_close(model(tokens[:, :t]), values[:, :t], rtol=0, atol=1e-11)
+
+
+def test_the_expectation_is_learned_through():
+    """What is told has gradients of its own: of the direction, of the new block and norm, and of the GPT below; and
+    dropout reaches the new block in training alone."""
+    model, tokens = make_told(seed=8, dropout=0.5), torch.randint(0, V, (3, 9), generator=gen())
+    model(tokens).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    seen = []
+    model.block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    twin = make_told(seed=8)
+    assert torch.equal(model(tokens), twin(tokens))
+    model.train()
+    for module in model.gpt.modules():
+        module.training = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model(tokens), model(tokens)
+    assert torch.equal(seen[-1][0], seen[-2][0]) and not torch.equal(seen[-1][1], seen[-2][1])
+
+
+@pytest.mark.parametrize("n_layer", [1, 4])
+def test_the_new_block_starts_like_one_of_the_gpt_s(n_layer):
+    """Weights N(0, 0.02) at GPT-2's width, smaller where a branch ends, biases 0, norms 1: left as torch makes them
+    (uniform, biases too) the new block drowns what it is told in noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(23, 8, n_layer, 4, 192))
+        model = ScalarModel.from_gpt(gpt, expectation=True)
+    for block in (model.block, *gpt.h):
+        for name, p in block.named_parameters():
+            if p.dim() == 1:
+                assert (p == (1.0 if name.startswith("ln_") and name.endswith("weight") else 0.0)).all(), name
+            else:
+                std = 0.02 * 2 / (math.sqrt(2 * n_layer) if "c_proj" in name else 1)  # 192 is a quarter of 768
+                assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name
+                assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    spread_of_it = model.direction.std().item()
+    assert spread_of_it == pytest.approx(0.1, rel=5 / math.sqrt(2 * 192))
+    assert (model.ln.weight == 1).all() and (model.ln.bias == 0).all()
+
+
+def pairs_by_likelihood(gpt: GPT, n: int, seed: int) -> torch.Tensor:
+    """n prompts of six random tokens, each with two tokens, of which the GPT finds the first at least e times likelier
+    than the second: (n, 2, 7)."""
+    generator = gen(seed)
+    prompts = torch.randint(0, V, (4 * n, 6), generator=generator)
+    both = torch.stack([torch.randperm(V, generator=generator)[:2] for _ in range(4 * n)])  # (4n, 2)
+    with torch.no_grad():
+        logits = gpt(prompts)[:, -1].gather(1, both)  # (4n, 2)
+    both = both.gather(1, logits.argsort(1, descending=True))
+    clear = ((logits[:, 0] - logits[:, 1]).abs() > 1).nonzero().flatten()[:n]
+    assert len(clear) == n
+    return torch.cat([prompts[clear][:, None].expand(n, 2, 6), both[clear][..., None]], 2)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_who_is_told_learns_in_few_pairs_what_the_gpt_knows(seed):
+    """The better of two completions is the one that the GPT itself finds likelier, as the right answer mostly is. 400
+    pairs, learned by heart by both: the model that is told is right on new prompts too, the one that isn't would have
+    to work out in its two blocks what they predict, and has only learned those 400."""
+    gpt = make_gpt(seed)
+    learn, test = pairs_by_likelihood(gpt, 400, seed), pairs_by_likelihood(gpt, 600, seed + 10)
+    accuracy = {}
+    for expectation in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = ScalarModel.from_gpt(gpt, expectation)
+        optimizer, generator = torch.optim.AdamW(model.parameters(), lr=2e-3), gen(seed)
+        steps = [part for _ in range(4) for part in learn[torch.randperm(400, generator=generator)].split(20)]
+        for step, part in enumerate(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / len(steps))
+            scores = model(part.flatten(0, 1))[:, -1].view(-1, 2)
+            optimizer.zero_grad()
+            nn.functional.softplus(scores[:, 1] - scores[:, 0]).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            scores = model(test.flatten(0, 1))[:, -1].view(-1, 2)
+        accuracy[expectation] = (scores[:, 0] > scores[:, 1]).float().mean().item()
+    assert accuracy[True] > 0.9 and accuracy[False] < 0.85
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -520,6 +694,18 @@ def test_select_logprobs_is_the_log_softmax_in_value_and_gradient():
         onehot = nn.functional.one_hot(ids, 11).double()
         expected = weight[..., None] * (onehot - (logits / T).softmax(-1)) / T
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_select_logprobs_of_any_shape():
+    """One token alone, a row, a batch, none at all: the same numbers in the shape of the ids."""
+    logits, ids = randn(2, 3, 11, seed=1), torch.randint(0, 11, (2, 3), generator=gen(1))
+    whole = select_logprobs(logits, ids, 0.7)
+    assert whole.shape == (2, 3)
+    for b, t in product(range(2), range(3)):
+        alone = select_logprobs(logits[b, t], ids[b, t], 0.7)
+        assert alone.shape == () and alone.item() == pytest.approx(whole[b, t].item(), abs=1e-12)
+    torch.testing.assert_close(select_logprobs(logits[0], ids[0], 0.7), whole[0], rtol=0, atol=1e-12)
+    assert select_logprobs(logits[:0], ids[:0]).shape == (0, 3)
 
 
 def test_select_logprobs_of_huge_logits_stays_finite():
@@ -1291,6 +1477,32 @@ def test_generate_is_reproducible_and_leaves_the_global_generator_alone():
     model, state = endless(seed=17), torch.get_rng_state()
     a, b, c = (generate(model, PROMPTS, 15, eos_id=V, generator=gen(seed)).tokens for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("generator", [None, gen(5)], ids=["global", "own"])
+def test_at_temperature_0_nothing_is_drawn(generator):
+    """A script that shows its greedy answers in between would go on with other random numbers than one that doesn't;
+    and no draw could change what the most likely token is."""
+    model = endless(seed=17)
+    states = [torch.get_rng_state(), (generator or gen()).get_state()]
+    found = generate(model, PROMPTS, 15, eos_id=V, temperature=0, generator=generator)
+    after = [torch.get_rng_state(), (generator or gen()).get_state()]
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+    assert rows_of(found) == [greedy_alone(model, p, 15, V) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_nan_logits_are_refused(temperature):
+    """A model that has blown up gave an index error deep inside, or a text of one and the same token. One row whose
+    logits are nan is enough; the mode is given back."""
+    model = endless(seed=17).train()
+    generate(model, [[1], [V, 2]], 3, eos_id=V, temperature=temperature, generator=gen())
+    with torch.no_grad():
+        model.wte.weight[V] = math.nan  # the id that no logit belongs to: the other row is fine
+    generate(model, [[1], [2]], 3, eos_id=V, temperature=temperature, generator=gen())
+    with pytest.raises(ValueError, match="nan"):
+        generate(model, [[1], [V, 2]], 3, eos_id=V, temperature=temperature, generator=gen())
+    assert model.training
 
 
 def test_generate_refuses_what_it_can_t_do():

@@ -50,6 +50,7 @@ def configs(out: Path, **changed) -> dict:
             n_layer=2,
             n_head=2,
             n_embd=32,
+            epochs=1,
             warmup=5,
             dropout=0.1,  # so that resuming must restore torch's generator too
             device="cpu",
@@ -468,6 +469,7 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
             minibatch=8,
             micro_batch=2,
             max_new_tokens=24,
+            lr=5e-4,
             device="cpu",
         )
     )

@@ -19,6 +19,7 @@ from helpers import (
     frame_batch,
     make_gpt,
     make_scalar,
+    make_told,
     plain_sgd,
     read_lines,
     speak_toy,
@@ -33,6 +34,7 @@ from model import GPT, GPTConfig, Rollout, generate
 from ppo import Config, initial_value_model, make_experience
 
 CPU = torch.device("cpu")
+SCALARS = pytest.mark.parametrize("make", [make_scalar, make_told])
 
 
 # ------------------------------------------------------------------------------------------------ rewards from outside
@@ -298,10 +300,11 @@ def test_the_reference_stays_frozen(tmp_path, monkeypatch):
     assert not torch.equal(policy.wte.weight, start.wte.weight)
 
 
-def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float64):
-    """A critic from other weights, without the normalisation, or sharing storage with the reward
-    model, which then drifts as it learns."""
-    scorer = make_scalar(2, block_size=24)
+@SCALARS
+def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float64, make):
+    """A critic from other weights, without the normalisation or what the reward model is told, or sharing storage with
+    the reward model, which then drifts as it learns."""
+    scorer = make(2, block_size=24)
     scorer.mean.fill_(-0.4)
     scorer.std.fill_(1.7)
     loaded = []
@@ -314,13 +317,15 @@ def test_the_value_model_starts_as_the_reward_model(tmp_path, monkeypatch, float
     reward = checkpoint(tmp_path / "scorer", scorer)
     _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(3, block_size=24), reward=reward, value_lr=1e-2)
     first = calls[0]
+    assert set(first["value_start"]) == set(scorer.state_dict())
     for name, tensor in scorer.state_dict().items():
         assert torch.equal(first["value_start"][name], tensor), name
         assert torch.equal(loaded[0][1][0].state_dict()[name], tensor), f"the reward model's {name} has changed"
     rollout = first["rollout"]
     expected = scorer.score(rollout.tokens, rollout.lens) - 1.5 * (~rollout.ended)
     torch.testing.assert_close(first["scores"], expected.detach(), rtol=0, atol=1e-11)
-    assert not torch.equal(calls[-1]["value_model"].head.weight, scorer.head.weight)
+    for (name, p), start in zip(calls[-1]["value_model"].named_parameters(), scorer.parameters(), strict=True):
+        assert not torch.equal(p, start), f"{name} does not learn"
 
 
 def test_without_a_reward_model_values_start_at_0(tmp_path, monkeypatch):
@@ -332,7 +337,7 @@ def test_without_a_reward_model_values_start_at_0(tmp_path, monkeypatch):
 def test_with_a_function_in_the_mix_values_start_at_0(tmp_path, monkeypatch, float64):
     """A critic in the units of the reward model alone, where a function of unknown size has a part in the reward: the
     first advantages are worse than without a critic (explained variance -1.8 was seen). At 0 it is 0."""
-    scorer = checkpoint(tmp_path / "scorer", make_scalar(2, block_size=24))
+    scorer = checkpoint(tmp_path / "scorer", make_told(2, block_size=24))
     for specs in ([scorer, f"{reward_file(tmp_path)}:letters"], [f"{reward_file(tmp_path)}:letters", scorer]):
         _, _, log, calls = run_ppo(tmp_path, monkeypatch, make_gpt(4, block_size=24), iterations=1, reward=specs)
         assert (calls[0]["experience"].values == 0).all()
@@ -355,10 +360,11 @@ def test_with_a_function_in_the_mix_values_start_at_0(tmp_path, monkeypatch, flo
     ],
     ids=str,
 )
-def test_the_value_model_starts_in_the_units_of_the_reward(tmp_path, float64, combine, weights, factor):
+@SCALARS
+def test_the_value_model_starts_in_the_units_of_the_reward(tmp_path, float64, make, combine, weights, factor):
     """A reward with a weight of 2.5 is 2.5 times as large, and so is what the critic has to predict. With equal reward
     models the truth is known: at the last token it is the very reward."""
-    scorer, frame = make_scalar(2), frame_batch(B=6, seed=49)
+    scorer, frame = make(2), frame_batch(B=6, seed=49)
     scorer.mean.fill_(-0.4)
     scorer.std.fill_(1.7)
     specs = [checkpoint(tmp_path / "scorer", scorer)] * max(1, len(weights))

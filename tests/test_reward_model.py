@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,14 @@ from helpers import (
     log_sigmoid,
     make_gpt,
     make_scalar,
+    make_told,
     own_pairs,
     plain_sgd,
     ranked,
     rankings_of_all_lengths,
     read_lines,
     record_steps,
+    slow_hidden,
     speak_toy,
     strict_json,
     task_rankings,
@@ -49,13 +52,18 @@ import reward_model
 import sft
 from cli import UserError
 from common import generator_for, load_model, save_model
+from data import tiny
 from data.batches import encode_rankings, ranked_batch
 from data.files import Ranking
-from data.tokenizer import load_tokenizer
-from model import ScalarModel, generate
-from reward_model import Config, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy, ranking_loss
+from data.tokenizer import format_prompt, load_tokenizer
+from model import GPTConfig, ScalarModel, generate
+from reward_model import Config, accuracy_by_part, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy
+from reward_model import ranking_loss
 
 CPU = torch.device("cpu")
+NAMES = ("right_vs_wrong", "right_vs_evasive", "polite_vs_plain", "plain_vs_rude", "short_vs_rambling")
+NAMES += ("once_vs_repeated", "finished_vs_cut")  # of the contrasts
+SCALARS = pytest.mark.parametrize("make", [make_scalar, make_told])
 
 
 def loop_loss(scores: list[list[float]], ranks: list[list[int]]) -> float:
@@ -199,21 +207,23 @@ def test_pair_accuracy_by_hand():
 # ------------------------------------------------------------------------------------------------ the score
 
 
-def test_score_is_the_output_at_the_last_real_token(float64):
+@SCALARS
+def test_score_is_the_output_at_the_last_real_token(float64, make):
     """The score read one token early (before EOS), at the last column (filler), or averaged over the row."""
-    model, frame = make_scalar(2), frame_batch(B=6, extra=4, seed=3)
+    model, frame = make(2), frame_batch(B=6, extra=4, seed=3)
     scores = model.score(frame.tokens, frame.lens)
     for i in range(6):
         row = frame.row(i)
-        expected = model.head(model.gpt.hidden(row))[0, -1, 0]
+        expected = model.head(slow_hidden(model, row[0].tolist()))[-1, 0]
         assert scores[i].item() == pytest.approx(expected.item(), abs=1e-11)
 
 
+@SCALARS
 @pytest.mark.parametrize("filler", [0, EOS])
-def test_score_depends_on_neither_filler_nor_batch_mates(float64, filler):
+def test_score_depends_on_neither_filler_nor_batch_mates(float64, filler, make):
     """The same text scored differently in another batch or under longer padding; reading
     at the wrong place when pad equals EOS."""
-    model, frame = make_scalar(3), frame_batch(B=6, seed=4)
+    model, frame = make(3), frame_batch(B=6, seed=4)
     reference = model.score(frame.tokens, frame.lens)
     wide = torch.full((6, frame.tokens.size(1) + 7), filler)
     for i in range(6):
@@ -224,9 +234,10 @@ def test_score_depends_on_neither_filler_nor_batch_mates(float64, filler):
         torch.testing.assert_close(alone, reference[i : i + 1], rtol=0, atol=1e-11)
 
 
-def test_padding_changes_no_gradient(float64):
+@SCALARS
+def test_padding_changes_no_gradient(float64, make):
     """Filler or other texts' lengths leaking into the reward model's gradients."""
-    model = make_scalar(4)
+    model = make(4)
     narrow, wide = frame_batch(B=4, seed=5, filler=EOS), frame_batch(B=4, seed=5, filler=EOS, extra=7)
     wide.tokens = torch.cat([narrow.tokens, torch.zeros(4, 7, dtype=torch.long)], 1)
     results = []
@@ -308,7 +319,7 @@ def test_evaluate_equals_a_loop_over_pairs(float64):
 
 def test_evaluate_switches_dropout_off(float64):
     """Evaluation in training mode: a stochastic reward and an accuracy that depends on chance."""
-    noisy, clean = make_scalar(8, dropout=0.5), make_scalar(8)
+    noisy, clean = make_told(8, dropout=0.5), make_told(8)
     noisy.train()
     assert evaluate(noisy, ITEMS, CPU) == pytest.approx(evaluate(clean, ITEMS, CPU), abs=1e-10)
 
@@ -331,7 +342,7 @@ def test_the_length_baseline_may_prefer_the_shorter(capsys):
         found = evaluate(model, items, CPU)
         assert (found["longer_wins"], found["length_alone"]) == (wins, alone)
     results = {"mean": 0.0, "std": 1.0, "accuracy": 0.7, "accuracy_se": 0.01, "bayes_accuracy": 0.75}
-    results |= {"longer_wins": 0.25, "length_alone": 0.75}
+    results |= {"longer_wins": 0.25, "length_alone": 0.75, "by_part": {"right_vs_wrong": 0.8}}
     for task in ("", "tiny"):
         reward_model.report(results, task)
         assert "length alone 0.75" in capsys.readouterr().out
@@ -347,6 +358,67 @@ def test_bayes_accuracy_by_hand(tmp_path):
     assert annotators_bayes_accuracy(write_lines(tmp_path / "r.jsonl", rows)) == pytest.approx(expected, abs=1e-12)
     human = write_lines(tmp_path / "h.jsonl", [{"prompt": "a", "completions": ["x", "y"]}])
     assert annotators_bayes_accuracy(human) is None
+
+
+class Judge:
+    """A reward model that knows one part of the embedded task's truth, and nothing else."""
+
+    def __init__(self, *parts: str, block_size: int = 96):
+        self.parts, self.tokenizer = parts, load_tokenizer("tiny")
+        self.config = GPTConfig(self.tokenizer.n_vocab, block_size, 1, 1, 8)
+
+    def eval(self) -> None:
+        pass
+
+    def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
+        start, end = format_prompt("\0").split("\0")
+        scores = []
+        for row, n in zip(tokens.tolist(), lens.tolist(), strict=True):
+            assert row[n - 1] == self.tokenizer.eos_id
+            prompt, completion = self.tokenizer.decode(row[: n - 1]).removeprefix(start).split(end)
+            parts = tiny.gold_parts(prompt, completion)
+            scores.append(sum((parts[name] for name in self.parts), 0.0))
+        return torch.tensor(scores)
+
+
+@pytest.mark.parametrize(
+    ("knows", "better"),
+    [
+        (["correct"], {"right_vs_wrong", "right_vs_evasive", "finished_vs_cut"}),  # cut before its answer
+        (["polite"], {"polite_vs_plain", "plain_vs_rude"}),
+        (["to_the_point"], {"short_vs_rambling", "once_vs_repeated"}),
+        (["ended"], {"finished_vs_cut"}),
+        (["not_repeated"], {"once_vs_repeated"}),
+        ([], set()),
+        (tiny.PARTS, set(NAMES)),
+    ],
+    ids=str,
+)
+def test_accuracy_part_by_part(knows, better):
+    """Who knows a single part is right where that part differs, in every pair, and has no preference elsewhere: equal
+    scores are one half. What a single accuracy hides, this shows: manners without facts."""
+    prompts = [p for p in tiny.distinct_prompts(150, random.Random(3), "dev") if tiny.parse_prompt(p)[0] != "story"]
+    found = accuracy_by_part(Judge(*knows), prompts, load_tokenizer("tiny"), CPU)
+    assert found == {name: 1.0 if name in better else 0.5 for name in NAMES}
+
+
+def test_every_gate_can_fail(capsys):
+    """At the figures of a good run all are passed; each fails by its own figure alone, and says so."""
+    good = {"mean": 0.1, "std": 1.2, "accuracy": 0.76, "accuracy_se": 0.01, "bayes_accuracy": 0.8, "length_alone": 0.6}
+    good["by_part"] = {"right_vs_wrong": 0.85, "polite_vs_plain": 1.0}
+    assert [g["ok"] for g in reward_model.report(good, "tiny")] == [True] * 3
+    said = capsys.readouterr().out
+    assert "right_vs_wrong 0.85" in said and "polite_vs_plain 1.00" in said and said.count("OK") == 3
+    for changes, gate in (
+        ({"accuracy": 0.55, "bayes_accuracy": 0.57}, "RM held-out accuracy"),
+        ({"accuracy": 0.97, "bayes_accuracy": 1.0}, "RM held-out accuracy"),  # too good to be true
+        ({"bayes_accuracy": 0.99}, "RM share of Bayes accuracy"),
+        ({"bayes_accuracy": 0.6}, "RM share of Bayes accuracy"),  # better than one who knows
+        ({"by_part": {"right_vs_wrong": 0.5}}, "RM right against wrong, manners equal"),
+    ):
+        assert [g["name"] for g in reward_model.report(good | changes, "tiny") if not g["ok"]] == [gate]
+        assert "FAILED" in capsys.readouterr().out
+    assert reward_model.report(good | {"bayes_accuracy": None}, "tiny") == []
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -370,10 +442,10 @@ def run_reward_model(
     return results, load_model(out, CPU, "scalar").model, read_lines(out / "metrics.jsonl")
 
 
-def fresh_reward_model(policy, seed: int = 1) -> ScalarModel:
-    """What the script starts from."""
+def fresh_reward_model(policy, seed: int = 1, expectation: bool = True) -> ScalarModel:
+    """What the script starts from: policies of less than 4 blocks need to be told what was expected."""
     torch.manual_seed(seed)
-    return ScalarModel.from_gpt(policy)
+    return ScalarModel.from_gpt(policy, expectation)
 
 
 def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
@@ -384,30 +456,48 @@ def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
         for rank, texts in enumerate(groups):
             for text in texts:
                 end = [EOS] if text.endswith(".") or not cut else []
-                ids = torch.tensor([[*tokenizer.encode(prompt), *tokenizer.encode(text.removesuffix(".")), *end]])
-                scores.append((rank, model.head(model.gpt.hidden(ids))[0, -1, 0]))
+                ids = [*tokenizer.encode(prompt), *tokenizer.encode(text.removesuffix(".")), *end]
+                scores.append((rank, model.head(slow_hidden(model, ids))[-1, 0]))
         for (rank_a, a), (rank_b, b) in itertools.combinations(scores, 2):
             better = -torch.log(torch.sigmoid(a - b))
             losses.append(better if rank_a != rank_b else 0.5 * better - 0.5 * torch.log(torch.sigmoid(b - a)))
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1, 2, 4])
-def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "expectation"), [(0, "auto"), (1, "auto"), (2, "yes"), (4, "yes"), (2, "no")])
+def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, micro_batch, expectation):
     """A mean of micro-batch means, ties as wins, a score beside the last token, equal texts compared, gradients that
     pile up: two steps of the script against float64 descent on the definition, whatever the micro-batch."""
     tokenizer = speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
-    before = fresh_reward_model(policy)
+    before = fresh_reward_model(policy, expectation=expectation != "no")
     expected, losses = copy.deepcopy(before), []
     for lr in (0.02, 0.01):  # linear decay over two steps
         loss = slow_loss(expected, tokenizer)
         losses.append(loss.item())
         descend(expected, loss, lr)
-    _, after, log = run_reward_model(tmp_path, policy, micro_batch=micro_batch, epochs=2)
+    settings = {"micro_batch": micro_batch, "expectation": expectation, "epochs": 2}
+    _, after, log = run_reward_model(tmp_path, policy, **settings)
     assert_same_weights(after, expected, before)
     assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
+
+
+@pytest.mark.parametrize(
+    ("expectation", "n_layer", "told"),
+    [("auto", 1, True), ("auto", 3, True), ("auto", 4, False), ("yes", 4, True), ("no", 1, False)],
+)
+def test_shallow_networks_are_told_what_was_expected(tmp_path, monkeypatch, expectation, n_layer, told):
+    """auto: below four blocks; yes and no are obeyed. The checkpoint says it, and the policy's body is what it starts
+    from."""
+    speak_toy(monkeypatch, reward_model)
+    policy = make_gpt(10, block_size=24, n_layer=n_layer, n_embd=8)
+    _, after, _ = run_reward_model(tmp_path, policy, expectation=expectation, lr=0.0)
+    assert after.config.expectation is told and policy.config.expectation is False
+    assert all(torch.equal(p, after.gpt.state_dict()[name]) for name, p in policy.state_dict().items())
+    assert {name.split(".")[0] for name, _ in after.named_parameters()} == (
+        {"gpt", "head", "block", "ln", "direction"} if told else {"gpt", "head"}
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1])
@@ -437,20 +527,21 @@ def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
 
 
 def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
-    """--train_layers that is ignored, or that freezes the head: last block, final LayerNorm and head move as the
-    definition says, everything before them not at all."""
+    """--train_layers that is ignored, or that freezes the head or what stands before it alone: last block, final
+    LayerNorm, what is told, its block and the head move as the definition says, everything before them not at all."""
     tokenizer = speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
     before = fresh_reward_model(policy)
     expected = copy.deepcopy(before)
+    trained = ("gpt.h.1.", "gpt.ln_f.", "direction", "block.", "ln.", "head.")
     for name, p in expected.named_parameters():
-        p.requires_grad_(name.startswith(("gpt.h.1.", "gpt.ln_f.", "head.")))
+        p.requires_grad_(name.startswith(trained))
     descend(expected, slow_loss(expected, tokenizer), 0.02)
     _, after, _ = run_reward_model(tmp_path, policy, train_layers=1)
     assert_same_weights(after, expected, before)
     for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, start) or name.startswith(("gpt.h.1.", "gpt.ln_f.", "head.")), name
+        assert torch.equal(p, start) is not name.startswith(trained), name
 
 
 def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
@@ -627,7 +718,7 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 2), ("bytes", True, 0), ("bytes", False, 2)]
+    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
 )
 def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
     """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them; also
@@ -643,6 +734,10 @@ def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypat
     settings |= {"held_out_data": write_lines(tmp_path / "h.jsonl", held_out), "out_dir": str(tmp_path / "rm")}
     results = reward_model.train(Config(**settings, warmup=0, max_new_tokens=4))
     assert len(results["gates"]) == gates
+    assert ("by_part" in results) is not own
+    if not own:  # of the held-out prompts
+        trained = load_model(tmp_path / "rm", CPU, "scalar").model
+        assert results["by_part"] == accuracy_by_part(trained, [r["prompt"] for r in held_out], tokenizer, CPU)
     assert results["bayes_accuracy"] is not None
     said = capsys.readouterr().out
     assert ("NOTE" in said) == own

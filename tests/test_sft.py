@@ -249,7 +249,15 @@ def run_sft(tmp_path: Path, model=None, demonstrations=DEMONSTRATIONS, held_out=
     settings = {
         "data": write_demonstrations(tmp_path / "d.jsonl", demonstrations),
         "held_out_data": write_demonstrations(tmp_path / "h.jsonl", held_out) if held_out else "",
-        **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "weight_decay": 0.0, "grad_clip": 1e9, "lr": 0.1},
+        **{
+            "out_dir": str(out),
+            "batch_size": 8,
+            "epochs": 1,
+            "warmup": 0,
+            "weight_decay": 0.0,
+            "grad_clip": 1e9,
+            "lr": 0.1,
+        },
         **{"log_every": 1, "device": "cpu"},
     }
     if model is None:
