@@ -324,9 +324,9 @@ def beside(prompts: str, path: str, kind: str) -> str:
 
 
 def show_answers(prompts: list[str], greedy: dict[str, list[str]], right: dict[str, list[bool]]) -> None:
-    """What every policy says at temperature 0: two prompts that all get right, and up to two that each gets wrong."""
+    """What every policy says at temperature 0: four prompts that all get right, and up to two that each gets wrong."""
     everyone = [i for i in range(len(prompts)) if all(column[i] for column in right.values())]
-    shown = everyone[:2]
+    shown = everyone[:4]
     for column in right.values():
         shown += [i for i in range(len(prompts)) if not column[i] and i not in shown][:2]
     print("\nanswers at temperature 0, right ones and wrong ones:")
