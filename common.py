@@ -375,8 +375,8 @@ def refuse_another_config(state: dict, config, file: Path) -> None:
 
 
 def train_last_layers(model: GPT | ScalarModel, n: int) -> None:
-    """Freeze all but the last n blocks, the final LayerNorm and a scalar head (--train_layers; 0: train everything).
-    The token embedding is the output layer too (tied), so it stays."""
+    """Freeze all but the last n blocks, the final LayerNorm and a scalar model's own parts: head and, with expectation,
+    its block (--train_layers; 0: train everything). The token embedding is the output layer too (tied), so it stays."""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
     check(n <= len(gpt.h), f"--train_layers {n}: the model has {len(gpt.h)} blocks")
     if n:

@@ -319,11 +319,9 @@ def generate(
     source = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,)
     tokens, prompt_lens = distinct[source], distinct_lens[source]  # (B, S), (B,)
     # one number a step for every row, also for those that will have left: what a row draws doesn't depend on the others
-    uniforms = (
-        torch.rand(max_new_tokens, B, generator=generator, device=device)
-        if temperature
-        else torch.zeros(max_new_tokens, B)
-    )
+    uniforms = torch.zeros(max_new_tokens, B, device=device)
+    if temperature:
+        uniforms.uniform_(generator=generator)
     on_gpu = device.type == "cuda"
     training = model.training
     model.eval()  # dropout off

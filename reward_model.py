@@ -28,7 +28,7 @@ from common import note_task, pick_device, progress, save_model, score_rollout, 
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
 from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
-from data.tiny import annotators_bayes_accuracy
+from data.tiny import annotators_bayes_accuracy, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, ScalarModel, generate
 
@@ -109,7 +109,7 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
 
 
 def accuracy_by_part(model: ScalarModel, prompts: list[str], tokenizer: Tokenizer, device) -> dict[str, float]:
-    """How often it prefers the better of two texts that differ in one part of the embedded task's reward alone."""
+    """How often it prefers the better of two texts that differ in one respect (tiny.contrasts), for each of them."""
     parts = contrast_rankings(prompts, tokenizer, model.config.block_size)
     return {name: evaluate(model, items, device)["accuracy"] for name, items in parts.items()}
 
@@ -193,20 +193,20 @@ def train(config: Config) -> dict:
     if held_out:
         path, results = held_out_twin(config.data, config.held_out_data), results | evaluate(model, held_out, device)
         results["bayes_accuracy"] = annotators_bayes_accuracy(path)
-        if task == "tiny":
+        if task == task_of(path) == "tiny":
             results["by_part"] = accuracy_by_part(model, read_prompts(path)[:400], tokenizer, device)
-        results["gates"] = report(results, task)
+        results["gates"] = report(results)
     return run.finish(results)
 
 
-def report(results: dict, task: str) -> list[dict]:
+def report(results: dict) -> list[dict]:
     """Print the held-out figures -> gates, on the embedded task's own annotators."""
     gaps = ", ".join(f"{k[13:]}: {v:.2f}" for k, v in results.items() if k.startswith("accuracy_gap_"))
     print(f"raw scores: mean {results['mean']:.2f}, std {results['std']:.2f}; held-out accuracy by rank gap {gaps}")
     accuracy, bayes = results["accuracy"], results["bayes_accuracy"]
     note = f"standard error {results['accuracy_se']:.3f}; length alone {results['length_alone']:.2f}"
     note += "" if bayes is None else f"; annotators' Bayes {bayes:.2f}"
-    if bayes is None or task != "tiny":
+    if bayes is None or "by_part" not in results:
         print(f"RM held-out accuracy {accuracy:.3f} ({note})")
         return []
     print("accuracy by part: " + ", ".join(f"{name} {share:.2f}" for name, share in results["by_part"].items()))

@@ -406,8 +406,9 @@ def _story_word(answer: str) -> str:
 
 
 def contrasts(prompts: list[str], seed: int) -> dict[str, list[tuple[str, str, str]]]:
-    """Pairs that differ in one part of the gold reward alone: name -> (prompt, better, worse) for every prompt. What a
-    reward model has understood, part by part; a single accuracy hides that manners are learned long before facts."""
+    """Pairs that differ in one respect: name -> (prompt, better, worse) for every prompt. What a reward model has
+    understood, part by part; a single accuracy hides that manners are learned long before facts. Each is one part of
+    the gold reward, but a text that repeats itself is longer too, and one that is cut mostly has no answer."""
     rng = random.Random(f"contrasts {seed}")
     found: dict[str, list[tuple[str, str, str]]] = {}
     for prompt in prompts:

@@ -691,6 +691,17 @@ def test_gates_are_about_what_was_measured():
     assert len(names) == 1 + 6 and all(name.startswith(("sft: correct", "ppo: ")) for name in names)
 
 
+def test_the_baseline_is_not_measured_against_itself():
+    """A baseline in a folder named ppo ended in a traceback after the sampling: it has no win rate over itself."""
+    results = good_results()
+    results["policies"] = {"ppo": results["policies"]["sft"], "dpo": results["policies"]["dpo"]}
+    names = [gate["name"] for gate in evaluate.report_task(results)]
+    assert len(names) == 4 + 6 and {name for name in names if name.startswith("ppo: ")} == {
+        "ppo: share of the way from demonstrations to ceiling still open",
+        "ppo: correct at temperature 1",
+    }
+
+
 # ------------------------------------------------------------------------------------------------ data of one's own
 
 
