@@ -95,7 +95,8 @@ def tokens_of(stage: str, texts: Texts) -> int:
 
 
 def needed_flops(stage: str, texts: Texts, config: Config) -> float:
-    """Operations of the products with weights in one step, of real tokens and where the result is used."""
+    """Operations of the products with weights in one step, of real tokens and where the result is used. The prompt of a
+    pair is read once."""
     C, rows = config.n_embd, len(texts)
     read, acted = sum(p + c for p, c in texts), sum(c for _, c in texts)
 
@@ -104,6 +105,7 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
         the head, for the `used` positions alone."""
         return 2 * (((config.n_layer - 1) * 12 + 3) * C * C * read + (9 * C + outputs) * C * used)
 
+    read -= sum(p for p, _ in texts) // 2 if stage in ("reward_model", "dpo") else 0
     policy, value, score = forward(read, acted, config.vocab_size), forward(read, acted, 1), forward(read, rows, 1)
     generating = forward(read - rows, acted, config.vocab_size)  # the last token is sampled, but not read
     if stage == "ppo":  # the scorer, policy and reference, value model; then the update
@@ -245,7 +247,7 @@ def own_reward_model(s: Start) -> Step:
     def loss_of(part: list[RankedExamples]) -> Tensor:
         batch = ranked_batch(part, s.device)
         with autocast(s.device, own.dtype):
-            scores = s.scorer.score(batch.tokens, batch.lens)[batch.index]  # (N, 2)
+            scores = reward_model.completion_scores(s.scorer, batch)  # (N, 2)
         return reward_model.ranking_loss(scores, batch.ranks)
 
     return lambda batch: optimiser_step(s.scorer, optimizer, batch, own, loss_of)

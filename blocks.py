@@ -75,6 +75,15 @@ class Step(NamedTuple):
     bias: Tensor  # (B * H, 1, S) 0 on the slots up to there, -inf on those behind
 
 
+class Branches(NamedTuple):
+    """Rows in which all completions of a prompt stand behind it, so that it is read once: p0 p1 a0 a1 b0 b1 b2. Each of
+    them is to be seen as if it stood there alone."""
+
+    positions: Tensor  # (B, T) of each token in its own text: 0 1 2 3 2 3 4
+    before: Tensor  # (B, T) column of the token before it there: 0 0 1 2 1 4 5 (the first has none)
+    visible: Tensor  # (B, 1, T, T) bool: the columns that each token looks at, the prompt's and its own completion's
+
+
 def rotary_turns(config: GPTConfig) -> Tensor:
     """cos and sin of position * base^(-2j/D) for pair j of a head's channels: (block_size, D/2, 2)."""
     D = config.n_embd // config.n_head
@@ -111,8 +120,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def mix(self, x: Tensor, turns: Tensor | None, cache: KVCache | None, step: Step | None) -> Tensor:
-        """What the heads read at every position: x (B, T, C) -> (B, T, C), before the output projection."""
+    def mix(
+        self, x: Tensor, turns: Tensor | None, cache: KVCache | None, step: Step | None, visible: Tensor | None
+    ) -> Tensor:
+        """What the heads read at every position: x (B, T, C) -> (B, T, C), before the output projection. Every token
+        looks at itself and all before it, or at what `visible` (B, 1, T, T) says."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)  # (B, T, 2, H, D), (B, H, T, D)
@@ -124,7 +136,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.fill(k, v)
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None)
         return y.transpose(1, 2).reshape(B, T, C)
 
     def project(self, y: Tensor) -> Tensor:
@@ -168,9 +180,10 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         step: Step | None = None,
         index: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); with index (N,), flat positions b * T + t, only what comes out there, (N, C)."""
-        y = self.attn.mix(self.ln_1(x), turns, cache, step)
+        y = self.attn.mix(self.ln_1(x), turns, cache, step, visible)
         if index is not None:  # from here on every position is on its own, so the others need not be computed
             # (N, C) each; `embedding` is x.flatten(0, 1)[index] with a faster backward pass
             x, y = (F.embedding(index, part.flatten(0, 1)) for part in (x, y))

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate, load_model, lr_at
 from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
 from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
 from data.tokenizer import load_tokenizer
-from model import GPT, completion_mask, token_logprobs
+from model import GPT, token_logprobs
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Config(TrainConfig):
     label_smoothing: float = flag(0.0, "probability that a label is wrong (sigmoid only)", low=0, below=0.5)
     epochs: int = flag(1, "passes over the data; DPO overfits soon", low=1)
     batch_size: int = flag(12, "rankings an optimiser step; all pairs of a ranking are used", low=1)
-    micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
+    micro_batch: int = flag(16, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
     lr: float = flag(2e-4, "peak learning rate", low=0)
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay", low=0)
     max_new_tokens: int = flag(48, "longest of the printed samples, tokens", low=1)
@@ -96,22 +97,23 @@ def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs[:, i][strict], logprobs[:, j][strict]
 
 
-def ranking_logprobs(model: GPT, items: list[RankedExamples], dtype: str) -> tuple[Tensor, RankedBatch]:
-    """(M,) log-probs of all completions of the rankings, each text read once, and the batch they stand in. Policy and
-    reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
-    batch = ranked_batch(items, model.device)
-    mask = completion_mask(batch.prompt_lens, batch.lens, batch.tokens.size(1))  # (M, T)
+def ranking_logprobs(model: GPT, batch: RankedBatch, dtype: str) -> Tensor:
+    """(N, K) sequence_logprobs of the completions of N rankings, 0 where one has fewer; the prompt is read once for all
+    of them. Policy and reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
+    K = batch.ranks.size(1)
+    owner = batch.owner[:, 1:]  # (N, T-1)
     with autocast(model.device, dtype):
-        return sequence_logprobs(model, batch.tokens, mask), batch
+        logprobs = token_logprobs(model, batch.tokens, mask=owner < K, branches=batch.branches)  # (N, T-1)
+    return logprobs.new_zeros(len(owner), K + 1).scatter_add(1, owner, logprobs)[:, :K]
 
 
 @torch.no_grad()
 def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: Config) -> None:
     """The reference never changes: one pass over the data before training gives each ranking its ref_logprobs, (k,)."""
     for part in micro_batches(items, 64):
-        logprobs, _ = ranking_logprobs(reference, part, config.dtype)
-        for item, found in zip(part, logprobs.split([len(item.ranks) for item in part]), strict=True):
-            item.ref_logprobs = found
+        logprobs = ranking_logprobs(reference, ranked_batch(part, reference.device), config.dtype)  # (N, K)
+        for item, found in zip(part, logprobs, strict=True):
+            item.ref_logprobs = found[: len(item.ranks)]
 
 
 PAIR_FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
@@ -119,10 +121,11 @@ PAIR_FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logprob", "r
 
 def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Tensor:
     """PAIR_FIGURES of all P strict pairs of some rankings, (5, P). The losses alone carry a gradient."""
-    logprobs, batch = ranking_logprobs(policy, items, config.dtype)  # (M,)
-    ref_logprobs = torch.cat([item.ref_logprobs for item in items])  # (M,)
-    chosen, rejected = ranking_pairs(logprobs[batch.index], batch.ranks)  # (P,) each
-    ref_chosen, ref_rejected = ranking_pairs(ref_logprobs[batch.index], batch.ranks)  # (P,) each
+    batch = ranked_batch(items, policy.device)
+    logprobs = ranking_logprobs(policy, batch, config.dtype)  # (N, K)
+    ref_logprobs = pad_sequence([item.ref_logprobs for item in items], batch_first=True)  # (N, K)
+    chosen, rejected = ranking_pairs(logprobs, batch.ranks)  # (P,) each
+    ref_chosen, ref_rejected = ranking_pairs(ref_logprobs, batch.ranks)  # (P,) each
     told = (chosen, rejected, ref_chosen, ref_rejected)
     losses, chosen_rewards, rejected_rewards = dpo_loss(*told, config.beta, config.label_smoothing, config.kind)
     return torch.stack([losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach()])

@@ -8,7 +8,8 @@ The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on t
     action_mask    0     0     1     1     1     0              (B, T-1)   1 where tokens[t+1] was sampled, EOS included
 
 Real tokens stand at positions 0..len-1 and attention is causal, so no real token ever sees filler: no attention mask,
-no position trick, and what the filler ids are makes no difference.
+no position trick, and what the filler ids are makes no difference. (One exception: where several completions of one
+prompt are compared, they all stand behind it in one row, and the prompt is read once; see `Branches` in blocks.py.)
 
 Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S cache slots.
 """
@@ -23,17 +24,24 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import Block, GPTConfig, KVCache, Step, at_least_float32, init_weights, rotary_turns
+from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, init_weights, rotary_turns
 
 # -------------------------------------------------------------------------------- the network
 
 
 def flat_index(where: Tensor | None, T: int) -> Tensor | None:
-    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order."""
-    if where is None:
-        return None
+    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order. What is no
+    mask is such an index already."""
+    if where is None or where.dtype != torch.bool:
+        return where
     rows, columns = where.nonzero(as_tuple=True)  # (N,) each
     return rows * T + columns
+
+
+def flat_before(branches: Branches) -> Tensor:
+    """(B, T) flat position of the token before each one."""
+    B, T = branches.before.shape
+    return branches.before + T * torch.arange(B, device=branches.before.device)[:, None]
 
 
 class GPT(nn.Module):
@@ -62,20 +70,25 @@ class GPT(nn.Module):
         where: Tensor | None = None,
         caches: list[KVCache] | None = None,
         step: Step | None = None,
+        branches: Branches | None = None,
     ) -> Tensor:
         """tokens (B, T) -> (B, T, C) after the final LayerNorm. With where (B, T) or (B, T-1), bool, only its N true
-        positions, in reading order, (N, C): nothing that only the others need is computed. caches and step serve
-        `generate`: caches alone are filled with the whole sequence; with step, tokens (B, 1) are one new one a row."""
+        positions, in reading order, (N, C): nothing that only the others need is computed; it may also be their flat
+        index (N,). caches and step serve `generate`: caches alone are filled with the whole sequence; with step, tokens
+        (B, 1) are one new one a row."""
         T = tokens.size(1)
-        if T > self.config.block_size:
+        if T > self.config.block_size and branches is None:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         at = torch.arange(T, device=tokens.device) if step is None else step.positions[:, None]  # (T,) or (B, 1)
+        visible = None
+        if branches is not None:
+            at, visible = branches.positions, branches.visible  # (B, T), (B, 1, T, T)
         x, turns, index = self.wte(tokens), self.turns_at(at), flat_index(where, T)  # (B, T, C)
         if turns is None:
             x = x + self.wpe(at)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, turns, caches[i] if caches else None, step, index if i + 1 == len(self.h) else None)
+            x = block(x, turns, caches[i] if caches else None, step, index if i + 1 == len(self.h) else None, visible)
         return self.ln_f(x)
 
     def turns_at(self, positions: Tensor) -> Tensor | None:
@@ -88,9 +101,9 @@ class GPT(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))
 
-    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) of the next token at every position; (N, V) at those of `where`."""
-        return self.lm_head(self.hidden(tokens, where))
+        return self.lm_head(self.hidden(tokens, where, branches=branches))
 
 
 class ScalarModel(nn.Module):
@@ -124,20 +137,23 @@ class ScalarModel(nn.Module):
         model.gpt.load_state_dict(gpt.state_dict())
         return model
 
-    def hidden(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
         """What the head reads: tokens (B, T) -> (B, T, C), or (N, C) at the positions of `where`."""
         if not self.config.expectation:
-            return self.gpt.hidden(tokens, where)
+            return self.gpt.hidden(tokens, where, branches=branches)
         T = tokens.size(1)
-        x = self.gpt.hidden(tokens)  # (B, T, C)
-        logits = (x[:, :-1] * self.gpt.wte(tokens[:, 1:])).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
+        x = self.gpt.hidden(tokens, branches=branches)  # (B, T, C)
+        before, at, visible = x[:, :-1], torch.arange(T, device=x.device), None
+        if branches is not None:
+            before = F.embedding(flat_before(branches)[:, 1:], x.flatten(0, 1))  # (B, T-1, C)
+            at, visible = branches.positions, branches.visible
+        logits = (before * self.gpt.wte(tokens[:, 1:])).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
         x = x + F.pad(logits, (1, 0))[..., None] * self.direction
-        turns = self.gpt.turns_at(torch.arange(T, device=tokens.device))
-        return self.ln(self.block(x, turns, index=flat_index(where, T)))
+        return self.ln(self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible))
 
-    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
         """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone."""
-        hidden = self.hidden(tokens, where)  # (B, T, C) or (N, C)
+        hidden = self.hidden(tokens, where, branches)  # (B, T, C) or (N, C)
         with torch.autocast(hidden.device.type, enabled=False):
             raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)
         return (raw - self.mean) / self.std
@@ -168,18 +184,28 @@ def put_back(found: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
-def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def token_logprobs(
+    model: GPT,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    branches: Branches | None = None,
+) -> Tensor:
     """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. With mask (B,
     T-1) only where it is true, and 0 elsewhere: logits are what costs most. The one function for policy, old policy and
     reference. Without gradients it works through the rows in slices; with them, what is kept for the backward pass is
     the caller's business (--micro_batch)."""
     mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask.bool()
     rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
-    parts = zip(tokens.split(rows), mask.split(rows), strict=True)
     found = []  # (n,) each
-    for part, here in parts:
-        # any other function from tokens to logits (b, T, V) will do too
-        logits = model(part, here) if isinstance(model, GPT) else model(part)[:, :-1][here]  # (n, V)
+    for first in range(0, len(tokens), rows):
+        part, here = tokens[first : first + rows], mask[first : first + rows]
+        if branches is not None:
+            grown = Branches(*(x[first : first + rows] for x in branches))
+            logits = model(part, flat_before(grown)[:, 1:][here], grown)  # (n, V)
+        else:
+            # any other function from tokens to logits (b, T, V) will do too
+            logits = model(part, here) if isinstance(model, GPT) else model(part)[:, :-1][here]  # (n, V)
         found.append(select_logprobs(logits, part[:, 1:][here], temperature))
     return put_back(torch.cat(found), mask)
 

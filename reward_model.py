@@ -8,9 +8,10 @@ sigmoid(r_i - r_j), and the reward is fitted by maximum likelihood (Ouyang et al
 
     L = - 1/pairs  sum over pairs (w better than l) of  log sigmoid(r(x, y_w) - r(x, y_l))
 
-All comparisons of a prompt stand in the same batch, so each completion is read once, not K-1 times, and the model
-doesn't overfit to it. The loss fixes r only up to a constant; afterwards it is shifted and scaled to mean 0 and
-standard deviation 1 on the policy's own samples, so that PPO's coefficients mean the same for every reward model.
+All comparisons of a prompt stand in the same batch, so each completion is read once, not K-1 times, the prompt is read
+once for all of them, and the model doesn't overfit to either. The loss fixes r only up to a constant; afterwards it is
+shifted and scaled to mean 0 and standard deviation 1 on the policy's own samples, so that PPO's coefficients mean the
+same for every reward model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate, generator_for, load_model, lr_at
 from common import note_task, pick_device, progress, save_model, score_rollout, set_lr, train_last_layers, trainable
-from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
+from data.batches import RankedBatch, RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
 from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy, task_of
@@ -45,7 +46,7 @@ class Config(TrainConfig):
     )
     epochs: int = flag(1, "passes over the data; more than one overfits", low=1)
     batch_size: int = flag(8, "rankings an optimiser step", low=1)
-    micro_batch: int = flag(0, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
+    micro_batch: int = flag(16, "rankings a forward pass; changes memory and nothing else (0: the whole batch)", low=0)
     lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup: int = flag(20, "steps of linear warm-up, before the linear decay", low=0)
     weight_decay: float = flag(0.01, "AdamW's decay", low=0)
@@ -79,6 +80,11 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
     return torch.where(present, losses, 0.0).sum() / (present.sum().clamp(min=1) if n_pairs is None else n_pairs)
 
 
+def completion_scores(model: ScalarModel, batch: RankedBatch) -> Tensor:
+    """(N, K) the model's output at the last token of each completion; of no meaning where a ranking has fewer."""
+    return model(batch.tokens, batch.ends.flatten(), batch.branches).view(batch.ends.shape)
+
+
 @torch.no_grad()
 def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
     """Held-out loss; accuracy over the strict pairs, by rank gap too; and how far one gets by length alone."""
@@ -86,10 +92,9 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
     loss, pairs, per_ranking = 0.0, [], []
     for part in micro_batches(items, batch_size):
         batch = ranked_batch(part, device)
-        scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K)
-        lengths = (batch.lens - batch.prompt_lens)[batch.index].float()  # (N, K)
+        scores = completion_scores(model, batch)  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
-        longer, _ = pair_accuracy(lengths, batch.ranks)  # (N, P)
+        longer, _ = pair_accuracy(batch.lens.float(), batch.ranks)  # (N, P)
         strict = gap > 0
         loss += ranking_loss(scores, batch.ranks, n_pairs=1).item()
         pairs.append(torch.stack([correct[strict], longer[strict], gap[strict]]))  # (3, strict pairs)
@@ -169,7 +174,7 @@ def train(config: Config) -> dict:
         for part in micro_batches(batches[step], config.micro_batch):
             batch = ranked_batch(part, device)
             with autocast(device, config.dtype):
-                scores = model.score(batch.tokens, batch.lens)[batch.index]  # (N, K), best first
+                scores = completion_scores(model, batch)  # (N, K), best first
             part_loss = ranking_loss(scores, batch.ranks, n_pairs)
             part_loss.backward()
             loss += part_loss.detach()

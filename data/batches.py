@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blocks import Branches
 from cli import check
 from data.files import Ranking, held_out_twin, read_demonstrations, read_rankings
 from data.tiny import contrasts, task_of
@@ -151,8 +152,12 @@ class RankedExamples:
     ranks: list[int]
     ref_logprobs: Tensor | None = None  # (k,) log-probs under DPO's reference, once dpo.py has asked for them
 
-    def __len__(self) -> int:  # of the longest completion: what a batch is padded to
-        return max(map(len, self.examples))
+    def __post_init__(self):
+        if any(e.prompt != self.examples[0].prompt for e in self.examples):
+            raise ValueError("the completions of a ranking must have one prompt")
+
+    def __len__(self) -> int:  # of the row in a batch: the prompt once, and all completions
+        return len(self.examples[0].prompt) + sum(len(e.completion) for e in self.examples)
 
     @property
     def n_pairs(self) -> int:
@@ -167,11 +172,14 @@ class RankedExamples:
 
 @dataclass
 class RankedBatch:
-    tokens: Tensor  # (M, T) the completions of all rankings, one row each: every text goes through the model once
-    prompt_lens: Tensor  # (M,)
-    lens: Tensor  # (M,)
-    index: Tensor  # (N, K) row of the k-th best completion of ranking n (0 where that ranking has fewer)
-    ranks: Tensor  # (N, K) its rank: ascending, equal for ties, -1 where absent
+    """N rankings of at most K completions, a row each: the prompt, its completions one behind the other, filler."""
+
+    tokens: Tensor  # (N, T)
+    branches: Branches  # which tokens follow which
+    owner: Tensor  # (N, T) number of the completion that a token belongs to, 0 the best; K on the prompt and on filler
+    ends: Tensor  # (N, K) flat position of the last token of each completion (0 where a ranking has fewer)
+    lens: Tensor  # (N, K) tokens of each completion
+    ranks: Tensor  # (N, K) ascending, equal for ties, -1 where absent
 
 
 def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> list[RankedExamples]:
@@ -228,18 +236,34 @@ def load_preferences(
 
 
 def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBatch:
-    """All completions of all rankings as one batch, with the table of who is ranked where."""
-    tokens, prompt_lens, lens = make_batch([e for item in items for e in item.examples], device)
+    """Rankings as one batch. The completions of a prompt share it, so that it goes through the model once."""
     K = max(len(item.examples) for item in items)
-    index = torch.zeros(len(items), K, dtype=torch.long)
-    ranks = torch.full((len(items), K), -1, dtype=torch.long)
-    row = 0
+    rows = []  # of each ranking: tokens, owner, positions, before
+    lens, ends, ranks = (torch.zeros(len(items), K, dtype=torch.long) for _ in range(3))
     for n, item in enumerate(items):
-        k = len(item.examples)
-        index[n, :k] = torch.arange(row, row + k)
-        ranks[n, :k] = torch.tensor(item.ranks)
-        row += k
-    return RankedBatch(tokens, prompt_lens, lens, index.to(device), ranks.to(device))
+        prompt = item.examples[0].prompt
+        P = len(prompt)
+        tokens, owner, positions, before = list(prompt), [K] * P, list(range(P)), [0, *range(P - 1)]
+        for k, example in enumerate(item.examples):
+            start, L = len(tokens), len(example.completion)
+            tokens += example.completion
+            owner += [k] * L
+            positions += range(P, P + L)
+            before += [P - 1, *range(start, start + L - 1)]
+            lens[n, k], ends[n, k], ranks[n, k] = L, len(tokens) - 1, item.ranks[k]
+        rows.append((tokens, owner, positions, before))
+    (tokens, _), (owner, _), (positions, _), (before, _) = (
+        pad([row[i] for row in rows], device, filler) for i, filler in enumerate((0, K, 0, 0))
+    )  # (N, T) each
+    T = tokens.size(1)
+    # A token sees the prompt and its own completion, up to itself. Filler counts as prompt here, but stands behind all.
+    here = owner[:, :, None]  # (N, T, 1)
+    seen = (here == here.mT) | (here.mT == K)  # (N, T, T)
+    visible = seen & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    ranks = ranks.masked_fill(lens == 0, -1)
+    ends = torch.where(lens > 0, ends + T * torch.arange(len(items))[:, None], 0)
+    branches = Branches(positions, before, visible[:, None])
+    return RankedBatch(tokens, branches, owner, *(x.to(device) for x in (ends, lens, ranks)))
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,7 @@ class ToyTokenizer:
     prompt can hold too, as "w": only a sampled EOS may end a text."""
 
     name, n_vocab, eos_id = "toy", 23, 22
+    saved = name
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) - ord("a") for c in text]
@@ -208,6 +209,7 @@ class ByteTokenizer:
     """One byte is one token: a vocabulary for any text that is neither tiny nor GPT-2's."""
 
     name, n_vocab, eos_id = "bytes", 257, 256
+    saved = name
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -221,7 +223,7 @@ class ByteTokenizer:
 def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
     """Let the scripts load the toy tokenizer."""
     for module in modules:
-        monkeypatch.setattr(module, "load_tokenizer", lambda name: ToyTokenizer())
+        monkeypatch.setattr(module, "load_tokenizer", lambda name, template="auto": ToyTokenizer())
     return ToyTokenizer()
 
 
@@ -373,6 +375,17 @@ CUT_GROUPS = [
     ("cde", [["a"], ["bbbb"]]),
     ("g", [["h."], ["h"], ["."]]),
 ]
+
+
+def text_before(tokens: torch.Tensor, branches, place: int) -> list[int]:
+    """The text that ends at a flat place of a batch of rankings, found by going back from token to token."""
+    row, column = divmod(place, tokens.size(1))
+    ids = []
+    for left in range(int(branches.positions[row, column]), -1, -1):
+        assert branches.positions[row, column] == left
+        ids.append(int(tokens[row, column]))
+        column = int(branches.before[row, column])
+    return ids[::-1]
 
 
 def record_steps(batches: list, monkeypatch, module) -> None:

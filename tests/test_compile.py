@@ -63,12 +63,14 @@ def sft_step(model: GPT, examples: list[Example]) -> None:
 
 
 def pairs(examples: list[Example]) -> list[RankedExamples]:
-    return [RankedExamples([a, b], [0, 1], torch.zeros(2)) for a, b in zip(examples[::2], examples[1::2], strict=True)]
+    """Every two of them as answers to the prompt of the first."""
+    two = zip(examples[::2], examples[1::2], strict=True)
+    return [RankedExamples([a, Example(a.prompt, b.completion)], [0, 1], torch.zeros(2)) for a, b in two]
 
 
 def reward_step(model: ScalarModel, examples: list[Example]) -> None:
     batch = ranked_batch(pairs(examples), torch.device("cpu"))
-    reward_model.ranking_loss(model.score(batch.tokens, batch.lens)[batch.index], batch.ranks).backward()
+    reward_model.ranking_loss(reward_model.completion_scores(model, batch), batch.ranks).backward()
 
 
 def dpo_step(model: GPT, examples: list[Example]) -> None:
@@ -82,18 +84,19 @@ def dpo_step(model: GPT, examples: list[Example]) -> None:
 
 
 @pytest.mark.parametrize("rope_base", [0.0, 100.0])
-def test_two_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_base):
-    """One for the blocks, one for the last, which goes on at the predicting positions alone. A graph for every length,
-    or for every block."""
+def test_four_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_base):
+    """One for the blocks, one for the last, which goes on at the predicting positions alone; and both again where
+    completions share a prompt. A graph for every length, or for every block."""
     policy, choose = make_gpt(n_layer=4, rope_base=rope_base), random.Random(1)
     scorer = ScalarModel.from_gpt(policy, expectation=True).eval()
-    counter = compiler("eager", policy, scorer)
+    counter, counts = compiler("eager", policy, scorer), []
     for _ in range(12):
         examples = texts(2 * choose.randint(3, 6), choose)
         sft_step(policy, examples)
         dpo_step(policy, examples)
         reward_step(scorer, examples)
-        assert counter.frame_count == 2
+        counts.append(counter.frame_count)
+    assert 4 <= counts[-1] == counts[3] <= 8
     assert no_graph_breaks()
 
 

@@ -18,7 +18,7 @@ import pytest
 import tiktoken
 import tiktoken.registry
 import torch
-from helpers import GPT2_BPE, ROOT, write_lines
+from helpers import GPT2_BPE, ROOT, text_before, write_lines
 
 from cli import UserError
 from data import tiny
@@ -37,6 +37,7 @@ from data.batches import (
     make_batch,
     micro_batches,
     pad,
+    RankedExamples,
     ranked_batch,
 )
 from data.files import (
@@ -647,7 +648,7 @@ def test_rankings_that_compare_nothing_are_dropped_and_counted(tmp_path, capsys)
         ([0, 1], ["abcde", "b\0"]),
         ([0, 1, 1], ["a\0", "\0", "b\0"]),
     ]
-    assert [len(item) for item in kept] == [3, 6, 3]
+    assert [len(item) for item in kept] == [5, 8, 6]  # the prompt once
     assert [item.n_pairs for item in kept] == [1, 1, 3] and [item.n_strict_pairs for item in kept] == [1, 1, 2]
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith(f"{path}: 3 rankings, dropped 3 that compare nothing")
@@ -702,7 +703,7 @@ def test_preferences_come_with_their_held_out_twin(tmp_path):
 
 
 def test_ranked_batch_of_unequal_k():
-    """Every text is one row; index and ranks find them again, -1 where a ranking has fewer."""
+    """Every ranking is one row, prompt first; what each token follows, sees and belongs to; -1 where it has fewer."""
     rankings = [
         Ranking("pq", ["a", "bb"], [0, 1], [True] * 2),
         Ranking("r", ["c", "d", "eee", "f"], [0, 1, 1, 2], [True] * 4),
@@ -710,15 +711,23 @@ def test_ranked_batch_of_unequal_k():
     ]
     items = encode_rankings(rankings, Letters(), 20)
     batch = ranked_batch(items, torch.device("cpu"))
-    assert batch.index.shape == batch.ranks.shape == (3, 4) and batch.tokens.shape == (9, 5)
+    assert batch.ends.shape == batch.lens.shape == batch.ranks.shape == (3, 4) and batch.tokens.shape == (3, 11)
     assert batch.ranks.tolist() == [[0, 1, -1, -1], [0, 1, 1, 2], [0, 1, 2, -1]]
     for n, ranking in enumerate(rankings):
         for k, text in enumerate(ranking.completions):
-            row = int(batch.index[n, k])
-            start, end = int(batch.prompt_lens[row]), int(batch.lens[row])
-            assert batch.tokens[row, :start].tolist() == [ord(c) for c in ranking.prompt]
-            assert batch.tokens[row, start:end].tolist() == [*map(ord, text), 0]
-            assert (batch.tokens[row, end:] == 0).all()
+            mine = (batch.owner[n] == k).nonzero().flatten().tolist()  # its columns
+            last, P = mine[-1], len(ranking.prompt)
+            assert batch.tokens[n, mine].tolist() == [*map(ord, text), 0]
+            assert batch.lens[n, k] == len(text) + 1 and batch.ends[n, k] == 11 * n + last
+            assert text_before(batch.tokens, batch.branches, 11 * n + last) == [*map(ord, ranking.prompt + text), 0]
+            assert batch.branches.positions[n, mine].tolist() == list(range(P, P + len(mine)))
+            for i, column in enumerate(mine):
+                seen = batch.branches.visible[n, 0, column].nonzero().flatten().tolist()
+                assert seen == [*range(P), *mine[: i + 1]]
+        for column in range(len(ranking.prompt)):
+            assert batch.branches.visible[n, 0, column].nonzero().flatten().tolist() == list(range(column + 1))
+    with pytest.raises(ValueError, match="one prompt"):
+        RankedExamples([Example([1], [2]), Example([3], [2])], [0, 1])
 
 
 # ------------------------------------------------------------------------------------------------ the embedded task

@@ -45,10 +45,11 @@ from helpers import (
 from torch import Tensor
 
 import dpo
+import model as network
 import sft
 from cli import UserError
 from common import load_model, save_model
-from data.batches import RankedExamples, encode_rankings
+from data.batches import RankedExamples, encode_rankings, ranked_batch
 from data.files import Ranking
 from data.tokenizer import load_tokenizer
 from dpo import (
@@ -314,10 +315,42 @@ def test_reference_logprobs_do_not_depend_on_the_batches(float64):
             assert item.ref_logprobs.tolist() == pytest.approx(expected, abs=1e-10)
             assert not item.ref_logprobs.requires_grad
     items = items[: len(ITEMS)]
-    logprobs, batch = ranking_logprobs(reference, items, "float32")
-    torch.testing.assert_close(logprobs.detach(), torch.cat([i.ref_logprobs for i in items]), rtol=0, atol=1e-10)
-    rows = [batch.tokens[r, : batch.lens[r]].tolist() for r in range(len(logprobs))]
-    assert rows == [e.ids for item in items for e in item.examples]
+    logprobs = ranking_logprobs(reference, ranked_batch(items, CPU), "float32")
+    for row, item in zip(logprobs, items, strict=True):
+        k = len(item.ranks)
+        torch.testing.assert_close(row[:k].detach(), item.ref_logprobs, rtol=0, atol=1e-10)
+        assert (row[k:] == 0).all()
+
+
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
+def test_the_shared_prompt_changes_no_logprob(float64, rope_base):
+    """Completions that share a prompt must not see each other: each has the log-probs, and the gradients, that it has
+    in a row of its own."""
+    model = make_gpt(8, rope_base=rope_base)
+    shared = ranking_logprobs(model, ranked_batch(ITEMS, CPU), "float32")
+    weights = torch.randn(*shared.shape, generator=torch.Generator().manual_seed(3))
+    sum_of = (shared * weights).sum()
+    alone = 0.0
+    for n, item in enumerate(ITEMS):
+        for k, e in enumerate(item.examples):
+            mask = torch.tensor([[False] * len(e.prompt) + [True] * len(e.completion)])
+            logprob = sequence_logprobs(model, torch.tensor([e.ids]), mask)[0]
+            torch.testing.assert_close(shared[n, k], logprob, rtol=0, atol=1e-11)
+            alone = alone + weights[n, k] * logprob
+    found, expected = (torch.autograd.grad(x, [*model.parameters()]) for x in (sum_of, alone))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_reference_pass_may_go_in_slices(float64, monkeypatch):
+    """Without gradients a few rankings go through the model at a time: each with its own positions and its own mask."""
+    reference = make_gpt(5)
+    whole = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32").detach()
+    assert len(ITEMS) > 2
+    monkeypatch.setattr(network, "rows_at_a_time", lambda tokens, model: 2)
+    with torch.no_grad():
+        sliced = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32")
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-10)
 
 
 def test_figures_by_hand():
@@ -466,8 +499,8 @@ def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
     plain_sgd(monkeypatch)
     policy = make_gpt(9, block_size=24)
     trained = [run_dpo(tmp_path, policy, seed=seed, micro_batch=2, epochs=2)[1] for seed in (1, 2, 3)]
-    for model in trained[1:]:
-        assert_same_weights(model, trained[0], policy)
+    for other in trained[1:]:
+        assert_same_weights(other, trained[0], policy)
 
 
 def test_the_first_logged_step_is_ln_2_and_the_loss_falls(tmp_path, monkeypatch):
@@ -554,7 +587,9 @@ def test_a_text_cut_by_the_block_size_is_not_compared_with_an_invented_eos(float
     assert short.completion == [2, EOS]
     model = make_gpt(14)
     expected = [completion_logprobs(model, e.prompt, e.completion).sum().item() for e in (long, short)]
-    assert ranking_logprobs(model, items, "float32")[0].tolist() == pytest.approx(expected, abs=1e-11)
+    assert ranking_logprobs(model, ranked_batch(items, CPU), "float32")[0].tolist() == pytest.approx(
+        expected, abs=1e-11
+    )
 
 
 @pytest.mark.parametrize(

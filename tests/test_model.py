@@ -129,12 +129,12 @@ def test_names_and_signatures_that_others_build_on():
         return " ".join(parts)
 
     assert shown(GPTConfig).startswith("vocab_size block_size n_layer n_head n_embd dropout=0.0 real_vocab=None")
-    assert shown(token_logprobs) == "model tokens temperature=1.0 mask=None"
+    assert shown(token_logprobs) == "model tokens temperature=1.0 mask=None branches=None"
     assert shown(sample_token) == "logits uniforms temperature=1.0 top_k=None top_p=None"
     options = "*eos_id *temperature=1.0 *top_k=None *top_p=None *generator=None"
     assert shown(generate) == f"model prompts max_new_tokens {options}"
     assert shown(masked_mean) == "x mask" and shown(whiten) == "x mask shift_mean=True"
-    assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None"
+    assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None branches=None"
     assert (
         shown(GPT.hidden).startswith("self tokens where=None ")
         and shown(ScalarModel.from_gpt) == "gpt expectation=False"

@@ -40,6 +40,7 @@ from helpers import (
     rankings_of_all_lengths,
     read_lines,
     record_steps,
+    text_before,
     slow_hidden,
     speak_toy,
     strict_json,
@@ -58,7 +59,7 @@ from data.files import Ranking
 from data.tokenizer import format_prompt, load_tokenizer
 from model import GPTConfig, ScalarModel, generate
 from reward_model import Config, accuracy_by_part, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy
-from reward_model import ranking_loss
+from reward_model import completion_scores, ranking_loss
 
 CPU = torch.device("cpu")
 NAMES = ("right_vs_wrong", "right_vs_evasive", "polite_vs_plain", "plain_vs_rude", "short_vs_rambling")
@@ -370,12 +371,13 @@ class Judge:
     def eval(self) -> None:
         pass
 
-    def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, where: Tensor, branches) -> Tensor:
         start, end = format_prompt("\0").split("\0")
         scores = []
-        for row, n in zip(tokens.tolist(), lens.tolist(), strict=True):
-            assert row[n - 1] == self.tokenizer.eos_id
-            prompt, completion = self.tokenizer.decode(row[: n - 1]).removeprefix(start).split(end)
+        for place in where.tolist():
+            ids = text_before(tokens, branches, place)
+            assert ids[-1] == self.tokenizer.eos_id
+            prompt, completion = self.tokenizer.decode(ids[:-1]).removeprefix(start).split(end)
             parts = tiny.gold_parts(prompt, completion)
             scores.append(sum((parts[name] for name in self.parts), 0.0))
         return torch.tensor(scores)
@@ -632,16 +634,33 @@ def test_texts_that_became_equal_are_no_comparison():
     assert [[e.completion for e in item.examples] for item in kept] == [[[1, EOS], [2, EOS]]]
 
 
-def test_a_batch_holds_every_text_once():
-    """The K - 1 comparisons of a text in one forward pass: index and ranks point at its one row."""
+def test_a_batch_holds_every_prompt_and_every_completion_once():
+    """The K - 1 comparisons of a text in one forward pass, its prompt in one for all K: `ends`, `ranks` find them."""
     batch = ranked_batch(ITEMS, CPU)
-    assert batch.tokens.size(0) == sum(len(item.ranks) for item in ITEMS)
+    for n, item in enumerate(ITEMS):
+        whole = item.examples[0].prompt + [i for e in item.examples for i in e.completion]
+        assert batch.tokens[n].tolist() == whole + [0] * (batch.tokens.size(1) - len(whole)) and len(whole) == len(item)
+        for k, example in enumerate(item.examples):
+            assert text_before(batch.tokens, batch.branches, int(batch.ends[n, k])) == example.ids
+            assert batch.ranks[n, k] == item.ranks[k] and batch.lens[n, k] == len(example.completion)
+        assert (batch.ranks[n, len(item.ranks) :] == -1).all()
+
+
+@pytest.mark.parametrize("expectation", [False, True])
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
+def test_a_score_is_that_of_the_text_alone(float64, rope_base, expectation):
+    """Completions that share a prompt must not see each other: each scores what it scores in a row of its own."""
+    model = make_scalar(9, rope_base=rope_base, expectation=expectation).eval()
+    batch = ranked_batch(ITEMS, CPU)
+    scores = completion_scores(model, batch)
     for n, item in enumerate(ITEMS):
         for k, example in enumerate(item.examples):
-            row = batch.index[n, k]
-            assert batch.tokens[row, : batch.lens[row]].tolist() == example.ids
-            assert batch.ranks[n, k] == item.ranks[k]
-        assert (batch.ranks[n, len(item.ranks) :] == -1).all()
+            alone = model(torch.tensor([example.ids]))[0, -1]
+            torch.testing.assert_close(scores[n, k], alone, rtol=0, atol=1e-11)
+    model.gpt.wte.weight.grad = None
+    scores[0, 1].backward()  # the second completion's score pulls at its own tokens and its prompt's, at nobody else's
+    touched = set(model.gpt.wte.weight.grad.abs().sum(1).nonzero().flatten().tolist())
+    assert touched == set(ITEMS[0].examples[1].ids)
 
 
 def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monkeypatch):
