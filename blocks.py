@@ -1,6 +1,11 @@
-"""One transformer block, as GPT-2 has it: causal attention with its cache, the MLP, positions.
+"""One transformer block, GPT-2's or Llama's: causal attention with its cache, the MLP, norms, positions.
 
-Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S cache slots.
+Llama (Touvron et al. 2023, arXiv:2302.13971; also SmolLM2, Qwen2, ...) differs from GPT-2 in four places, each a field
+of GPTConfig: rotary positions (rope_base), RMSNorm (norm), fewer heads of keys and values than of queries (n_kv_head),
+a gated MLP (mlp). And it has no biases.
+
+Shapes: B rows, T tokens, C channels (n_embd), H heads, G heads of keys and values (n_kv_head, H in GPT-2), D = C / H,
+V vocabulary, S cache slots.
 """
 
 from __future__ import annotations
@@ -34,6 +39,16 @@ class GPTConfig:
     # 0: learned positions, as in GPT-2. Above 0: rotary positions of this base (Su et al. 2021), and no table of them.
     rope_base: float = 0.0
     expectation: bool = False  # of a ScalarModel: it is told how expected each token was, see there
+    # What Llama and its like have instead of what GPT-2 has
+    norm: str = "layer"  # or "rms": no mean is subtracted and no bias added (Zhang and Sennrich 2019, arXiv:1910.07467)
+    norm_eps: float = 1e-5
+    n_kv_head: int = (
+        0  # fewer than n_head: several queries share a key and a value (Ainslie et al. 2023, arXiv:2305.13245)
+    )
+    mlp: str = "gelu"  # or "swiglu": the hidden layer times a gate of its own (Shazeer 2020, arXiv:2002.05202)
+    n_inner: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
+    bias: str = "all"  # or "none", or "qkv": in the projection to queries, keys and values alone, as in Qwen2
+    tied: bool = True  # False: the output layer has weights of its own, not the embedding's
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -42,21 +57,28 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.rope_base and (self.rope_base < 0 or self.n_embd // self.n_head % 2):
             raise ValueError("rotary positions need a rope_base above 0 and an even number of channels a head")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        for name, known in (("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu")), ("bias", ("all", "qkv", "none"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
 class KVCache:
-    """Keys and values of one layer for a batch of rows, (2, B, H, S, D). The slot of a token is its position."""
+    """Keys and values of one layer for a batch of rows, (2, B, G, S, D). The slot of a token is its position."""
 
     def __init__(self, batch: int, slots: int, config: GPTConfig, like: Tensor):
-        self.kv = like.new_zeros(2, batch, config.n_head, slots, config.n_embd // config.n_head)
+        self.kv = like.new_zeros(2, batch, config.n_kv_head, slots, config.n_embd // config.n_head)
 
     def fill(self, k: Tensor, v: Tensor) -> None:
-        """k, v (B, H, T, D) of positions 0..T-1."""
+        """k, v (B, G, T, D) of positions 0..T-1."""
         self.kv[0, :, :, : k.size(2)], self.kv[1, :, :, : v.size(2)] = k, v
 
     def write(self, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """k, v (B, H, 1, D) of one token a row, rows (B,) 0..B-1, at its own of positions (B,)."""
-        self.kv[:, rows, :, positions] = torch.stack([k[:, :, 0], v[:, :, 0]], 1).to(self.kv.dtype)  # (B, 2, H, D)
+        """k, v (B, G, 1, D) of one token a row, rows (B,) 0..B-1, at its own of positions (B,)."""
+        self.kv[:, rows, :, positions] = torch.stack([k[:, :, 0], v[:, :, 0]], 1).to(self.kv.dtype)  # (B, 2, G, D)
 
     def keep(self, rows: Tensor) -> None:
         """Rows (b,) in the place of all: fewer, or one of them several times."""
@@ -72,7 +94,7 @@ class Step(NamedTuple):
 
     rows: Tensor  # (B,) 0..B-1
     positions: Tensor  # (B,) where the token of each row stands
-    bias: Tensor  # (B * H, 1, S) 0 on the slots up to there, -inf on those behind
+    bias: Tensor  # (B * G, 1, S) 0 on the slots up to there, -inf on those behind
 
 
 class Branches(NamedTuple):
@@ -106,19 +128,22 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention written out, for one query a row against the cache: softmax(q k' / sqrt(D) + bias) v.
 
-    q (B, H, 1, D); k, v (B, H, S, D); bias (B * H, 1, S), 0 on slots to look at and -inf on the others -> (B, H, 1, D).
+    q (B, H, 1, D); k, v (B, G, S, D); bias (B * G, 1, S), 0 on slots to look at and -inf on the others -> (B, H, 1, D).
     On a CPU faster than the fused kernel, which is made for many queries."""
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5)  # (B * H, 1, S)
+    D = q.size(-1)
+    q_of_k = q.reshape(len(bias), -1, D)  # (B * G, H / G, D): the queries that share a key and a value
+    scores = torch.baddbmm(bias, q_of_k, k.flatten(0, 1).mT, alpha=D**-0.5)  # (B * G, H / G, S)
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        width = (config.n_head + 2 * config.n_kv_head) * (config.n_embd // config.n_head)
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias != "none")
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias == "all")
 
     def mix(
         self, x: Tensor, turns: Tensor | None, cache: KVCache | None, step: Step | None, visible: Tensor | None
@@ -126,9 +151,10 @@ class Attention(nn.Module):
         """What the heads read at every position: x (B, T, C) -> (B, T, C), before the output projection. Every token
         looks at itself and all before it, or at what `visible` (B, 1, T, T) says."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)  # (B, T, 2, H, D), (B, H, T, D)
-        q, k = (qk if turns is None else rotate(qk, turns)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        H, G = self.n_head, self.n_kv_head
+        qk, v = self.c_attn(x).view(B, T, H + 2 * G, C // H).split([H + G, G], 2)
+        q, k = (qk if turns is None else rotate(qk, turns)).split([H, G], 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         if step is not None:
             cache.write(k, v, step.rows, step.positions)
             y = attend_to_slots(q, *cache.kv, step.bias)
@@ -136,6 +162,8 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.fill(k, v)
             dropout = self.dropout if self.training else 0.0
+            if G < H:
+                k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))  # (B, H, T, D)
             y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None)
         return y.transpose(1, 2).reshape(B, T, C)
 
@@ -157,20 +185,31 @@ def init_weights(module: nn.Module, config: GPTConfig) -> None:
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout, self.gated = config.dropout, config.mlp == "swiglu"
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=config.bias == "all")
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias == "all")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)  # one product for both
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """x - mean(x) over std(x), times a weight, plus a bias; "rms": x over its root mean square, times a weight."""
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.n_embd, eps=config.norm_eps)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = make_norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(

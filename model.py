@@ -1,4 +1,4 @@
-"""The network all stages share: a GPT-2, the scalar head of reward and value models, sampling, token log-probabilities.
+"""The network all stages share: a GPT-2 or a Llama, the scalar head of reward and value models, sampling, log-probs.
 
 The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on the right:
 
@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, init_weights, rotary_turns
+from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, init_weights, make_norm, rotary_turns
 
 # -------------------------------------------------------------------------------- the network
 
@@ -45,8 +45,9 @@ def flat_before(branches: Branches) -> Tensor:
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, output tied to the token embedding. The
-    parameters have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to one."""
+    """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, output tied to the token embedding; or Llama,
+    see blocks.py. The parameters have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to
+    one."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -57,7 +58,9 @@ class GPT(nn.Module):
         else:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = make_norm(config)
+        if not config.tied:
+            self.unembedding = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         init_weights(self, config)
 
     @property
@@ -92,14 +95,16 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def turns_at(self, positions: Tensor) -> Tensor | None:
-        """Rotary turns of positions (...), for `Block`: (..., 1, 1, D/2, 2); None with learned positions."""
-        return self.turns[positions].unflatten(-2, (1, 1, -1)) if self.config.rope_base else None
+        """Rotary turns of positions (T,) or (B, T), for `Block`: (..., 1, D/2, 2), the same for all heads; None with
+        learned positions."""
+        return self.turns[positions].unsqueeze(-3) if self.config.rope_base else None
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in less than float32: GPT-2's
         logits stand near -100, where bfloat16 numbers are 0.5 apart, and a probability ratio must be right to 0.001."""
+        weight = (self.wte if self.config.tied else self.unembedding).weight[: self.config.real_vocab]  # (V, C)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))
+            return F.linear(at_least_float32(hidden), at_least_float32(weight))
 
     def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) of the next token at every position; (N, V) at those of `where`."""
@@ -120,7 +125,7 @@ class ScalarModel(nn.Module):
         self.config = config
         self.gpt = GPT(config)
         if config.expectation:
-            self.block, self.ln = Block(config), nn.LayerNorm(config.n_embd)
+            self.block, self.ln = Block(config), make_norm(config)
             init_weights(self.block, config)
             self.direction = nn.Parameter(0.1 * torch.randn(config.n_embd))  # (C,) where the logit is written
         self.head = nn.Linear(config.n_embd, 1)
@@ -296,9 +301,9 @@ def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> 
 
 def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache]) -> Tensor:
     """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next."""
-    B, H, S = last.size(0), model.config.n_head, caches[0].kv.size(3)
+    B, G, S = last.size(0), model.config.n_kv_head, caches[0].kv.size(3)
     behind = torch.arange(S, device=last.device) > positions[:, None]  # (B, S)
-    bias = caches[0].kv.new_zeros(B, H, S).masked_fill_(behind[:, None], -math.inf).view(B * H, 1, S)
+    bias = caches[0].kv.new_zeros(B, G, S).masked_fill_(behind[:, None], -math.inf).view(B * G, 1, S)
     step = Step(torch.arange(B, device=last.device), positions, bias)
     return model.lm_head(model.hidden(last[:, None], None, caches, step)[:, 0])
 
@@ -332,7 +337,8 @@ def generate(
     S, c, device = longest + max_new_tokens, model.config, model.device
     if S > c.block_size:
         raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
-    fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))  # rows whose keys and values may exist at a time
+    of_row = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * S  # its keys and values
+    fit = max(1, CACHE_NUMBERS // of_row)  # rows whose keys and values may exist at a time
     if fit < B:
         options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]

@@ -5,15 +5,16 @@
     pairs            {"prompt": "...", "chosen": "...", "rejected": "..."}
     rankings         {"prompt": "...", "completions": ["best", ["tied", "tied"], "worst"]}
 
-A pair is a ranking of two, so `read_rankings` reads both. Beside the completions of either, "ended": [true, false, ...]
-says in the same order which ended by themselves and which were cut; absent: all ended.
+A prompt is a string, or a conversation [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...] that ends
+with the user's turn. A pair is a ranking of two, so `read_rankings` reads both. Beside the completions of either,
+"ended": [true, false, ...] says in the same order which ended by themselves and which were cut; absent: all ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,21 +40,42 @@ def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     with file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: tolerate a byte-order mark
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not valid UTF-8 ({error.reason})") from None
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object like {{...}}, found {type(row).__name__}")
-            yield where, row
+        yield from parse_jsonl(path, file)
+
+
+def parse_jsonl(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
+    """The same of lines that are read already; `path` is what an error names."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # -sig: tolerate a byte-order mark
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not valid UTF-8 ({error.reason})") from None
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object like {{...}}, found {type(row).__name__}")
+        yield where, row
+
+
+def mend_last_line(path: str | Path) -> None:
+    """Before appending to a file: a last line that a crash cut short is taken off, one that lacks nothing but its end
+    gets that."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    start = content.rfind(b"\n") + 1
+    if not content[start:].startswith(b"{"):  # whole, or no file of ours
+        return
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        os.truncate(path, start)  # in place: what stands there may be hours of somebody's work
+    else:
+        with open(path, "ab") as file:
+            file.write(b"\n")
 
 
 def text_field(where: str, row: dict, key: str) -> str:
@@ -62,6 +84,51 @@ def text_field(where: str, row: dict, key: str) -> str:
     if not isinstance(row[key], str):
         raise UserError(f'{where}: "{key}" must be a string, not {type(row[key]).__name__}')
     return sound_text(where, key, row[key])
+
+
+ROLES = ("system", "user", "assistant")
+
+
+class Prompt(str):
+    """A prompt of several turns. As a string it is a text to show, to compare and to hand to reward functions; what the
+    model reads is made of its turns, by the vocabulary's template."""
+
+    turns: tuple[tuple[str, str], ...]  # (role, text), the last one the user's
+
+    @classmethod
+    def of(cls, turns: list[tuple[str, str]]) -> str:
+        """A single user's turn is an ordinary string."""
+        if len(turns) == 1 and turns[0][0] == "user":
+            return turns[0][1]
+        prompt = cls("\n".join(f"{role.capitalize()}: {text}" for role, text in turns))
+        prompt.turns = tuple(turns)
+        return prompt
+
+
+def turns_of(prompt: str) -> tuple[tuple[str, str], ...]:
+    """(role, text) of every turn; an ordinary string is one of the user's."""
+    return prompt.turns if isinstance(prompt, Prompt) else (("user", prompt),)
+
+
+def prompt_json(prompt: str) -> str | list[dict[str, str]]:
+    """What stands in a file for it, the inverse of prompt_field."""
+    return [{"role": r, "content": t} for r, t in prompt.turns] if isinstance(prompt, Prompt) else prompt
+
+
+def prompt_field(where: str, row: dict) -> str:
+    """row["prompt"], a string or a list of messages -> a string, a Prompt where there are several turns."""
+    messages = row.get("prompt")
+    if not isinstance(messages, list):
+        return text_field(where, row, "prompt")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        what = f"{where}: message {number} of the prompt"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f'{what} must be an object with a "role" of {", ".join(ROLES)}')
+        turns.append((message["role"], text_field(what, message, "content")))
+    if not turns or turns[-1][0] != "user":
+        raise UserError(f"{where}: a prompt of messages must end with the user's")
+    return Prompt.of(turns)
 
 
 def sound_text(where: str, key: str, text: str) -> str:
@@ -109,12 +176,12 @@ def _not_empty(path, rows: list) -> list:
 
 def read_demonstrations(path: str | Path, made_by: str = "") -> list[tuple[str, str]]:
     """[(prompt, completion)]"""
-    rows = [(text_field(w, r, "prompt"), text_field(w, r, "completion")) for w, r in read_jsonl(path, made_by)]
+    rows = [(prompt_field(w, r), text_field(w, r, "completion")) for w, r in read_jsonl(path, made_by)]
     return _not_empty(path, rows)
 
 
 def read_prompts(path: str | Path, made_by: str = "") -> list[str]:
-    return _not_empty(path, [text_field(w, r, "prompt") for w, r in read_jsonl(path, made_by)])
+    return _not_empty(path, [prompt_field(w, r) for w, r in read_jsonl(path, made_by)])
 
 
 def read_rankings(path: str | Path, made_by: str = "") -> list[Ranking]:
@@ -123,7 +190,7 @@ def read_rankings(path: str | Path, made_by: str = "") -> list[Ranking]:
 
 def parse_ranking(where: str, row: dict) -> Ranking:
     """A ranking or a pair."""
-    prompt = text_field(where, row, "prompt")
+    prompt = prompt_field(where, row)
     if "completions" in row:
         groups = row["completions"]
         if not isinstance(groups, list):

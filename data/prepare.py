@@ -1,115 +1,310 @@
-"""Turn public instruction data into the project's files: Alpaca-style records -> demonstrations, prompts and preference
-pairs.
+"""Turn public instruction, conversation and preference data, in the form in which it is published, into the project's
+files: demonstrations, prompts and preference pairs.
 
     python -m data.prepare instruction-data-with-preference.json --out_dir out/real
+    python -m data.prepare helpful-base/train.jsonl.gz harmless-base/train.jsonl.gz --out_dir out/hh
+    python -m data.prepare comparisons/batch3.json comparisons/batch4.json --limit 5000 --out_dir out/tldr
+    python -m data.prepare train.parquet --prefix_words 8 --out_dir out/imdb
 
-Input: a JSON list, or JSON Lines, of records {"instruction", "input", "output"} and, for pairs, "chosen" and
-"rejected". The prompt is the instruction, followed by its input on a new line where there is one. Held-out rows are
-split off by prompt, so no prompt stands on both sides. Writes demonstrations, prompts and pairs, each with its
-_held_out twin.
+A file is a JSON list, JSON Lines, CSV with a header (each also as .gz) or Parquet. What its records are is told by the
+first one's fields, or by --format; a file holds one kind:
+
+    alpaca          {"instruction", "input", "output"}, perhaps with "chosen" and "rejected"
+    hh              {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH-RLHF)
+    tldr            {"info", "summaries", "choice"}: OpenAI's comparisons; {"subreddit", "title", "post", "summary"}
+    pairs           {"prompt", "chosen", "rejected"}, strings or lists of messages (UltraFeedback and most others)
+    messages        {"messages"} or {"conversations"}: [{"role", "content"}] or, as in ShareGPT, [{"from", "value"}]
+    demonstrations  {"prompt", "completion"} or {"prompt", "label"}
+    text            {"text"} (IMDb): the first --prefix_words words are the prompt, the rest is the demonstration
+
+The last answer of a conversation is the completion, all before it the prompt. A chosen text is a demonstration too.
+Texts lose the white space at both ends. What can't be used is dropped and counted; a field that is missing or of the
+wrong kind is an error. Held-out rows are split off by how a conversation opens (its first user's turn): no prompt is on
+both sides, nor two stages of one conversation. Writes demonstrations, prompts and pairs, each with its _held_out twin.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import random
+import re
+import statistics
 import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as `python data/prepare.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, check
-from data.files import read_jsonl, text_field, write_jsonl
+from data.files import prompt_json, text_field, turns_of, write_jsonl
+from data.records import Dropped, Turns, conversation, messages, prompt_turns, read_records, transcript
 
 
-def read_records(path: Path) -> list[tuple[str, dict]]:
-    """[("file:record number", record)] of a JSON list or of JSON Lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as UTF-8 text ({error})") from None
-    if not text.lstrip().startswith("["):
-        return list(read_jsonl(path))
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    for number, record in enumerate(records, start=1):
-        check(isinstance(record, dict), f"{path}: record {number} is not an object")
-    return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
+@dataclass
+class Example:
+    """What one record becomes."""
+
+    prompt: str  # a Prompt where there are several turns
+    completion: str = ""  # "": there is none
+    pair: tuple[str, str] | None = None  # (chosen, rejected)
 
 
-def prompt_of(where: str, record: dict) -> str:
+# ---------------------------------------------------------------------------------------------- records -> examples
+
+
+def paired(chosen: Turns, rejected: Turns) -> Example:
+    """Two conversations that are the same but for the last answer."""
+    prompt, better = conversation(chosen)
+    other, worse = conversation(rejected)
+    if turns_of(prompt) != turns_of(other):
+        raise Dropped("different prompts in chosen and rejected")
+    return Example(prompt, better, (better, worse))
+
+
+def from_alpaca(where: str, record: dict) -> Example:
     instruction = text_field(where, record, "instruction").strip()
     extra = text_field(where, {"input": record.get("input") or ""}, "input").strip()
-    return f"{instruction}\n{extra}" if extra else instruction
+    if not instruction and not extra:
+        raise Dropped("without a prompt")
+    output = text_field(where, record, "output").strip() if "output" in record else ""
+    pair = None
+    if "chosen" in record or "rejected" in record:
+        pair = text_field(where, record, "chosen").strip(), text_field(where, record, "rejected").strip()
+    return Example(f"{instruction}\n{extra}".strip(), output, pair)
 
 
-def prepare(path: Path, out_dir: Path, held_out: float, seed: int) -> dict[str, int]:
-    """Write the six files; -> how many rows each got, and what was dropped."""
-    check(0 <= held_out < 1, "--held_out must be in [0, 1)")
-    records = read_records(path)
-    check(bool(records), f"{path}: no records")
-    by_prompt: dict[str, list[tuple[str, dict]]] = {}
-    counts = {"without a prompt": 0, "without an output": 0, "pairs of equal texts": 0}
+def from_hh(where: str, record: dict) -> Example:
+    chosen, rejected = (text_field(where, record, key) for key in ("chosen", "rejected"))
+    return paired(transcript(chosen), transcript(rejected))
+
+
+def from_tldr(where: str, record: dict) -> Example:
+    """The prompt is spelled as in Stiennon et al. (2020); some later batches compare summaries of news articles."""
+    info = record.get("info", record)
+    check(isinstance(info, dict), f'{where}: "info" must be an object')
+    if info.get("article"):
+        prompt = f"Article:\n\n{text_field(where, info, 'article').strip()}\n\nTL;DR:"
+    else:
+        subreddit, title, post = (text_field(where, info, key).strip() for key in ("subreddit", "title", "post"))
+        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    if "info" not in record:
+        return Example(prompt, text_field(where, record, "summary").strip())
+    summaries, choice = record.get("summaries"), record.get("choice")
+    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(s, dict) for s in summaries):
+        raise UserError(f'{where}: "summaries" must be a list of two objects (found: {", ".join(record)})')
+    check(type(choice) is int and choice in (0, 1), f'{where}: "choice" must be 0 or 1 (found: {choice!r})')
+    texts = [text_field(f"{where}: summary {n}", summary, "text").strip() for n, summary in enumerate(summaries, 1)]
+    return Example(prompt, texts[choice], (texts[choice], texts[1 - choice]))
+
+
+def from_pairs(where: str, record: dict) -> Example:
+    """Lists of messages hold the whole conversation, or only the answer; then "prompt" holds the rest."""
+    if not isinstance(record.get("chosen"), list):
+        chosen, rejected = ([("assistant", text_field(where, record, k).strip())] for k in ("chosen", "rejected"))
+    else:
+        chosen, rejected = messages(where, record, "chosen"), messages(where, record, "rejected")
+    if len(chosen) == len(rejected) == 1:
+        prompt = prompt_turns(where, record)
+        chosen, rejected = prompt + chosen, prompt + rejected
+    return paired(chosen, rejected)
+
+
+def from_messages(where: str, record: dict) -> Example:
+    turns = messages(where, record, "conversations" if "conversations" in record else "messages")
+    while turns and turns[-1][0] == "user":  # a question that was never answered
+        turns.pop()
+    return Example(*conversation(turns))
+
+
+def from_demonstrations(where: str, record: dict) -> Example:
+    if record.get("label") is False:  # in KTO's data a label says whether the completion is wanted
+        raise Dropped("labelled as unwanted")
+    key = "label" if "label" in record and "completion" not in record else "completion"
+    answer = ("assistant", text_field(where, record, key).strip())
+    return Example(*conversation([*prompt_turns(where, record), answer]))
+
+
+def from_text(where: str, record: dict, prefix_words: int) -> Example:
+    text = re.sub(r"<br\s*/?>", "\n", text_field(where, record, "text")).strip()  # IMDb's line breaks
+    match = re.match(rf"(?:\S+\s+){{{prefix_words}}}", text)
+    if not match:
+        raise Dropped(f"no more than {prefix_words} words")
+    return Example(match[0].rstrip(), text[match.end() :])
+
+
+FORMATS = {
+    "alpaca": (from_alpaca, "instruction, input, output"),
+    "hh": (from_hh, "chosen, rejected: transcripts"),
+    "tldr": (from_tldr, "info, summaries, choice"),
+    "pairs": (from_pairs, "prompt, chosen, rejected"),
+    "messages": (from_messages, "messages or conversations"),
+    "demonstrations": (from_demonstrations, "prompt, completion or label"),
+    "text": (from_text, "text"),
+}
+
+
+def format_of(record: dict) -> str:
+    """Its name, by the fields; "" if it is none."""
+    if "instruction" in record:
+        return "alpaca"
+    if {"info", "summaries"} <= set(record) or {"post", "summary"} <= set(record):
+        return "tldr"
+    if "chosen" in record or "rejected" in record:
+        text = record.get("chosen", record.get("rejected"))
+        return "hh" if "prompt" not in record and isinstance(text, str) and "\n\nAssistant:" in text else "pairs"
+    if "messages" in record or "conversations" in record:
+        return "messages"
+    if "prompt" in record:
+        return "demonstrations"
+    return "text" if "text" in record else ""
+
+
+def format_of_file(records: list[tuple[str, dict]]) -> str:
+    """That of the first record; UserError for the first one that is clearly of another."""
+    where, first = records[0]
+    name, found = format_of(first), f"(found: {', '.join(first) or 'nothing'})"
+    check("transcript" not in first, f"{where}: a red-team attempt, with no second answer to compare {found}")
+    known = "; ".join(f"{key}: {fields}" for key, (_, fields) in FORMATS.items())
+    check(bool(name), f"{where}: none of the known formats {found}; known are {known}")
     for where, record in records:
-        prompt = prompt_of(where, record)
-        if not prompt:
-            counts["without a prompt"] += 1
-            continue
-        by_prompt.setdefault(prompt, []).append((where, record))
-    prompts = sorted(by_prompt)
-    random.Random(seed).shuffle(prompts)
-    n_held_out = round(held_out * len(prompts))
+        other = format_of(record) or name  # one of no format lacks a field: its reader will say which
+        advice = f"({FORMATS[name][1]}); --format {name} reads all records alike"
+        check(other == name, f"{where}: looks like {other}, but the file began as {name} {advice}")
+    return name
 
-    written: dict[str, int] = {}
-    for suffix, part in (("_held_out", prompts[:n_held_out]), ("", prompts[n_held_out:])):
-        demonstrations, pairs = [], []
-        for prompt in part:
-            for where, record in by_prompt[prompt]:
-                output = text_field(where, record, "output").strip() if "output" in record else ""
-                if output:
-                    demonstrations.append({"prompt": prompt, "completion": output})
-                else:
-                    counts["without an output"] += 1
-                if "chosen" in record or "rejected" in record:
-                    chosen, rejected = (text_field(where, record, key).strip() for key in ("chosen", "rejected"))
-                    if chosen == rejected:  # says nothing: its loss is ln 2 whatever the model does
-                        counts["pairs of equal texts"] += 1
-                    else:
-                        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-        for name, rows in (
-            ("demonstrations", demonstrations),
-            ("pairs", pairs),
-            ("prompts", [{"prompt": p} for p in part]),
-        ):
+
+def read_examples(path: Path, format: str, prefix_words: int, dropped: Counter) -> list[Example]:
+    records = read_records(path)
+    format = format if format != "auto" else format_of_file(records)
+    check(format != "text" or prefix_words > 0, f"{path}: plain texts need --prefix_words N, how many make the prompt")
+    check(format == "text" or not prefix_words, f"{path}: --prefix_words is for plain texts, these are {format}")
+    read = FORMATS[format][0] if format != "text" else partial(from_text, prefix_words=prefix_words)
+    examples = []
+    for where, record in records:
+        try:
+            examples.append(read(where, record))
+        except Dropped as why:
+            dropped[str(why)] += 1
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------- examples -> files
+
+
+def split(examples: list[Example], held_out: float, seed: int) -> dict[str, list[Example]]:
+    """{"": training, "_held_out": held out}; all examples that open with the same words stand on one side."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        opening = next(text for role, text in turns_of(example.prompt) if role == "user")
+        groups.setdefault(opening, []).append(example)
+    openings = sorted(groups)
+    random.Random(seed).shuffle(openings)
+    n = round(held_out * len(openings))
+    sides = {"": openings[n:], "_held_out": openings[:n]}
+    return {suffix: [e for opening in side for e in groups[opening]] for suffix, side in sides.items()}
+
+
+def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:
+    """The rows of each file, by its name. A prompt or a demonstration that comes again (a post has many comparisons) is
+    written once, a pair as often as it was judged."""
+    prompts, demonstrations, pairs = {}, {}, []
+    for example in examples:
+        prompt, turns = prompt_json(example.prompt), turns_of(example.prompt)
+        prompts[turns] = {"prompt": prompt}
+        if example.completion:
+            dropped["repeated demonstrations"] += (turns, example.completion) in demonstrations
+            demonstrations[turns, example.completion] = {"prompt": prompt, "completion": example.completion}
+        elif not example.pair or example.pair[0]:  # an empty chosen text is counted below
+            dropped["without an output"] += 1
+        if example.pair:
+            chosen, rejected = example.pair
+            if chosen == rejected:  # says nothing: its loss is ln 2 whatever the model does
+                dropped["pairs of equal texts"] += 1
+            elif not chosen:  # would teach silence; an empty rejected text teaches to answer, so it stays
+                dropped["pairs with an empty chosen text"] += 1
+            else:
+                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return {"demonstrations": [*demonstrations.values()], "prompts": [*prompts.values()], "pairs": pairs}
+
+
+def print_lengths(key: str, rows: list[dict]) -> None:
+    """One line: how many words row[key] has."""
+    texts = [" ".join(m["content"] for m in row[key]) if isinstance(row[key], list) else row[key] for row in rows]
+    words = sorted(len(text.split()) for text in texts)
+    if words:
+        at_95 = words[math.ceil(0.95 * len(words)) - 1]
+        print(f"{key:<12}{statistics.median(words):>8.0f}{at_95:>8}{words[-1]:>8}")
+
+
+def shortened(value):
+    if isinstance(value, str):
+        return value if len(value) <= 90 else f"{value[:42]} ... {value[-42:]}"
+    if isinstance(value, list):
+        return [shortened(v) for v in value]
+    return {k: shortened(v) for k, v in value.items()}
+
+
+def prepare(
+    paths: Path | list[Path], out_dir: Path, held_out: float, seed: int, format="auto", limit=0, prefix_words=0
+) -> Counter:
+    """Write the six files; -> how many rows each got, and how much was dropped for which reason."""
+    check(0 <= held_out < 1, "--held_out must be in [0, 1)")
+    check(limit >= 0, f"--limit must be at least 0, not {limit}")
+    check(prefix_words >= 0, f"--prefix_words must be at least 0, not {prefix_words}")
+    dropped: Counter = Counter()
+    paths = paths if isinstance(paths, list) else [paths]
+    examples = [e for path in paths for e in read_examples(path, format, prefix_words, dropped)]
+    names = ", ".join(map(str, paths))
+    check(bool(examples), f"{names}: nothing left; dropped {', '.join(f'{n} {why}' for why, n in dropped.items())}")
+    if 0 < limit < len(examples):  # drawn, not the first ones: a published file may be sorted (IMDb's is, by its label)
+        examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+
+    files = {suffix: rows_of(side, dropped) for suffix, side in split(examples, held_out, seed).items()}
+    written: Counter = Counter()
+    for suffix, rows_by_name in files.items():
+        for name, rows in rows_by_name.items():
+            path = out_dir / f"{name}{suffix}.jsonl"
             if rows:
-                write_jsonl(out_dir / f"{name}{suffix}.jsonl", rows)
+                write_jsonl(path, rows)
                 written[f"{name}{suffix}"] = len(rows)
-    dropped = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    print(
-        f"wrote to {out_dir}: "
-        + ", ".join(f"{n} {name}" for name, n in written.items())
-        + (f"; dropped {dropped}" if dropped else "")
-    )
-    return {**written, **counts}
+            elif path.exists():
+                print(f"careful: {path} is from an earlier run, this data has none")
+
+    print(f"wrote to {out_dir}: " + ", ".join(f"{n} {name}" for name, n in written.items()))
+    print("".join(f"dropped: {n} {why}\n" for why, n in dropped.items() if n), end="")
+    demonstrations, prompts, pairs = (rows + files["_held_out"][name] for name, rows in files[""].items())
+    empty = sum(not pair["rejected"] for pair in pairs)
+    print(f"kept: {empty} pairs with an empty rejected text\n" if empty else "", end="")
+    print(f"{'words':<12}{'median':>8}{'95%':>8}{'longest':>8}")
+    for key, rows in (("prompt", prompts), ("completion", demonstrations), ("chosen", pairs), ("rejected", pairs)):
+        print_lengths(key, rows)
+    for row in (pairs or demonstrations or prompts)[:3]:
+        print(json.dumps(shortened(row), ensure_ascii=False))
+    return written + dropped
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSON list or JSON Lines of Alpaca-style records")
-    parser.add_argument(
-        "--out_dir", type=Path, default=Path("out/real"), help="folder for the files (default: out/real)"
-    )
-    parser.add_argument("--held_out", type=float, default=0.1, help="share of the prompts to hold out (default: 0.1)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the split (default: 1)")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="published data, see above")
+    add = parser.add_argument
+    add("--format", choices=("auto", *FORMATS), default="auto", help="what the records are (default: auto)")
+    add("--out_dir", type=Path, default=Path("out/real"), help="folder for the files (default: out/real)")
+    add("--held_out", type=float, default=0.1, help="share of the openings to hold out (default: 0.1)")
+    add("--seed", type=int, default=1, help="seed of the split and of --limit (default: 1)")
+    add("--limit", type=int, default=0, help="use so many examples, drawn at random (default: 0, all)")
+    add("--prefix_words", type=int, default=0, help="words of a plain text that make its prompt (default: 0)")
     args = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):  # a console may lack letters of the records that are shown
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        prepare(args.file, args.out_dir, args.held_out, args.seed)
+        prepare(args.files, args.out_dir, args.held_out, args.seed, args.format, args.limit, args.prefix_words)
     except UserError as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         sys.exit(2)

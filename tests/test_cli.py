@@ -518,9 +518,8 @@ def test_text_is_read_and_written_without_torch():
 
 # Each may import from those above it, and none from beside or below; PPO mixes in the loss of sft.py.
 LAYERS = [
-    {"cli"},
+    {"cli", "blocks"},
     {"data"},
-    {"blocks"},
     {"model"},
     {"weights", "common"},
     {"sft"},
@@ -570,7 +569,7 @@ def test_every_stage_can_be_read_in_one_sitting():
     function of its own, or replaces something."""
     most = {
         "ppo": (520, {"train": 95, "update": 60}),
-        "model": (390, {}),
+        "model": (430, {}),
         "sft": (225, {"train": 70}),
         "reward_model": (225, {"train": 70}),
         "dpo": (225, {"train": 70}),
