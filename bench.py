@@ -247,7 +247,7 @@ def own_reward_model(s: Start) -> Step:
     def loss_of(part: list[RankedExamples]) -> Tensor:
         batch = ranked_batch(part, s.device)
         with autocast(s.device, own.dtype):
-            scores = reward_model.completion_scores(s.scorer, batch)  # (N, 2)
+            scores = s.scorer(batch.tokens, batch.ends, batch.branches)  # (N, 2)
         return reward_model.ranking_loss(scores, batch.ranks)
 
     return lambda batch: optimiser_step(s.scorer, optimizer, batch, own, loss_of)

@@ -221,10 +221,10 @@ class Block(nn.Module):
         index: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); with index (N,), flat positions b * T + t, only what comes out there, (N, C)."""
+        """x (B, T, C) -> (B, T, C); with index (...), flat positions b * T + t, what comes out there, (..., C)."""
         y = self.attn.mix(self.ln_1(x), turns, cache, step, visible)
         if index is not None:  # from here on every position is on its own, so the others need not be computed
-            # (N, C) each; `embedding` is x.flatten(0, 1)[index] with a faster backward pass
+            # (..., C) each; `embedding` is x.flatten(0, 1)[index] with a faster backward pass
             x, y = (F.embedding(index, part.flatten(0, 1)) for part in (x, y))
         x = x + self.attn.project(y)
         return x + self.mlp(self.ln_2(x))

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from blocks import Block
 from cli import UserError, check, one_line
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from model import GPT, GPTConfig, Rollout, ScalarModel, generate, masked_mean, token_logprobs
+from weights import GPT2_NAMES, load_pretrained
 
 # -------------------------------------------------------------------------------- device, dtype, seed
 
@@ -94,18 +95,19 @@ def load_file(path: str | Path, map_location="cpu") -> dict:
 
 
 def save_model(
-    folder: str | Path, model: GPT | ScalarModel, tokenizer_name: str, script: str, config, task: str = ""
+    folder: str | Path, model: GPT | ScalarModel, tokenizer: str, script: str, config, task: str = ""
 ) -> None:
     """out/<stage>/model.pt: weights, shape, tokenizer and how it was made; tensors and plain Python only.
 
-    task: "tiny" if it was trained on the embedded task, else "". Weights that are not finite are refused."""
+    tokenizer: Tokenizer.saved. task: "tiny" if it was trained on the embedded task, else "". Weights that are not
+    finite are refused."""
     weights = model.state_dict()
     all_finite = all(bool(w.isfinite().all()) for w in weights.values())
     check(all_finite, f"the trained weights are not finite, so {folder} gets no model; lower --lr")
     content = {
         "kind": "scalar" if isinstance(model, ScalarModel) else "gpt",
         "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer_name,
+        "tokenizer": tokenizer,
         "made": {"script": script, "config": dataclasses.asdict(config), "task": task},
         "weights": weights,
     }
@@ -116,16 +118,25 @@ class Checkpoint(NamedTuple):
     """What a stage left behind."""
 
     model: GPT | ScalarModel  # in eval mode
-    tokenizer: str  # the name of its vocabulary
+    tokenizer: str  # Tokenizer.saved of its vocabulary: what load_tokenizer takes
     task: str  # "tiny" if it was trained on the embedded task, "" on anything else
 
 
-def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> Checkpoint:
-    """A stage's folder, or its model.pt. kind: "gpt" (a policy) or "scalar" (a reward model). Prints what it has
-    read."""
+def model_file(path: str | Path, made_by: str = "") -> Path:
+    """A stage's folder, or its model.pt -> model.pt."""
     path = Path(path)
     file = path if path.suffix == ".pt" else path / "model.pt"
     check(file.exists(), f"{file}: no such checkpoint" + (f"; run `{made_by}` first" if made_by else ""))
+    return file
+
+
+def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> Checkpoint:
+    """A stage's folder, or its model.pt; as a policy also published weights. kind: "gpt" (a policy) or "scalar" (a
+    reward model). Prints what it has read."""
+    if kind == "gpt" and is_published(path):
+        tokenizer = load_tokenizer(start_vocabulary(path))
+        return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer.saved, "")
+    file = model_file(path, made_by)
     content = load_file(file)
     try:
         content = dict(content)
@@ -142,6 +153,40 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     return Checkpoint(model.to(device).eval(), tokenizer, made.get("task", ""))
 
 
+def is_published(source: str | Path) -> bool:
+    """Are these published weights: a Hugging Face folder, a .gguf file, gpt2 or another name on the hub, which has one
+    slash and is no path? Else they are a checkpoint's."""
+    path = Path(source)
+    if path.is_dir():
+        return any(path.glob("*.safetensors")) or (path / "pytorch_model.bin").exists()
+    return path.suffix == ".gguf" or (not path.exists() and str(source) in GPT2_NAMES)
+
+
+def load_published(source: str | Path, n_vocab: int, block_size: int = 0) -> GPT:
+    """Published weights, for a vocabulary of n_vocab tokens."""
+    try:
+        model = load_pretrained(source, block_size=block_size)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: can't be loaded ({one_line(error)})") from None
+    rows = model.config.vocab_size
+    print(f"{source}: published weights, {rows:,} token ids, block size {model.config.block_size}")
+    check(rows >= n_vocab, f"{source}: {rows} token ids, but the vocabulary has {n_vocab}")
+    if rows > n_vocab:  # a padded table: its extra rows are no tokens
+        model.config.real_vocab = n_vocab
+    return model
+
+
+def start_vocabulary(source: str) -> str:
+    """What load_tokenizer takes, for the weights that a run starts from: none ("", from scratch), published ones, or a
+    checkpoint's. If it is no checkpoint, load_model says so."""
+    if is_published(source):
+        return "gpt2" if str(source) in GPT2_NAMES else str(source)
+    try:
+        return load_file(model_file(source))["tokenizer"] if source else "tiny"
+    except (UserError, LookupError, TypeError):
+        return "tiny"
+
+
 def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> Checkpoint:
     """A reward model that can read what the policy writes: the same vocabulary, and texts as long."""
     scorer = load_model(path, device, "scalar", "python reward_model.py")
@@ -151,7 +196,8 @@ def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> C
 
 def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> None:
     same = scorer.tokenizer == policy.tokenizer
-    check(same, f"{path} reads {scorer.tokenizer} tokens, the policy writes {policy.tokenizer} tokens")
+    reads, writes = vocabulary_name(scorer.tokenizer), vocabulary_name(policy.tokenizer)
+    check(same, f"{path} reads {reads} tokens, the policy writes {writes} tokens")
     longest, needed = scorer.model.config.block_size, policy.model.config.block_size
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")
 

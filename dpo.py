@@ -100,8 +100,7 @@ def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 def ranking_logprobs(model: GPT, batch: RankedBatch, dtype: str) -> Tensor:
     """(N, K) sequence_logprobs of the completions of N rankings, 0 where one has fewer; the prompt is read once for all
     of them. Policy and reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
-    K = batch.ranks.size(1)
-    owner = batch.owner[:, 1:]  # (N, T-1)
+    owner, K = batch.owner[:, 1:], batch.ranks.size(1)  # (N, T-1)
     with autocast(model.device, dtype):
         logprobs = token_logprobs(model, batch.tokens, mask=owner < K, branches=batch.branches)  # (N, T-1)
     return logprobs.new_zeros(len(owner), K + 1).scatter_add(1, owner, logprobs)[:, :K]
@@ -126,8 +125,8 @@ def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Ten
     ref_logprobs = pad_sequence([item.ref_logprobs for item in items], batch_first=True)  # (N, K)
     chosen, rejected = ranking_pairs(logprobs, batch.ranks)  # (P,) each
     ref_chosen, ref_rejected = ranking_pairs(ref_logprobs, batch.ranks)  # (P,) each
-    told = (chosen, rejected, ref_chosen, ref_rejected)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*told, config.beta, config.label_smoothing, config.kind)
+    settings = (config.beta, config.label_smoothing, config.kind)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *settings)
     return torch.stack([losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach()])
 
 
@@ -209,11 +208,10 @@ def train(config: Config) -> dict:
         if due(step, config.save_every, len(batches)):
             run.save_state(step + 1, policy=policy, optimizer=optimizer)
 
-    save_model(config.out_dir, policy, tokenizer.name, "dpo.py", config, task)
+    save_model(config.out_dir, policy, tokenizer.saved, "dpo.py", config, task)
     prompts = [item.examples[0].prompt for item in (held_out or items)[:256]]
     results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
-    if held_out:
-        results |= evaluate(policy, held_out, config)
+    results |= evaluate(policy, held_out, config) if held_out else {}
     last = [row["accuracy"] for row in run.history("accuracy")[-10:]]  # on the training pairs of the last logged steps
     results["gates"] = report(results, sum(last) / len(last), config, task)
     return run.finish(results)

@@ -26,7 +26,7 @@ from common import pick_device, score_rollout, write_json
 from data.batches import by_length, encode_prompts, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from model import GPT, Rollout, ScalarModel, generate, put_back, rows_at_a_time
 from ppo import distribution_kl
 from reward_model import accuracy_by_part
@@ -230,7 +230,8 @@ def run(config: Config) -> dict:
         smaller = found.model.config.block_size < reference.config.block_size
         check(not smaller, f"{path}: its block_size is smaller than that of {config.policies[0]}")
         same = found.tokenizer == baseline.tokenizer
-        check(same, f"{path} has the {found.tokenizer} vocabulary, {config.policies[0]} has {baseline.tokenizer}")
+        names = vocabulary_name(found.tokenizer), vocabulary_name(baseline.tokenizer)
+        check(same, f"{path} has the {names[0]} vocabulary, {config.policies[0]} has {names[1]}")
     room = reference.config.block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]

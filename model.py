@@ -76,9 +76,9 @@ class GPT(nn.Module):
         branches: Branches | None = None,
     ) -> Tensor:
         """tokens (B, T) -> (B, T, C) after the final LayerNorm. With where (B, T) or (B, T-1), bool, only its N true
-        positions, in reading order, (N, C): nothing that only the others need is computed; it may also be their flat
-        index (N,). caches and step serve `generate`: caches alone are filled with the whole sequence; with step, tokens
-        (B, 1) are one new one a row."""
+        positions, in reading order, (N, C): nothing that only the others need is computed; it may also be a table of
+        flat positions b * T + t, (...) -> (..., C). caches and step serve `generate`: caches alone are filled with the
+        whole sequence; with step, tokens (B, 1) are one new one a row."""
         T = tokens.size(1)
         if T > self.config.block_size and branches is None:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -157,7 +157,7 @@ class ScalarModel(nn.Module):
         return self.ln(self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible))
 
     def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
-        """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone."""
+        """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone, or in the shape of its table."""
         hidden = self.hidden(tokens, where, branches)  # (B, T, C) or (N, C)
         with torch.autocast(hidden.device.type, enabled=False):
             raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)

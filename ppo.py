@@ -493,7 +493,7 @@ def train(config: Config) -> dict:
             parts = {"policy": policy, "value_model": value_model, "optimizer": optimizer}
             run.save_state(iteration + 1, **parts, kl_coef=controller.coef)
 
-    save_model(config.out_dir, policy, tokenizer.name, "ppo.py", config, task)
+    save_model(config.out_dir, policy, tokenizer.saved, "ppo.py", config, task)
     usual = task == "tiny" and len(reward_models) == len(config.reward) == 1 and not config.reward_weights
     return run.finish(last_quarter(run.history("score"), EXPECTED if usual else ()))
 

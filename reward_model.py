@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate, generator_for, load_model, lr_at
 from common import note_task, pick_device, progress, save_model, score_rollout, set_lr, train_last_layers, trainable
-from data.batches import RankedBatch, RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
+from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
 from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy, task_of
@@ -80,11 +80,6 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
     return torch.where(present, losses, 0.0).sum() / (present.sum().clamp(min=1) if n_pairs is None else n_pairs)
 
 
-def completion_scores(model: ScalarModel, batch: RankedBatch) -> Tensor:
-    """(N, K) the model's output at the last token of each completion; of no meaning where a ranking has fewer."""
-    return model(batch.tokens, batch.ends.flatten(), batch.branches).view(batch.ends.shape)
-
-
 @torch.no_grad()
 def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
     """Held-out loss; accuracy over the strict pairs, by rank gap too; and how far one gets by length alone."""
@@ -92,7 +87,7 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
     loss, pairs, per_ranking = 0.0, [], []
     for part in micro_batches(items, batch_size):
         batch = ranked_batch(part, device)
-        scores = completion_scores(model, batch)  # (N, K)
+        scores = model(batch.tokens, batch.ends, batch.branches)  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
         longer, _ = pair_accuracy(batch.lens.float(), batch.ranks)  # (N, P)
         strict = gap > 0
@@ -174,7 +169,7 @@ def train(config: Config) -> dict:
         for part in micro_batches(batches[step], config.micro_batch):
             batch = ranked_batch(part, device)
             with autocast(device, config.dtype):
-                scores = completion_scores(model, batch)  # (N, K), best first
+                scores = model(batch.tokens, batch.ends, batch.branches)  # (N, K), best first
             part_loss = ranking_loss(scores, batch.ranks, n_pairs)
             part_loss.backward()
             loss += part_loss.detach()
@@ -193,7 +188,7 @@ def train(config: Config) -> dict:
             run.save_state(step + 1, model=model, optimizer=optimizer)
 
     normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
-    save_model(config.out_dir, model, tokenizer.name, "reward_model.py", config, task)
+    save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, task)
     results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:
         path, results = held_out_twin(config.data, config.held_out_data), results | evaluate(model, held_out, device)

@@ -1,7 +1,8 @@
 """Stage 1: supervised fine-tuning. Demonstrations -> a policy that imitates them.
 
     python sft.py                                                          # the embedded task, from scratch
-    python sft.py --init gpt2 --tokenizer gpt2 --data my.jsonl --lr 2e-5   # GPT-2 on your own demonstrations
+    python sft.py --init gpt2 --data my.jsonl --lr 2e-5                    # GPT-2 on your own demonstrations
+    python sft.py --init SmolLM2-135M-Instruct.gguf --data my.jsonl --lr 2e-5   # or a Hugging Face folder
 
 Maximises the log-likelihood of the completions given their prompts (Ouyang et al. 2022, arXiv:2203.02155, section 3.5):
 
@@ -15,22 +16,20 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import TrainConfig, UserError, check, check_ranges, flag, one_line, run_main
+from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
-from common import load_model, lr_at, pick_device, progress, sample_prompts, save_model, set_lr, show_samples
-from common import train_last_layers, trainable
+from common import is_published, load_model, load_published, lr_at, pick_device, progress, sample_prompts, save_model
+from common import set_lr, show_samples, start_vocabulary, train_last_layers, trainable
 from data.batches import Example, epoch_batches, load_examples, make_batch, micro_batches
 from data.files import held_out_twin
 from data.tiny import task_of
-from data.tokenizer import NAMES, load_tokenizer
+from data.tokenizer import TEMPLATES, load_tokenizer, vocabulary_name
 from model import GPT, GPTConfig, at_least_float32, completion_mask
-from weights import GPT2_SIZES, load_pretrained
 
 
 @dataclass
@@ -39,9 +38,10 @@ class Config(TrainConfig):
     held_out_data: str = flag("auto", "demonstrations for the held-out loss (auto: DATA_held_out.jsonl; empty: none)")
     out_dir: str = flag("out/sft", "folder for the checkpoint and the logs")
     init: str = flag(
-        "", "where to start: empty (from scratch), gpt2 / gpt2-medium / ..., a Hugging Face folder, or a checkpoint"
+        "", "where to start: empty (from scratch), gpt2 / ..., a Hugging Face folder, a .gguf file, or a checkpoint"
     )
-    tokenizer: str = flag("tiny", "vocabulary", choices=NAMES)
+    tokenizer: str = flag("auto", "vocabulary: tiny, gpt2, a folder or a .gguf file (auto: that of --init, else tiny)")
+    template: str = flag("auto", "around prompts (auto: the vocabulary's own)", choices=("auto", *TEMPLATES))
     n_layer: int = flag(3, "blocks (from scratch)", low=1)
     n_head: int = flag(4, "attention heads (from scratch)", low=1)
     n_embd: int = flag(128, "channels (from scratch)", low=1)
@@ -89,20 +89,13 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
     for name in ("n_layer", "n_head", "n_embd", "rope_base"):
         own = getattr(config, name) != getattr(Config, name)
         check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
-    folder = Path(config.init)
-    if config.init in GPT2_SIZES or ((folder / "config.json").exists() and not (folder / "model.pt").exists()):
-        try:
-            model = load_pretrained(config.init, block_size=config.block_size)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"--init {config.init}: can't be loaded ({one_line(error)})") from None
-        rows = model.config.vocab_size
-        print(f"{config.init}: published weights, {rows:,} token ids, block size {model.config.block_size}")
-        check(rows >= n_vocab, f"--init {config.init}: {rows} token ids, but {config.tokenizer} has {n_vocab}")
-        if rows > n_vocab:  # a padded table: its extra rows are no tokens
-            model.config.real_vocab = n_vocab
+    if is_published(config.init):
+        model = load_published(config.init, n_vocab, config.block_size)
     else:
         model, tokenizer_name, _ = load_model(config.init, device)
-        check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {tokenizer_name}")
+        if config.tokenizer != "auto":
+            name = vocabulary_name(tokenizer_name)
+            check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {name}")
         own = model.config.block_size
         check(
             config.block_size in (0, own), f"--block_size {config.block_size}: {config.init} has a block size of {own}"
@@ -137,7 +130,8 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 def train(config: Config) -> dict:
     check_ranges(config)
     device = pick_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer)
+    vocabulary = start_vocabulary(config.init) if config.tokenizer == "auto" else config.tokenizer
+    tokenizer = load_tokenizer(vocabulary, config.template)
     torch.manual_seed(config.seed)  # weights and dropout
     model = initial_model(config, tokenizer.n_vocab, device)
     train_last_layers(model, config.train_layers)
@@ -189,7 +183,7 @@ def train(config: Config) -> dict:
             run.save_state(step + 1, model=model, optimizer=optimizer)
 
     task = task_of(config.data)
-    save_model(config.out_dir, model, tokenizer.name, "sft.py", config, task)
+    save_model(config.out_dir, model, tokenizer.saved, "sft.py", config, task)
     results = {"gates": []}
     if held_out:
         losses = [row["held_out_loss"] for row in run.history("held_out_loss")]

@@ -1,8 +1,14 @@
-"""Published weights in and out: Hugging Face's layout of GPT-2, on the safetensors package.
+"""Published weights in and out: a Hugging Face folder of a GPT-2 or a Llama-like model, a GGUF file in.
 
 from weights import load_pretrained, save_pretrained
-model = load_pretrained("gpt2")            # or "gpt2-medium", ..., or a folder with config.json and model.safetensors
-save_pretrained(model, "out/exported")     # what other tools read
+model = load_pretrained("SmolLM2-135M.gguf")   # or a folder with config.json and *.safetensors, or a hub's name
+save_pretrained(model, "out/exported")         # what other tools read
+
+Everything here is renaming, and three changes of layout:
+- GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in);
+- Llama-like models have queries, keys and values apart, gate and hidden layer too; here each group is one product;
+- rotary positions turn pairs of channels. Here, as in Llama's original code and in GGUF, a pair is two neighbours;
+  Hugging Face pairs channel j with channel j + D/2, so the rows of its query and key weights stand in another order.
 """
 
 from __future__ import annotations
@@ -13,100 +19,336 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ScalarModel
 
-# layers, heads, channels
-GPT2_SIZES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-# GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in)
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+LLAMA_TYPES = ("llama", "qwen2")  # model_type in config.json; SmolLM2 is a llama
+# GPT-2's layers that are stored as (in, out)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # What model.py takes for granted, under the names of Hugging Face's config.json. An n_inner of null means 4 * n_embd.
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
+FIXED_LLAMA = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
+# The parts of a Llama-like model: here, in Hugging Face's layout, in GGUF. {} is the number of the block; where there
+# are several on the right, their rows stand one after the other here.
+OUTSIDE = {
+    "wte": ("model.embed_tokens", "token_embd"),
+    "ln_f": ("model.norm", "output_norm"),
+    "unembedding": ("lm_head", "output"),
+}
+INSIDE = {
+    "ln_1": (["input_layernorm"], ["attn_norm"]),
+    "attn.c_attn": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["attn_q", "attn_k", "attn_v"]),
+    "attn.c_proj": (["self_attn.o_proj"], ["attn_output"]),
+    "ln_2": (["post_attention_layernorm"], ["ffn_norm"]),
+    "mlp.c_fc": (["mlp.gate_proj", "mlp.up_proj"], ["ffn_gate", "ffn_up"]),
+    "mlp.c_proj": (["mlp.down_proj"], ["ffn_down"]),
+}
+
+
+def local_path(name: str | Path) -> Path:
+    """A folder or a file as it is; another name is a model's on the Hugging Face hub, which is downloaded once and kept
+    there by the package huggingface_hub. Raises ValueError where that is impossible."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = f"{str(name)!r} is no folder, no .gguf file and none of {', '.join(GPT2_NAMES)} or another hub name"
+    if path.suffix or len(path.parts) > 2 or not (str(name) in GPT2_NAMES or len(path.parts) == 2):
+        raise ValueError(known)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{known} (those need `pip install huggingface_hub`)") from None
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.json", "merges.txt"]
+    repository = f"openai-community/{name}" if str(name) in GPT2_NAMES else str(name)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=wanted))
+    except Exception as error:  # many kinds, from several packages: no network, no such model, no access
+        raise ValueError(f"{known} ({type(error).__name__} while downloading {repository})") from None
 
 
 def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0) -> GPT:
-    """A GPT with the weights of `name`: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once by torch.hub),
-    or a folder in Hugging Face's layout, config.json with model.safetensors or pytorch_model.bin.
+    """A GPT with the weights of `name`, in float32: a folder in Hugging Face's layout (config.json with safetensors, in
+    one file or several, or pytorch_model.bin) of a GPT-2, Llama (SmolLM2, ...) or Qwen2; a .gguf file of the latter
+    two; or a name on the hub. block_size: fewer positions than the model has.
 
-    Raises ValueError for a name or a configuration that this project's network doesn't have, OSError for a missing
-    file."""
-    folder = Path(name)
-    if folder.is_dir():
-        config = read_config(folder / "config.json", dropout)
-        if (folder / "model.safetensors").exists():
-            weights = load_file(folder / "model.safetensors")
-        else:
-            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    elif name in GPT2_SIZES:
-        config = GPTConfig(50257, 1024, *GPT2_SIZES[name], dropout=dropout)
-        weights = torch.hub.load_state_dict_from_url(
-            GPT2_URL.format(name), map_location="cpu", weights_only=True, file_name=f"{name}.bin"
-        )
+    Raises ValueError for a name or a network that this project doesn't have and for weights that don't fit, by the name
+    of the tensor; OSError for a missing file."""
+    path = local_path(name)
+    if path.suffix == ".gguf":
+        config, state = from_gguf(path)
     else:
-        raise ValueError(f"{name!r} is neither a directory nor one of {', '.join(GPT2_SIZES)}")
+        shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = shape.get("model_type", "gpt2")
+        if kind != "gpt2" and kind not in LLAMA_TYPES:
+            raise ValueError(f"{path}/config.json: model_type is {kind!r}; known are gpt2, {', '.join(LLAMA_TYPES)}")
+        read = (gpt2_config, from_gpt2) if kind == "gpt2" else (llama_config, from_llama)
+        config = read[0](shape, path / "config.json")
+        state = read[1](folder_weights(path), config)
     if block_size > config.block_size:
         raise ValueError(f"block_size {block_size}: {name} has {config.block_size} positions")
-    config.block_size = block_size or config.block_size
+    config.block_size, config.dropout = block_size or config.block_size, dropout
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][: config.block_size]
     model = GPT(config)
+    fill(model, state, path)
+    return model
+
+
+def fill(model: GPT, state: dict[str, Tensor], path: Path) -> None:
+    """Load the weights; what is missing, left over or of another shape is an error that names it."""
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = found.get(name, "missing"), wanted.get(name, "not a part of this network")
+            raise ValueError(f"{path}: {name} is {here} in the file; config.json says {there}")
+    model.load_state_dict(state)
+
+
+def folder_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder, in float32."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = [load_file(folder / file) for file in files]
+    elif (folder / "model.safetensors").exists():
+        parts = [load_file(folder / "model.safetensors")]
+    else:
+        parts = [torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)]
+    return {name: value.float() for part in parts for name, value in part.items()}
+
+
+def check_fixed(shape: dict, fixed: dict, path: Path, n_inner: int) -> None:
+    for key, value in fixed.items():
+        found = shape.get(key, value)
+        if found != value and not (key == "n_inner" and found == n_inner):
+            raise ValueError(f"{path}: {key} is {found!r}; this model has {value!r}")
+
+
+# -------------------------------------------------------------------------------- GPT-2
+
+
+def gpt2_config(shape: dict, path: Path) -> GPTConfig:
+    """Hugging Face's config.json of a GPT-2 -> GPTConfig."""
+    check_fixed(shape, FIXED, path, 4 * shape["n_embd"])
+    return GPTConfig(*(shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
+
+
+def from_gpt2(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     state = {}
     for key, value in weights.items():
         key = key.removeprefix("transformer.")
         if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the output layer is tied to wte; causal masks were kept as buffers
-        state[key] = value.float().t().contiguous() if key.endswith(TRANSPOSED) else value.float()
-    state["wpe.weight"] = state["wpe.weight"][: config.block_size]
-    model.load_state_dict(state)
-    return model
+        state[key] = value.t().contiguous() if key.endswith(TRANSPOSED) else value
+    return state
 
 
-def read_config(path: Path, dropout: float) -> GPTConfig:
-    """Hugging Face's config.json of a GPT-2 -> GPTConfig."""
-    shape = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in FIXED.items():
-        found = shape.get(key, value)
-        if found != value and not (key == "n_inner" and found == 4 * shape["n_embd"]):
-            raise ValueError(f"{path}: {key} is {found!r}; this model has {value!r}")
-    sizes = [shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-    return GPTConfig(*sizes, dropout=dropout)
+def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"transformer.{key}": value.t() if key.endswith(TRANSPOSED) else value for key, value in state.items()}
 
 
-def save_pretrained(model: GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors in Hugging Face's GPT-2 layout."""
-    folder, c = Path(folder), model.config
+# -------------------------------------------------------------------------------- Llama and its like
+
+
+def llama_config(shape: dict, path: Path) -> GPTConfig:
+    """Hugging Face's config.json of a Llama or Qwen2 -> GPTConfig."""
+    C, H, qwen = shape["hidden_size"], shape["num_attention_heads"], shape["model_type"] == "qwen2"
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}  # transformers 5, and before
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: rotary positions of type {kind!r}; this model has the plain ones")
+    head_dim = {"head_dim": C // H}
+    check_fixed(shape, FIXED_LLAMA | ({} if shape.get("head_dim") is None else head_dim), path, 0)
+    if not qwen and shape.get("attention_bias"):
+        raise ValueError(f"{path}: attention_bias is True; this model has such biases in Qwen2's places only")
+    return GPTConfig(
+        *(shape[k] for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers")),
+        n_head=H,
+        n_embd=C,
+        rope_base=float(rope.get("rope_theta", shape.get("rope_theta", 10000.0))),
+        norm="rms",
+        norm_eps=shape["rms_norm_eps"],
+        n_kv_head=shape.get("num_key_value_heads") or H,
+        mlp="swiglu",
+        n_inner=shape["intermediate_size"],
+        bias="qkv" if qwen else "none",
+        tied=shape.get("tie_word_embeddings", False),
+    )
+
+
+def neighbours(rows: Tensor, n_head: int) -> Tensor:
+    """Query or key weights (or biases) of Hugging Face's layout, (n_head * D, ...): the rows j and j + D/2 of each
+    head, which are turned together, become neighbours."""
+    return rows.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def halves(rows: Tensor, n_head: int) -> Tensor:
+    """The inverse of `neighbours`."""
+    return rows.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def llama_names(config: GPTConfig, gguf: bool) -> dict[str, list[str]]:
+    """Our name of each tensor -> the published names of its parts."""
+    names = {f"{own}.weight": [f"{there[gguf]}.weight"] for own, there in OUTSIDE.items()}
+    if config.tied:
+        del names["unembedding.weight"]
+    for i in range(config.n_layer):
+        prefix = f"blk.{i}" if gguf else f"model.layers.{i}"
+        for own, there in INSIDE.items():
+            for kind in ("weight", "bias") if own == "attn.c_attn" and config.bias == "qkv" else ("weight",):
+                names[f"h.{i}.{own}.{kind}"] = [f"{prefix}.{part}.{kind}" for part in there[gguf]]
+    return names
+
+
+def from_llama(weights: dict[str, Tensor], config: GPTConfig, gguf: bool = False, paired: bool = True) -> dict:
+    """Published tensors -> ours. paired: the channels that are turned together are D/2 apart in them."""
+    names, state = llama_names(config, gguf), {}
+    known = {part for parts in names.values() for part in parts}
+    known |= {"lm_head.weight", "output.weight"}  # written out although tied
+    left = {
+        key for key in weights if key not in known and not key.endswith(("rotary_emb.inv_freq", "rope_freqs.weight"))
+    }
+    if left:
+        raise ValueError(f"{min(left)} is not a part of a Llama-like network as this project has it")
+    for own, parts in names.items():
+        missing = [part for part in parts if part not in weights]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        values = [weights[part] for part in parts]
+        if "c_attn" in own and paired:
+            values[:2] = neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)
+        state[own] = torch.cat(values) if len(values) > 1 else values[0]
+    return state
+
+
+def to_llama(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    D, weights = config.n_embd // config.n_head, {}
+    widths = {"c_attn": [config.n_head * D, config.n_kv_head * D, config.n_kv_head * D], "c_fc": [config.n_inner] * 2}
+    for own, parts in llama_names(config, gguf=False).items():
+        layer = own.split(".")[-2]
+        values = list(state[own].split(widths[layer])) if len(parts) > 1 else [state[own]]
+        if layer == "c_attn":
+            values[:2] = halves(values[0], config.n_head), halves(values[1], config.n_kv_head)
+        weights |= dict(zip(parts, values, strict=True))
+    return weights
+
+
+def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """A .gguf file of a Llama or Qwen2, quantised or not -> its configuration and weights in float32."""
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise ValueError(f"{path}: reading GGUF files needs `pip install gguf`") from None
+    reader = GGUFReader(path)
+    kind = reader.get_field("general.architecture").contents()
+    if kind not in LLAMA_TYPES:
+        raise ValueError(f"{path}: general.architecture is {kind!r}; known are {', '.join(LLAMA_TYPES)}")
+
+    def told(key: str, default=None):
+        field = reader.get_field(f"{kind}.{key}")
+        if field is None and default is None:
+            raise ValueError(f"{path}: no {kind}.{key}")
+        return default if field is None else field.contents()
+
+    if told("rope.scaling.type", "none") != "none":
+        raise ValueError(f"{path}: {kind}.rope.scaling.type is {told('rope.scaling.type')!r}; this model has none")
+    weights = {}
+    for tensor in reader.tensors:
+        weights[tensor.name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+    H, C = told("attention.head_count"), told("embedding_length")
+    config = GPTConfig(
+        len(weights["token_embd.weight"]),
+        told("context_length"),
+        told("block_count"),
+        n_head=H,
+        n_embd=C,
+        rope_base=float(told("rope.freq_base", 10000.0)),
+        norm="rms",
+        norm_eps=float(f"{told('attention.layer_norm_rms_epsilon'):.6g}"),  # kept in float32: 1e-5 is 9.99999975e-06
+        n_kv_head=told("attention.head_count_kv", H),
+        mlp="swiglu",
+        n_inner=told("feed_forward_length"),
+        bias="qkv" if kind == "qwen2" else "none",
+        tied="output.weight" not in weights,
+    )
+    # GGUF's llama files have neighbours turned together, as here; its qwen2 files the channels that are D/2 apart
+    return config, from_llama(weights, config, gguf=True, paired=kind == "qwen2")
+
+
+# -------------------------------------------------------------------------------- out
+
+
+def save_pretrained(model: GPT | ScalarModel, folder: str | Path) -> None:
+    """Write config.json and model.safetensors in Hugging Face's layout: of GPT-2, of Llama (Qwen2 with its biases), and
+    of a reward model as ...ForSequenceClassification with one label. Their head has no bias, so their score differs
+    from ours by a constant, which a reward doesn't fix anyway; config.json keeps it as "reward_shift", to be added.
+
+    Raises ValueError for a network that none of these layouts can hold."""
+    gpt = model.gpt if isinstance(model, ScalarModel) else model
+    folder, c, state = Path(folder), gpt.config, dict(gpt.state_dict())
+    if getattr(model.config, "expectation", False):
+        raise ValueError("a reward model that is told what was expected (--expectation) has no published layout")
+    llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
+    if not llama:
+        state = check_gpt2(state, c)
+    vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
+    for name in ("wte.weight", "unembedding.weight"):
+        if name in state:
+            state[name] = state[name][:vocab_size]
+    weights = to_llama(state, c) if llama else to_gpt2(state)
+    config = (llama_json if llama else gpt2_json)(c, vocab_size)
+    if isinstance(model, ScalarModel):
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = model.head.weight / model.std
+        name = config["architectures"][0].replace("ForCausalLM", "").replace("LMHeadModel", "")
+        config |= {"architectures": [f"{name}ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"}}
+        config["reward_shift"] = ((model.head.bias - model.mean) / model.std).item()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / "model.safetensors.tmp"
+    plain = {name: value.detach().cpu().float().contiguous().clone() for name, value in weights.items()}
+    save_file(plain, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "model.safetensors")
+
+
+def check_gpt2(state: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
+    """A network that somebody has changed must not be passed off as GPT-2."""
     block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     layers = [f"h.{i}.{name}" for i in range(c.n_layer) for name in block] + ["ln_f"]
     gpt2 = {"wte.weight", "wpe.weight", *(f"{name}.{kind}" for name in layers for kind in ("weight", "bias"))}
-    if set(model.state_dict()) != gpt2:  # a network that somebody has changed must not be passed off as GPT-2
-        changed = ", ".join(sorted(gpt2 ^ set(model.state_dict()))[:3])
+    if set(state) != gpt2 or c.n_kv_head != c.n_head or c.n_inner != 4 * c.n_embd or c.norm_eps != 1e-5:
+        changed = ", ".join(sorted(gpt2 ^ set(state))[:3]) or "their sizes or norm_eps"
         raise ValueError(f"this network's parameters are not GPT-2's ({changed}, ...), so its layout can't hold them")
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
-    config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        **FIXED,
+    return state
+
+
+def gpt2_json(c: GPTConfig, vocab_size: int) -> dict:
+    sizes = {"vocab_size": vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size}
+    sizes |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    dropout = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **FIXED, **sizes, **dropout}
+
+
+def llama_json(c: GPTConfig, vocab_size: int) -> dict:
+    kind = "qwen2" if c.bias == "qkv" else "llama"
+    return {
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "hidden_act": "silu",
         "vocab_size": vocab_size,
-        "n_positions": c.block_size,
-        "n_ctx": c.block_size,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_embd": c.n_embd,
-        "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
+        "max_position_embeddings": c.block_size,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "hidden_size": c.n_embd,
+        "intermediate_size": c.n_inner,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "attention_dropout": c.dropout,
+        "tie_word_embeddings": c.tied,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {}
-    for key, value in model.state_dict().items():
-        value = value.t() if key.endswith(TRANSPOSED) else value
-        value = value[:vocab_size] if key == "wte.weight" else value
-        weights[f"transformer.{key}"] = value.detach().cpu().float().contiguous()
-    temporary = folder / "model.safetensors.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")

@@ -1,18 +1,31 @@
-"""Text to token ids and back, and the one prompt template that all stages share.
+"""Text to token ids and back, and the templates around prompts that all stages share.
 
-`tiny` is the embedded task's own byte-pair vocabulary (data/tiny.tiktoken, made by data/make_vocab.py): no network,
-ever. `gpt2` is GPT-2's, which tiktoken downloads once, or finds in the folder that TIKTOKEN_CACHE_DIR names.
+What load_tokenizer takes:
+
+    tiny            the embedded task's own byte-pair vocabulary (data/tiny.tiktoken, made by data/make_vocab.py)
+    gpt2            GPT-2's, which tiktoken downloads once, or finds in the folder that TIKTOKEN_CACHE_DIR names
+    a folder        a published model's, with Hugging Face's tokenizer.json
+    a .gguf file    a published model's, from the file's metadata (needs the package gguf)
+    a description   what a checkpoint keeps of the last two, one JSON text: no path leads back to where it came from
+
+All are byte-level BPE, cut and merged by tiktoken. A special token, such as <|endoftext|>, is never made from text: the
+templates put it in, by its id, and in a user's text it is spelt in ordinary tokens.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
 
-from cli import UserError
+from cli import UserError, check, one_line
+from data.files import turns_of
+from data.vocabulary import read_folder, read_gguf
 
 TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
 # How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other
@@ -21,58 +34,175 @@ TINY_PATTERN = r" ?[A-Za-z]+| ?[0-9]{1,2}|\n|[^A-Za-z0-9\n]"
 EOS_TEXT = "<|endoftext|>"
 NAMES = ("tiny", "gpt2")
 
+# -------------------------------------------------------------------------------- templates
+
+Piece = tuple[str, str]  # a special token ("": none), and the text that follows it
+
+# The special tokens that a template needs; the last ends a turn, so it is the EOS. plain needs none and has the EOS of
+# the vocabulary.
+TEMPLATES = {
+    "plain": (),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+
 
 def format_prompt(prompt: str) -> str:
-    """The template around an instruction: used by every stage, so that all of them see the same text. It ends in a
-    newline, so a completion starts without a space and `decode(completion ids)` is the completion."""
-    return f"User: {prompt}\nAssistant:\n"
+    """The plain template: used by every stage, so that all of them see the same text. It ends in a newline, so a
+    completion starts without a space and `decode(completion ids)` is the completion."""
+    said = {"system": "System: {}\n", "user": "User: {}\n", "assistant": "Assistant:\n{}\n"}
+    return "".join(said[role].format(text) for role, text in turns_of(prompt)) + "Assistant:\n"
+
+
+def chatml(prompt: str, system: str = "") -> list[Piece]:
+    """SmolLM2's and Qwen's. system: what the model's own template says where a conversation has no system turn."""
+    turns = turns_of(prompt)
+    if system and turns[0][0] != "system":
+        turns = (("system", system), *turns)
+    pieces = []
+    for role, text in turns:
+        pieces += [("<|im_start|>", f"{role}\n{text}"), ("<|im_end|>", "\n")]
+    return [*pieces, ("<|im_start|>", "assistant\n")]
+
+
+def llama3(prompt: str) -> list[Piece]:
+    """Llama 3's, which takes away the white space around a text."""
+    pieces = [("<|begin_of_text|>", "")]
+    for role, text in (*turns_of(prompt), ("assistant", "")):
+        pieces += [("<|start_header_id|>", role), ("<|end_header_id|>", f"\n\n{text.strip()}"), ("<|eot_id|>", "")]
+    return pieces[:-1]  # the assistant's turn is open
 
 
 class Tokenizer:
-    """name, n_vocab, eos_id; encode and decode."""
+    """name, n_vocab, eos_id (it ends a completion), template; encode and decode. `saved` is what a checkpoint keeps,
+    and load_tokenizer takes: two vocabularies are the same, template included, if it is the same text."""
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding):
-        self.name = name
-        self._encoding = encoding
-        self.n_vocab: int = encoding.n_vocab
-        self.eos_id: int = encoding.eot_token
+    def __init__(
+        self,
+        saved: str,
+        encoding: tiktoken.Encoding,
+        eos: str = EOS_TEXT,
+        template: str = "plain",
+        system: str = "",
+        nfc: bool = False,
+        n_vocab: int | None = None,
+    ):
+        missing = [mark for mark in TEMPLATES[template] if mark not in encoding.special_tokens_set]
+        check(not missing, f"template {template}: {encoding.name} has no special token {', '.join(missing)}")
+        eos = (TEMPLATES[template] or (eos,))[-1]
+        check(eos in encoding.special_tokens_set, f"template {template}: {encoding.name} has no token that ends a text")
+        self.saved, self.name, self.template = saved, encoding.name, template
+        self._encoding, self._system, self._nfc = encoding, system, nfc
+        self.n_vocab: int = n_vocab or encoding.n_vocab
+        self.eos_id: int = encoding.encode_single_token(eos)
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text only: "<|endoftext|>" typed by a user becomes several ordinary tokens, never the EOS token."""
-        return self._encoding.encode_ordinary(text)
+        """Ordinary text only: "<|endoftext|>" typed by a user becomes several ordinary tokens, never the EOS token.
+        A byte that a published vocabulary lacks is left out, as its own tokenizer does."""
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        ids = self._encoding.encode_ordinary(text)
+        return ids if self.n_vocab == self._encoding.n_vocab else [i for i in ids if i < self.n_vocab]
 
     def decode(self, ids: list[int]) -> str:
-        """Bytes that are no valid UTF-8 (a character cut in half) become U+FFFD."""
+        """Bytes that are no valid UTF-8 (a character cut in half) become U+FFFD. Special tokens are shown: completions
+        come without the EOS that ended them, so any that is left was sampled by mistake and is to be seen."""
         return self._encoding.decode(ids, errors="replace")
 
+    def pieces(self, prompt: str) -> list[Piece]:
+        """A prompt, a string or a files.Prompt, in its template, open for the completion."""
+        if self.template == "plain":
+            return [("", format_prompt(prompt))]
+        return chatml(prompt, self._system) if self.template == "chatml" else llama3(prompt)
+
     def encode_prompt(self, prompt: str) -> list[int]:
-        return self.encode(format_prompt(prompt))
+        ids = []
+        for mark, text in self.pieces(prompt):
+            ids += [self._encoding.encode_single_token(mark)] if mark else []
+            ids += self.encode(text)
+        return ids
 
 
-@lru_cache
-def load_tokenizer(name: str) -> Tokenizer:
-    if name == "tiny":
-        try:
-            # by hand: tiktoken.load would keep a copy in the temporary folder and go on using it after the file has
-            # changed
-            lines = [line.split() for line in TINY_RANKS.read_bytes().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{TINY_RANKS}: can't be read ({error}); make it again with `python -m data.make_vocab`"
-            ) from None
-        special = {EOS_TEXT: len(ranks)}
-        return Tokenizer(
-            name, tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        )
-    if name == "gpt2":
-        try:
-            return Tokenizer(name, tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # requests raises many kinds; importing it to name them would be one more dependency
-            raise UserError(
-                f"the gpt2 vocabulary is not on this machine and can't be downloaded ({type(error).__name__}). Set"
-                " TIKTOKEN_CACHE_DIR to a folder that holds GPT-2's vocab.bpe and encoder.json under tiktoken's names"
-                " 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6,"
-                " or use --tokenizer tiny"
-            ) from None
-    raise UserError(f"unknown tokenizer {name!r}; choose from {', '.join(NAMES)}")
+# -------------------------------------------------------------------------------- loading
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(source: str, template: str = "auto") -> Tokenizer:
+    """source: see the top of this file. template: one of TEMPLATES; "auto" is that of a published vocabulary, plain for
+    the others. Raises UserError for what is no vocabulary, or none of a kind that can be read."""
+    check(template in ("auto", *TEMPLATES), f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
+    if source in NAMES:
+        encoding = tiny_encoding() if source == "tiny" else gpt2_encoding()
+        return Tokenizer(source, encoding, template="plain" if template == "auto" else template)
+    described = source.startswith("{")
+    where = "the checkpoint's vocabulary" if described else source
+    try:
+        if described:
+            description = json.loads(source)
+        elif source.endswith(".gguf"):
+            check(Path(source).exists(), f"{source}: no such file")
+            description = read_gguf(source)
+        elif Path(source).is_dir():
+            description = read_folder(Path(source))
+        else:
+            raise UserError(f"unknown tokenizer {source!r}; choose from {', '.join(NAMES)}, a folder, or a .gguf file")
+        return build(description, template, where)
+    except UserError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: can't be read as a vocabulary ({one_line(error)})") from None
+
+
+def tiny_encoding() -> tiktoken.Encoding:
+    try:
+        # by hand: tiktoken.load would keep a copy in the temporary folder and go on using it after the file has changed
+        ranks = parse_ranks(TINY_RANKS.read_text(encoding="ascii"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{TINY_RANKS}: can't be read ({error}); make it again with `python -m data.make_vocab`"
+        ) from None
+    special = {EOS_TEXT: len(ranks)}
+    return tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests raises many kinds; importing it to name them would be one more dependency
+        raise UserError(
+            f"the gpt2 vocabulary is not on this machine and can't be downloaded ({type(error).__name__}). Set"
+            " TIKTOKEN_CACHE_DIR to a folder that holds GPT-2's vocab.bpe and encoder.json under tiktoken's names"
+            " 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6,"
+            " or use --tokenizer tiny"
+        ) from None
+
+
+def parse_ranks(text: str) -> dict[bytes, int]:
+    """A .tiktoken file: each line holds a token's bytes in base64 and its rank, which is its id too."""
+    lines = [line.split() for line in text.splitlines()]
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def build(d: dict, template: str, where: str) -> Tokenizer:
+    """The vocabulary of a description, which is plain JSON: "ranks", as in a .tiktoken file; "special" {token: id};
+    "pattern", how text is cut before merging; "nfc", whether it is normalised before; "eos"; "template", and its
+    "system" turn for a conversation that has none; "name", made here, for messages."""
+    d = {k: v for k, v in d.items() if k != "name"} | ({} if template == "auto" else {"template": template})
+    check(d["template"] in TEMPLATES, f"{where}: its template {d['template']!r} is unknown here")
+    ranks, special = parse_ranks(d["ranks"]), dict(d["special"])
+    used = {*ranks.values(), *special.values()}
+    check(len(used) == len(ranks) + len(special), f"{where}: two of its tokens have one id")
+    n_vocab = max(used) + 1
+    d["name"] = f"bpe{n_vocab}-{d['template']}-{hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:8]}"
+    # tiktoken must know every byte: one that the vocabulary lacks gets an id beyond it, which encode leaves out. And
+    # every id, as a model can sample it: one that is no token's gets a name for decode to show.
+    lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+    ranks |= {byte: n_vocab + i for i, byte in enumerate(lacking)}
+    special |= {f"<|unused {i}|>": i for i in range(n_vocab) if i not in used}
+    encoding = tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
+    saved = json.dumps(d, sort_keys=True)
+    return Tokenizer(saved, encoding, d["eos"], d["template"], d["system"], d["nfc"], n_vocab)
+
+
+def vocabulary_name(saved: str) -> str:
+    """What to call a vocabulary in a message."""
+    return json.loads(saved)["name"] if saved.startswith("{") else saved

@@ -70,7 +70,7 @@ def pairs(examples: list[Example]) -> list[RankedExamples]:
 
 def reward_step(model: ScalarModel, examples: list[Example]) -> None:
     batch = ranked_batch(pairs(examples), torch.device("cpu"))
-    reward_model.ranking_loss(reward_model.completion_scores(model, batch), batch.ranks).backward()
+    reward_model.ranking_loss(model(batch.tokens, batch.ends, batch.branches), batch.ranks).backward()
 
 
 def dpo_step(model: GPT, examples: list[Example]) -> None:

@@ -78,7 +78,7 @@ def train(config: Config) -> dict:
         stats = ppo.update(policy, None, optimizer, experience, config, rng)
         figures = common.rollout_figures(experience, completions, raw_scores, scores, config.kl_coef)
         run.log(step=iteration + 1, **figures, **stats)
-    common.save_model(config.out_dir, policy, tokenizer.name, "grpo.py", config)
+    common.save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config)
     return run.finish(common.last_quarter(run.history(), ()))
 
 

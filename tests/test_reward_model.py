@@ -59,7 +59,7 @@ from data.files import Ranking
 from data.tokenizer import format_prompt, load_tokenizer
 from model import GPTConfig, ScalarModel, generate
 from reward_model import Config, accuracy_by_part, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy
-from reward_model import completion_scores, ranking_loss
+from reward_model import ranking_loss
 
 CPU = torch.device("cpu")
 NAMES = ("right_vs_wrong", "right_vs_evasive", "polite_vs_plain", "plain_vs_rude", "short_vs_rambling")
@@ -374,13 +374,13 @@ class Judge:
     def __call__(self, tokens: Tensor, where: Tensor, branches) -> Tensor:
         start, end = format_prompt("\0").split("\0")
         scores = []
-        for place in where.tolist():
+        for place in where.flatten().tolist():
             ids = text_before(tokens, branches, place)
             assert ids[-1] == self.tokenizer.eos_id
             prompt, completion = self.tokenizer.decode(ids[:-1]).removeprefix(start).split(end)
             parts = tiny.gold_parts(prompt, completion)
             scores.append(sum((parts[name] for name in self.parts), 0.0))
-        return torch.tensor(scores)
+        return torch.tensor(scores).view(where.shape)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +652,7 @@ def test_a_score_is_that_of_the_text_alone(float64, rope_base, expectation):
     """Completions that share a prompt must not see each other: each scores what it scores in a row of its own."""
     model = make_scalar(9, rope_base=rope_base, expectation=expectation).eval()
     batch = ranked_batch(ITEMS, CPU)
-    scores = completion_scores(model, batch)
+    scores = model(batch.tokens, batch.ends, batch.branches)
     for n, item in enumerate(ITEMS):
         for k, example in enumerate(item.examples):
             alone = model(torch.tensor([example.ids]))[0, -1]

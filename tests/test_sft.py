@@ -576,7 +576,7 @@ def test_published_weights_must_have_the_vocabulary_s_rows(tmp_path):
     save_pretrained(make_gpt(9), tmp_path)
     config = Config(init=str(tmp_path))
     assert sft.initial_model(config, 20, CPU)(torch.tensor([[1, 2]])).shape == (1, 2, 20)
-    with pytest.raises(UserError, match="23 token ids, but toy has 24"):
+    with pytest.raises(UserError, match="23 token ids, but the vocabulary has 24"):
         sft.initial_model(config, 24, CPU)
 
 
@@ -637,9 +637,9 @@ def test_gates_belong_to_the_embedded_task_s_data(tmp_path, monkeypatch):
     """Data of one's own with the demo's vocabulary is judged by the demo's ranges: a good run FAILED."""
 
     class Tiny(ToyTokenizer):
-        name = "tiny"
+        name = saved = "tiny"
 
-    monkeypatch.setattr(sft, "load_tokenizer", lambda name: Tiny())
+    monkeypatch.setattr(sft, "load_tokenizer", lambda name, template: Tiny())
     own, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2])
     assert own["gates"] == [] and load_model(tmp_path / "out", CPU).task == ""
     monkeypatch.setattr(sft, "task_of", lambda path: "tiny")

@@ -1,8 +1,10 @@
-"""weights.py: GPT-2's published layout, read and written: against the format itself, parsed here by hand."""
+"""weights.py: GPT-2's and Llama's published layouts, read and written: against the format itself, parsed here by hand,
+against Llama by loops, and against transformers where it is installed."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from itertools import pairwise
 
@@ -12,7 +14,8 @@ from helpers import make_gpt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import GPT, GPTConfig
+import weights
+from model import GPT, GPTConfig, KVCache, ScalarModel, decode_one_token, generate, prefill
 from weights import load_pretrained, save_pretrained
 
 V = 23  # make_gpt's vocabulary
@@ -203,3 +206,256 @@ def test_save_pretrained_refuses_rotary_positions(tmp_path):
     with pytest.raises(ValueError, match=r"not GPT-2's .*wpe\.weight"):
         save_pretrained(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+# ------------------------------------------------------------------------------------------------ Llama and its like
+
+# 6 heads of 8 channels, which share 2 keys and values
+SHAPE = {"model_type": "llama", "hidden_act": "silu", "vocab_size": V, "max_position_embeddings": 48}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
+SHAPE |= {"intermediate_size": 40, "rms_norm_eps": 1e-4, "rope_theta": 50.0, "tie_word_embeddings": True}
+
+
+def llama_tensors(shape: dict) -> dict[str, torch.Tensor]:
+    """Random weights in Hugging Face's layout."""
+    C, D, inner = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"], shape["intermediate_size"]
+    of_k = shape["num_key_value_heads"] * D
+    sizes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
+    if not shape["tie_word_embeddings"]:
+        sizes["lm_head.weight"] = (V, C)
+    for i in range(shape["num_hidden_layers"]):
+        inside = {"self_attn.q_proj": (C, C), "self_attn.k_proj": (of_k, C), "self_attn.v_proj": (of_k, C)}
+        inside |= {"self_attn.o_proj": (C, C), "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C)}
+        inside |= {"mlp.down_proj": (C, inner), "input_layernorm": (C,), "post_attention_layernorm": (C,)}
+        sizes |= {f"model.layers.{i}.{name}.weight": size for name, size in inside.items()}
+        if shape["model_type"] == "qwen2":
+            sizes |= {f"model.layers.{i}.self_attn.{x}_proj.bias": inside[f"self_attn.{x}_proj"][:1] for x in "qkv"}
+    g = torch.Generator().manual_seed(3)
+    values = {name: 0.3 * torch.randn(*size, generator=g) + (len(size) == 1) for name, size in sizes.items()}
+    return {name: value.float() for name, value in values.items()}
+
+
+def write_folder(folder, shape: dict, tensors: dict[str, torch.Tensor], shards: int = 1):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.pow(2).mean() + eps).sqrt() * weight
+
+
+def slow_llama(shape: dict, tensors: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
+    """Llama by the papers, token by token and head by head, in float64, on Hugging Face's tensors: (T, V). Channel j of
+    a head is turned with channel j + D/2."""
+    w = {name: value.double() for name, value in tensors.items()}
+    H, G, C = shape["num_attention_heads"], shape["num_key_value_heads"], shape["hidden_size"]
+    D, eps, stream, past = C // H, shape["rms_norm_eps"], [], [[] for _ in range(shape["num_hidden_layers"])]
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        y = x.clone()
+        for j in range(D // 2):
+            angle = position * shape["rope_theta"] ** (-2 * j / D)
+            a, b = x[j], x[j + D // 2]
+            y[j], y[j + D // 2] = (
+                a * math.cos(angle) - b * math.sin(angle),
+                a * math.sin(angle) + b * math.cos(angle),
+            )
+        return y
+
+    for position, token in enumerate(tokens):
+        x = w["model.embed_tokens.weight"][token]
+        for i in range(shape["num_hidden_layers"]):
+            p = f"model.layers.{i}."
+
+            def dense(name: str, x: torch.Tensor, p: str = p) -> torch.Tensor:
+                return w[f"{p}{name}.weight"] @ x + w.get(f"{p}{name}.bias", torch.zeros(()))
+
+            n = rms_norm(x, w[p + "input_layernorm.weight"], eps)
+            q, k, v = (dense(f"self_attn.{part}_proj", n).view(-1, D) for part in "qkv")
+            past[i].append((torch.stack([turned(head, position) for head in k]), v))
+            heads = []
+            for h in range(H):
+                mine = turned(q[h], position)
+                scores = torch.stack([mine @ keys[h * G // H] / math.sqrt(D) for keys, _ in past[i]])
+                shares = scores.exp() / scores.exp().sum()
+                heads.append(sum(s * values[h * G // H] for s, (_, values) in zip(shares, past[i], strict=True)))
+            x = x + dense("self_attn.o_proj", torch.cat(heads))
+            n = rms_norm(x, w[p + "post_attention_layernorm.weight"], eps)
+            gate = dense("mlp.gate_proj", n)
+            x = x + dense("mlp.down_proj", gate / (1 + (-gate).exp()) * dense("mlp.up_proj", n))
+        output = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+        stream.append(output @ rms_norm(x, w["model.norm.weight"], eps))
+    return torch.stack(stream)
+
+
+KINDS = pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"model_type": "qwen2", "rope_theta": 300.0},
+        {"num_key_value_heads": 6},
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    ],
+    ids=["llama", "untied", "qwen2", "all heads", "one key and value"],
+)
+
+
+@KINDS
+def test_a_llama_folder_is_llama_by_loops(tmp_path, changes, float64):
+    """Rows of queries and keys in the wrong order, gate and hidden layer exchanged, a key shared by the wrong queries,
+    an epsilon or a base of another model: plausible text, a little worse."""
+    shape = SHAPE | changes
+    tensors = llama_tensors(shape)
+    model = load_pretrained(write_folder(tmp_path / "hf", shape, tensors, shards=1 + 2 * bool(changes))).double().eval()
+    tokens = random_tokens(2, 11)
+    for row, logits in zip(tokens, model(tokens), strict=True):
+        torch.testing.assert_close(logits, slow_llama(shape, tensors, row.tolist()), rtol=0, atol=1e-9)
+    # sampling with a cache goes the same way
+    caches = [KVCache(2, 11, model.config, model.wte.weight) for _ in model.h]
+    found = prefill(model, tokens[:, :4], torch.tensor([4, 4]), caches)
+    for t in range(4, 11):
+        torch.testing.assert_close(found, model(tokens)[:, t - 1], rtol=0, atol=1e-9)
+        found = decode_one_token(model, tokens[:, t], torch.full((2,), t), caches)
+    drawn = generate(model, [[1, 2, 3], [4]], 8, eos_id=0, temperature=0.0)
+    for row, start, end in zip(drawn.tokens, drawn.prompt_lens.tolist(), drawn.lens.tolist(), strict=True):
+        best = slow_llama(shape, tensors, row[:end].tolist()).argmax(-1)
+        assert row[start:end].tolist() == best[start - 1 : end - 1].tolist()
+
+
+@KINDS
+def test_a_llama_goes_out_as_it_came_in(tmp_path, changes):
+    """Every published tensor bit for bit, and every field of the configuration that says what the network is."""
+    shape = SHAPE | changes
+    tensors = llama_tensors(shape)
+    model = load_pretrained(write_folder(tmp_path / "in", shape, tensors))
+    save_pretrained(model, tmp_path / "out")
+    _, written = read_safetensors_by_hand(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    told = {k: v for k, v in shape.items() if k != "rope_parameters"}
+    assert told.items() <= config.items() and config["rope_parameters"]["rope_theta"] == shape["rope_theta"]
+    again = load_pretrained(tmp_path / "out")
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_reward_model_goes_out_as_a_classifier(tmp_path, kind):
+    """The head under its published name, in the units of the normalised reward, but for a constant that is told."""
+    gpt = make_gpt(seed=7)
+    if kind == "llama":
+        gpt = load_pretrained(write_folder(tmp_path / "in", SHAPE, llama_tensors(SHAPE)))
+    model = ScalarModel.from_gpt(gpt).eval()
+    model.mean, model.std = torch.tensor(0.7), torch.tensor(2.5)
+    model.head.bias.data.fill_(0.2)
+    save_pretrained(model, tmp_path / "out")
+    _, tensors = read_safetensors_by_hand(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [
+        {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}[kind]
+    ]
+    assert config["num_labels"] == 1 and "lm_head.weight" not in tensors
+    tokens = random_tokens()
+    found = gpt.hidden(tokens)[:, -1] @ tensors["score.weight"][0] + config["reward_shift"]
+    torch.testing.assert_close(found, model(tokens)[:, -1])
+    with pytest.raises(ValueError, match="expectation"):
+        save_pretrained(ScalarModel.from_gpt(gpt, expectation=True), tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"intermediate_size": 44}, r"h\.0\.mlp\.c_fc\.weight is \(80, 48\) in the file; config\.json says \(88, 48\)"),
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S* is missing"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S* is not a part"),
+    ],
+    ids=str,
+)
+def test_another_network_than_llama_is_refused(tmp_path, changes, says):
+    """What model.py doesn't have, or what doesn't fit together, by the name of the field or the tensor."""
+    folder = write_folder(tmp_path / "hf", SHAPE | changes, llama_tensors(SHAPE))
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+
+
+def test_a_name_on_the_hub_without_the_package(monkeypatch):
+    """No download of our own, and a line that says what to do."""
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        weights.local_path("gpt2")
+    with pytest.raises(ValueError, match="no folder"):
+        weights.local_path("some/where/else")
+
+
+@KINDS
+def test_transformers_agrees(tmp_path, changes):
+    """The published implementation itself, on our files and on its own, to 1e-4 and better."""
+    transformers = pytest.importorskip("transformers")
+    shape = SHAPE | changes
+    folder = write_folder(tmp_path / "in", shape, llama_tensors(shape))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokens = load_pretrained(folder).eval(), random_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(input_ids=tokens).logits, rtol=1e-5, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "their", max_shard_size="20KB")
+    assert len(list((tmp_path / "their").glob("*.safetensors"))) > 1
+    again = load_pretrained(tmp_path / "their")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, kind):
+    """GGUF keeps a llama's query and key rows as neighbours, a qwen2's as halves; norms and names are its own."""
+    gguf = pytest.importorskip("gguf")
+    shape = SHAPE | {"model_type": kind, "intermediate_size": 64, "hidden_size": 96}
+    tensors = llama_tensors(shape)
+    folder = load_pretrained(write_folder(tmp_path / "hf", shape, tensors))
+    H, G = shape["num_attention_heads"], shape["num_key_value_heads"]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", kind)
+    writer.add_context_length(48)
+    writer.add_block_count(2)
+    writer.add_embedding_length(96)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(G)
+    writer.add_layer_norm_rms_eps(1e-4)
+    writer.add_rope_freq_base(50.0)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk"}
+    for name, value in tensors.items():
+        heads = {"q_proj": H, "k_proj": G}.get(name.split(".")[-2])
+        if kind == "llama" and heads:  # row j of each head, then row j + D/2
+            rows = [r for h in value.chunk(heads) for pair in zip(*h.chunk(2), strict=True) for r in pair]
+            value = torch.stack(rows)
+        for there, here in names.items():
+            name = name.replace(there, here)
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load_pretrained(tmp_path / "m.gguf")
+    assert model.config == folder.config
+    for name, value in folder.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name

@@ -1,0 +1,168 @@
+"""A published model's vocabulary -> its description, plain JSON that a checkpoint can keep (data/tokenizer.py: build).
+
+From a folder with Hugging Face's tokenizer.json, or from the metadata of a .gguf file. Only byte-level BPE is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+from cli import UserError, check
+
+ONLY = "only byte-level BPE is read, as GPT-2, SmolLM2, Llama 3 and Qwen2 have it"
+
+
+def keeping_the_rest(pattern: str) -> str:
+    """tiktoken drops text that its pattern doesn't match; with this one, what stands between two matches is a piece."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+# How text is cut before merging, by the names that .gguf files use.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each digit is cut out first, and GPT-2's then cuts what lies between: white space before a digit is at an end.
+SMOLLM = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+LLAMA3 = keeping_the_rest(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": LLAMA3.replace("{1,3}", "")}
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_folder(folder: Path) -> dict:
+    """A folder with Hugging Face's tokenizer.json -> description. Beside it may stand tokenizer_config.json and
+    config.json, which name the token that ends a text, and chat_template.jinja."""
+    file = folder / "tokenizer.json"
+    other = " (its tokenizer.model is SentencePiece's)" if (folder / "tokenizer.model").exists() else ""
+    check(file.exists(), f"{folder}: no tokenizer.json in it{other}; name a vocabulary with --tokenizer; {ONLY}")
+    whole, config = read_json(file), read_json(folder / "tokenizer_config.json")
+    bpe, normalizer = whole["model"], whole.get("normalizer")
+    kind = bpe.get("type") or ("BPE" if "merges" in bpe else "a model without a name")  # GPT-2's own file has no type
+    if bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
+        kind += " of characters (SentencePiece's, or older)"
+    check(kind == "BPE", f"{file}: holds {kind}; {ONLY}")
+    check(normalizer in (None, {"type": "NFC"}), f"{file}: changes text first, by {normalizer}; {ONLY}")
+
+    special = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    eos = config.get("eos_token") or read_json(folder / "config.json").get("eos_token_id")  # a text or an id
+    eos = eos["content"] if isinstance(eos, dict) else eos[0] if isinstance(eos, list) else eos
+    named = [token for token, i in special.items() if eos in (token, i)] or ["<|endoftext|>"]
+    check(eos is None or eos in (named[0], special.get(named[0])), f"{folder}: {eos!r}, its EOS, is no added token")
+    jinja, chat = folder / "chat_template.jinja", config.get("chat_template") or ""
+    if isinstance(chat, list):  # several, by name
+        chat = next(c["template"] for c in chat if c["name"] == "default")
+    chat = jinja.read_text(encoding="utf-8") if jinja.exists() else chat
+
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
+    ids = {token: i for token, i in bpe["vocab"].items() if token not in special}
+    ranks = ranks_of(ids, merges, bool(bpe.get("ignore_merges")), str(file))
+    pattern = pattern_of(whole.get("pre_tokenizer") or {"type": "nothing"}, str(file))
+    return describe(ranks, special, pattern, normalizer is not None, named[0], chat, str(folder))
+
+
+def pattern_of(cut: dict, file: str) -> str:
+    """tokenizer.json's pre_tokenizer as one regular expression."""
+    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    kinds, last = [step["type"] for step in steps], steps[-1]
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        own = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and own:
+            return GPT2
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and own:
+            return SMOLLM
+        if kinds == ["Split", "ByteLevel"] and not own and "Regex" in steps[0]["pattern"]:
+            pattern, kept = steps[0]["pattern"]["Regex"], (steps[0]["behavior"], steps[0].get("invert", False))
+            if kept == ("Isolated", False):
+                return keeping_the_rest(pattern)
+            if kept == ("Removed", True):  # all but the matches
+                return pattern
+    raise UserError(f"{file}: cuts text in a way that is not known here ({', '.join(kinds)}); {ONLY}")
+
+
+def read_gguf(path: str) -> dict:
+    """The metadata of a .gguf file -> description."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError(f"{path}: reading it needs the package gguf; run `pip install gguf`") from None
+    fields = GGUFReader(path).fields
+    found = {k.removeprefix("tokenizer.ggml."): v.contents() for k, v in fields.items() if k.startswith("tokenizer.")}
+    kind, pre, tokens = found.get("model"), found.get("pre"), found.get("tokens", [])
+    names = {"llama": "SentencePiece", "bert": "WordPiece", "t5": "Unigram"}
+    check(kind == "gpt2", f"{path}: holds {names.get(kind, kind)}; {ONLY}")
+    check(pre in PATTERNS, f"{path}: cuts text as {pre!r}, which is not known here; {ONLY}")
+    types = found["token_type"]  # 1 ordinary, 3 control, 4 added by the user, 5 unused
+    ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == 1}
+    special = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t in (2, 3, 4)}
+    ranks = ranks_of(ids, [tuple(merge.split(" ")) for merge in found["merges"]], pre == "llama-bpe", path)
+    eos, chat = tokens[found["eos_token_id"]], found.get("tokenizer.chat_template", "")
+    return describe(ranks, special, PATTERNS[pre], pre == "qwen2", eos, chat, path)
+
+
+def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bool, where: str) -> dict[bytes, int]:
+    """{token's bytes: id}, once it is certain that tiktoken merges as the list of merges does.
+
+    The list merges a pair that stands in it, the earliest first. tiktoken merges any two pieces that make up a token,
+    the lowest id first. The two agree on all texts if the list merges every token's own characters to that token (so
+    that on the way there is no other pair that makes it up) and the ids grow in the order of the merges that do so.
+    whole_first: a piece of text that is a token is not merged at all; tiktoken does that anyway. Then a token that
+    merging never reaches is none the worse, if all the pairs that make it up are in the list."""
+    # the characters that stand for bytes, as in GPT-2's published vocabulary: the printable ones for themselves
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    strange = [token for token in ids if not byte_of.keys() >= set(token)]
+    check(not strange, f"{where}: the token {''.join(strange[:1])!r} is not spelt in bytes; {ONLY}")
+    lost = [a + b for a, b in merges if a + b not in ids]
+    check(not lost, f"{where}: its merges make {''.join(lost[:1])!r}, which is no token of it")
+    rank = {pair: i for i, pair in enumerate(merges)}
+    order = []  # (merge, id of what it makes)
+    for token, i in ids.items():
+        parts, last = list(token), None
+        while len(parts) > 1:
+            last, at = min((rank.get(pair, len(rank)), at) for at, pair in enumerate(pairwise(parts)))
+            if last == len(rank):
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 1:
+            order += [(last, i)] if last is not None else []
+            continue
+        pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+        reached = whole_first and all(pair in rank for pair in pairs)
+        check(reached, f"{where}: its merges never make the token {token!r}, so tiktoken would cut text otherwise")
+        order += [(rank[pair], i) for pair in pairs]
+    order.sort()
+    grows = all(a <= b for (_, a), (_, b) in pairwise(order))
+    check(grows, f"{where}: the ids of its tokens don't grow in the order of its merges, which tiktoken needs")
+    return {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
+
+
+def describe(
+    ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, eos: str, chat_template: str, where: str
+) -> dict:
+    """What `build` takes. The template is found from the model's own, or from its special tokens if it has none."""
+    blank = [token for token in special if not token.strip()]
+    check(not blank, f"{where}: adds the token {''.join(blank[:1])!r}, white space that any text may hold; {ONLY}")
+    evidence = chat_template or " ".join(special)
+    template = "chatml" if "<|im_start|>" in evidence else "llama3" if "<|start_header_id|>" in evidence else "plain"
+    if chat_template and template == "plain":
+        print(f"NOTE: {where} has a chat template that is neither chatml nor Llama 3's; prompts get the plain one")
+    said = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat_template)
+    lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
+    return {
+        "ranks": "\n".join(lines),
+        "special": special,
+        "pattern": pattern,
+        "nfc": nfc,
+        "eos": eos,
+        "template": template,
+        "system": said[1].replace("\\n", "\n") if said else "",
+    }
