@@ -2,8 +2,10 @@
 
     python collect.py                                     # simulated annotators, the embedded task
     python collect.py --annotator human --n_prompts 20    # you rank, in the terminal
+    python collect.py --annotator web --n_prompts 20 --annotator_name anna --repeat 0.1    # or in the browser
 
 Appends to a rankings file as it goes and skips prompts that stand there already, so it can be stopped and run again.
+How people are asked is in data/annotate.py; `python -m data.annotate anna.jsonl ben.jsonl` says how far they agree.
 Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one
 deserves.
 """
@@ -11,18 +13,19 @@ deserves.
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from cli import UserError, check, check_ranges, flag, run_main
 from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device
+from data.annotate import Sample, Session, in_browser, in_terminal
 from data.batches import encode_prompts
-from data.files import nest_ties, parse_ranking, read_jsonl, read_prompts
+from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
 from data.tiny import annotator_ranking, annotators_agreement, task_of
 from data.tokenizer import load_tokenizer
 from model import generate
@@ -39,9 +42,12 @@ class Config:
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     annotator: str = flag(
         "simulated",
-        "who ranks: simulated (noisy, from the gold reward) or human (in this terminal)",
-        choices=("simulated", "human"),
+        "who ranks: simulated (noisy, from the gold reward), human (in this terminal) or web (in the browser)",
+        choices=("simulated", "human", "web"),
     )
+    annotator_name: str = flag("", "the person's name, kept in each row and in the name of the file")
+    repeat: float = flag(0.0, "share of a person's items to show a second time, for self-agreement", low=0, high=1)
+    port: int = flag(8765, "of the page, on 127.0.0.1", low=1024, high=65535)
     annotator_temperature: float = flag(
         0.5,
         "noise of the simulated annotators, in units of the gold reward",
@@ -65,51 +71,11 @@ def rank_simulated(completions: list[str], rewards: list[float], temperature: fl
     return [rank_of[c] for c in completions]
 
 
-class Sample(NamedTuple):
-    text: str
-    ended: bool  # False: cut by --max_new_tokens
-
-
-def rank_human(prompt: str, answers: list[Sample]) -> list[int] | None:
-    """Ask for an order such as `2 1=3 4` (best first, = for ties). None to skip the prompt."""
-    print(f"\n{prompt}")
-    for number, answer in enumerate(answers, start=1):
-        print(f"  {number}: {answer.text}" + ("" if answer.ended else "   [cut]"))
-    example = " ".join(map(str, range(len(answers), 0, -1)))
-    while True:
-        try:
-            typed = input("best first, = for ties, s to skip, q to stop > ").strip()
-        except EOFError:
-            typed = "q"
-        if typed == "q":
-            raise KeyboardInterrupt
-        if typed == "s":
-            return None
-        ranks = parse_order(typed, len(answers))
-        if ranks is not None:
-            return ranks
-        print(f"  name each of 1..{len(answers)} once, for example: {example}")
-
-
-def parse_order(answer: str, k: int) -> list[int] | None:
-    """`2 1=3` -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
-    groups = [group.split("=") for group in answer.replace(" =", "=").replace("= ", "=").split()]
-    flat = [number for group in groups for number in group]
-    if sorted(flat) != sorted(str(i) for i in range(1, k + 1)):
-        return None
-    rank_of = {number: rank for rank, group in enumerate(groups) for number in group}
-    return [rank_of[str(i)] for i in range(1, k + 1)]
-
-
 def already_ranked(path: Path) -> set[str]:
     """Prompts in the file. A last line that a crash cut short is taken off, so that appending starts on a fresh
     line."""
-    if not path.exists():
-        return set()
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)  # in place: what stands there may be hours of somebody's work
-    return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)}
+    mend_last_line(path)
+    return {parse_ranking(where, row).prompt for where, row in read_jsonl(path)} if path.exists() else set()
 
 
 def rankings_file(config: Config) -> Path:
@@ -117,18 +83,80 @@ def rankings_file(config: Config) -> Path:
         return Path(config.out)
     prompts = Path(config.prompts)
     name = prompts.name.replace("prompts", "rankings")
-    return prompts.with_name(name if name != prompts.name else f"{prompts.stem}_rankings{prompts.suffix}")
+    path = prompts.with_name(name if name != prompts.name else f"{prompts.stem}_rankings{prompts.suffix}")
+    return path.with_name(f"{path.stem}_{config.annotator_name}{path.suffix}") if config.annotator_name else path
+
+
+def sampled_chunks(
+    config: Config, prompts: list[str], ids: list[list[int]], sources: list, tokenizer, device, done: set[str]
+) -> Iterator[tuple[random.Random, list[tuple[str, list[Sample]]]]]:
+    """--batch_size prompts at a time, each with its K samples, and random numbers for what is left to do with them.
+    Left out: chunks that lie in `done`. sources: (model, temperature); completion k comes from source k mod len."""
+    people = config.annotator != "simulated"
+    for first in tqdm(range(0, len(prompts), config.batch_size), desc="collect", mininterval=1, disable=people):
+        chunk = prompts[first : first + config.batch_size]
+        if done.issuperset(chunk):
+            continue
+        if people:
+            print(f"sampling {config.completions} answers to each of {len(chunk)} prompts ...", flush=True)
+        # Every chunk has its own random streams, so a run that was stopped goes on as if it had not been.
+        rng = random.Random(f"{config.seed} {first}")
+        samples: list[list[Sample]] = [[] for _ in chunk]
+        for source, (model, temperature) in enumerate(sources):
+            count = len(range(source, config.completions, len(sources)))
+            if not count:
+                continue
+            repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
+            options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
+            options["generator"] = generator_for(device, config.seed, first, source)
+            rollout = generate(model, repeated, config.max_new_tokens, **options)
+            for row, (completion, ended) in enumerate(zip(rollout.completions(), rollout.ended.tolist(), strict=True)):
+                samples[row // count].append(Sample(tokenizer.decode(completion), ended))
+        yield rng, list(zip(chunk, samples, strict=True))
+
+
+def simulate(config: Config, chunks: Iterator, gold: Callable, path: Path, done: set[str]) -> int:
+    """Rank the samples by the gold reward, with noise; append to the file. -> rankings written"""
+    written = 0
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        for rng, chunk in chunks:
+            for prompt, answers in chunk:
+                rng.shuffle(answers)  # as for people, so that the order of equal ranks says nothing either
+                texts, ended = [s.text for s in answers], [s.ended for s in answers]
+                golds = call_reward(gold, [prompt] * len(texts), texts, ended, "the gold reward")
+                ranks = rank_simulated(texts, golds, config.annotator_temperature, rng)
+                if prompt in done:
+                    continue
+                best_first = sorted(range(len(texts)), key=lambda i: ranks[i])
+                row: dict = {"prompt": prompt_json(prompt), "completions": nest_ties(texts, ranks)}
+                row["ended"] = [ended[i] for i in best_first]
+                # What the annotators knew, for measuring; no stage learns from it.
+                row["gold"] = [round(golds[i], 4) for i in best_first]
+                row["annotator_temperature"] = config.annotator_temperature
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                done.add(prompt)
+                written += 1
+    return written
+
+
+def shuffled_items(chunks: Iterator) -> Iterator[list[tuple[str, list[Sample]]]]:
+    for rng, chunk in chunks:
+        for _, answers in chunk:
+            rng.shuffle(answers)  # so that the place on the screen says nothing about where a completion came from
+        yield chunk
 
 
 def run(config: Config) -> dict:
     check_ranges(config)
     check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need a value each")
+    check(re.fullmatch(r"[\w-]*", config.annotator_name) is not None, "--annotator_name takes letters, digits, _ and -")
     path = rankings_file(config)
     check(not path.is_dir(), f"--out {path} is a folder; name a file in it")
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
     tokenizer = load_tokenizer(loaded[0].tokenizer)
-    check(all(c.tokenizer == tokenizer.name for c in loaded), "the policies must share one tokenizer")
+    check(all(c.tokenizer == tokenizer.saved for c in loaded), "the policies must share one tokenizer")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
     check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
     task = task_of(config.prompts)
@@ -140,59 +168,32 @@ def run(config: Config) -> dict:
     room = min(c.model.config.block_size for c in loaded) - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     ids = encode_prompts(prompts, tokenizer, room, config.prompts)
-    sources = [(c.model, t) for c in loaded for t in config.temperatures]  # completion k comes from source k mod len
-
+    sources = [(c.model, t) for c in loaded for t in config.temperatures]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: {path.parent} can't be made a folder ({error.strerror})") from None
-    done, written = already_ranked(path), 0
+
+    done = already_ranked(path)
     stood_already = len(done)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        for first in tqdm(range(0, len(prompts), config.batch_size), desc="collect", mininterval=1):
-            chunk = prompts[first : first + config.batch_size]
-            if done.issuperset(chunk):
-                continue
-            # Every chunk has its own random streams, so a run that was stopped goes on as if it had not been.
-            rng = random.Random(f"{config.seed} {first}")
-            samples: list[list[Sample]] = [[] for _ in chunk]
-            for source, (model, temperature) in enumerate(sources):
-                count = len(range(source, config.completions, len(sources)))
-                if not count:
-                    continue
-                repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
-                options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
-                options["generator"] = generator_for(device, config.seed, first, source)
-                rollout = generate(model, repeated, config.max_new_tokens, **options)
-                for row, (completion, ended) in enumerate(
-                    zip(rollout.completions(), rollout.ended.tolist(), strict=True)
-                ):
-                    samples[row // count].append(Sample(tokenizer.decode(completion), ended))
-            for prompt, answers in zip(chunk, samples, strict=True):
-                rng.shuffle(answers)  # so that the place on the screen says nothing about where a completion came from
-                texts, ended = [s.text for s in answers], [s.ended for s in answers]
-                golds = call_reward(gold, [prompt] * len(texts), texts, ended, "the gold reward") if gold else None
-                if config.annotator == "simulated":
-                    ranks = rank_simulated(texts, golds, config.annotator_temperature, rng)
-                else:
-                    ranks = rank_human(prompt, answers) if prompt not in done else None
-                if prompt in done or ranks is None:
-                    continue
-                best_first = sorted(range(len(texts)), key=lambda i: ranks[i])
-                row: dict = {"prompt": prompt, "completions": nest_ties(texts, ranks)}
-                row["ended"] = [ended[i] for i in best_first]
-                if config.annotator == "simulated":  # what the annotators knew, for measuring; no stage learns from it
-                    row["gold"] = [round(golds[i], 4) for i in best_first]
-                    row["annotator_temperature"] = config.annotator_temperature
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                done.add(prompt)
-                written += 1
+    sampling = (config, prompts, ids, sources, tokenizer, device)
+    if config.annotator == "simulated":
+        written = simulate(config, sampled_chunks(*sampling, done), gold, path, done)
+    else:
+        session = Session(path, prompts, config.annotator_name, config.repeat)
+        items = shuffled_items(sampled_chunks(*sampling, session.done))
+        if config.annotator == "human":
+            in_terminal(session, items)
+        else:
+            in_browser(session, items, config.port)
+        written = session.written
     already = f" ({stood_already} stood there already)" if stood_already else ""
     print(f"wrote {written} rankings of {config.completions} completions to {path}{already}")
     if config.annotator == "simulated":
         agreement = annotators_agreement(str(path))
         print(f"two such annotators agree on {agreement:.0%} of the pairs" if agreement else "nothing to compare")
+    else:
+        print(session.report())
     return {"written": written}
 
 

@@ -1,7 +1,9 @@
-"""Collecting preferences: what annotators type, who is ranked where, which texts were cut, going on after a stop."""
+"""Collecting preferences: who is ranked where, which texts were cut, going on after a stop. How people are asked:
+test_annotate.py."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -15,36 +17,13 @@ import collect
 from cli import UserError
 from common import load_model, save_model
 from data import tiny
+from data.annotate import Sample
 from data.batches import load_rankings
 from data.files import read_jsonl, read_prompts, read_rankings, write_jsonl
 from data.tokenizer import load_tokenizer
 from model import generate
 
 TINY = load_tokenizer("tiny")
-
-
-@pytest.mark.parametrize(
-    ("answer", "ranks"),
-    [
-        ("1 2 3", [0, 1, 2]),
-        ("3 1 2", [1, 2, 0]),
-        ("2 1=3", [1, 0, 1]),
-        ("2 1 = 3", [1, 0, 1]),
-        ("1=2=3", [0, 0, 0]),
-        ("  3   2=1 ", [1, 1, 0]),
-        ("", None),
-        ("1 2", None),  # one is missing
-        ("1 2 2", None),  # named twice
-        ("1 2 4", None),
-        ("1 2 3 3", None),
-        ("1,2,3", None),
-        ("a b c", None),
-        ("1 = 2 =", None),
-    ],
-)
-def test_parse_order(answer, ranks):
-    """What annotators type -> the rank of each completion, or None to ask again."""
-    assert collect.parse_order(answer, 3) == ranks
 
 
 def test_equal_texts_tie():
@@ -76,32 +55,6 @@ def human(monkeypatch):
         monkeypatch.setattr("builtins.input", answer)
 
     return start
-
-
-def test_human_annotators_are_asked_until_the_answer_makes_sense(human, capsys):
-    human("1 2", "best", "2=3 1")
-    answers = [collect.Sample(text, True) for text in ("first", "second", "third")]
-    assert collect.rank_human("Prompt?", answers) == [1, 0, 0]
-    shown = capsys.readouterr().out
-    assert "Prompt?" in shown and "2: second" in shown and shown.count("name each of 1..3 once") == 2
-    human("s")
-    assert collect.rank_human("p", answers[:2]) is None
-    for typed in (("q",), ()):  # stop, or end of input
-        human(*typed)
-        with pytest.raises(KeyboardInterrupt):
-            collect.rank_human("p", answers[:2])
-
-
-def test_human_annotators_see_which_answers_were_cut(human, capsys):
-    """A text that stops in mid-sentence because of --max_new_tokens is not one that its writer left unfinished."""
-    human("1 2 3")
-    texts = [collect.Sample("It is", False), collect.Sample("It is", True), collect.Sample("", False)]
-    collect.rank_human("p", texts)
-    assert re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M) == [
-        ("1", "It is   [cut]"),
-        ("2", "It is"),
-        ("3", "   [cut]"),
-    ]
 
 
 @dataclass
@@ -285,12 +238,32 @@ def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, monkeyp
     answers = first_policy_of(settings, tmp_path)
     shown = {}
 
-    def look(prompt, samples):
-        shown[prompt] = [s.text for s in samples]
-        return list(range(len(samples)))
+    def look(session, chunks):
+        for items in chunks:
+            shown.update((prompt, [s.text for s in samples]) for prompt, samples in items)
 
-    monkeypatch.setattr(collect, "rank_human", look)
-    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), annotator="human", batch_size=8))
+    for annotator, asks in (("human", "in_terminal"), ("web", "in_browser")):
+        monkeypatch.setattr(collect, asks, lambda session, chunks, port=None: look(session, chunks))
+        shown.clear()
+        collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), annotator=annotator, batch_size=8))
+        assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
+        first = sum(shown[p][0] == pair[0] for p, pair in answers.items()) / len(answers)
+        assert abs(first - 0.5) < 4 * 0.5 / len(answers) ** 0.5
+
+
+def test_where_simulated_annotators_look_first_says_nothing_about_the_policy(tmp_path, monkeypatch):
+    """Their samples are shuffled by the same stream."""
+    settings = toy_policies(tmp_path, monkeypatch, 100)
+    answers = first_policy_of(settings, tmp_path)
+    shown = {}
+
+    def look(texts, *rest):
+        shown[tuple(sorted(texts))] = texts
+        return list(range(len(texts)))
+
+    monkeypatch.setattr(collect, "rank_simulated", look)
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=8))
+    shown = {p: shown[tuple(sorted(pair))] for p, pair in answers.items()}
     assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
     first = sum(shown[p][0] == pair[0] for p, pair in answers.items()) / len(answers)
     assert abs(first - 0.5) < 4 * 0.5 / len(answers) ** 0.5
@@ -323,28 +296,61 @@ def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
     assert collect.already_ranked(tmp_path / "none") == set()
 
 
-def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, capsys):
-    """Ranked, skipped, ranked, stopped: two lines stand in the file, best first, without
-    any simulated truth; then it goes on."""
+@pytest.fixture
+def distinct(monkeypatch):
+    """Call it before a run: its samples get numbers, so that none are equal, and have no line breaks."""
+
+    def start():
+        count = itertools.count()
+        monkeypatch.setattr(collect, "Sample", lambda text, ended: Sample(f"{next(count)} {text!r}", ended))
+
+    start()
+    return start
+
+
+def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, distinct, capsys):
+    """Ranked, skipped, ranked, quit: two lines stand in the file, best first, without any simulated truth; run again,
+    the same samples are shown, the skipped one not among them."""
     out = tmp_path / "r.jsonl"
-    human("3 2 1", "s", "1=2 3")
-    with pytest.raises(KeyboardInterrupt):
-        collect.run(collecting(random_policy, out, annotator="human", seed=3))
-    shown = re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M)
-    texts = [[t for _, t in shown[i : i + 3]] for i in range(0, 9, 3)]
+    settings = {"annotator": "human", "seed": 4, "annotator_name": "anna"}
+    human("3 2 1", "s", "1=2 3", "q")
+    assert collect.run(collecting(random_policy, out, **settings)) == {"written": 2}
+    said = capsys.readouterr().out
+    assert "wrote 2 rankings" in said and "2 ranked, 1 skipped" in said and "item 4 of 11" in said
+    texts = re.findall(r"^  (\d): (.*)$", said, re.M)
+    assert [n for n, _ in texts] == list("123" * 4)
+    texts = [[t for _, t in texts[i : i + 3]] for i in range(0, 12, 3)]
     rows = [row for _, row in read_jsonl(out)]
     prompts = read_prompts(random_policy / "prompts.jsonl")
     assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]]
-    assert all(set(row) == {"prompt", "completions", "ended"} for row in rows)
-    if len(set(texts[0])) == 3 and not any("\n" in t or "\r" in t for t in texts[0]):
-        assert rows[0]["completions"] == [t.removesuffix("   [cut]") for t in texts[0][::-1]]
-        assert rows[0]["ended"] == [not t.endswith("   [cut]") for t in texts[0][::-1]]
-    assert len(rows[1]["completions"]) == 2 and len(rows[1]["completions"][0]) == 2  # the tie is a nested list
+    assert all(list(row) == ["prompt", "completions", "ended", "shown", "annotator", "answer"] for row in rows)
+    assert rows[0]["completions"] == [t.removesuffix("   [cut]") for t in texts[0][::-1]]
+    assert rows[0]["ended"] == [not t.endswith("   [cut]") for t in texts[0][::-1]]
+    assert [len(group) for group in rows[1]["completions"][:-1]] == [2]  # the tie is a nested list
     human("1 2 3")
-    with pytest.raises(KeyboardInterrupt):
-        collect.run(collecting(random_policy, out, annotator="human", seed=3))
-    asked = [row["prompt"] for _, row in read_jsonl(out)]
-    assert asked == [prompts[0], prompts[2], prompts[1]]  # the skipped one is asked again
+    distinct()
+    assert collect.run(collecting(random_policy, out, **settings)) == {"written": 1}
+    said = capsys.readouterr().out
+    assert "(2 stood there already)" in said and "item 4 of 11" in said
+    assert [t for _, t in re.findall(r"^  (\d): (.*)$", said, re.M)][:3] == texts[3]
+    assert [row["prompt"] for _, row in read_jsonl(out)] == [prompts[0], prompts[2], prompts[3]]
+
+
+def test_finished_chunks_are_not_sampled_again(random_policy, tmp_path, human, distinct, monkeypatch):
+    """Also where some of their prompts were skipped."""
+    out = tmp_path / "r.jsonl"
+    human("1 2 3", "s", "1 2 3", "s", "q")
+    collect.run(collecting(random_policy, out, annotator="human", seed=4))
+    sampled = []
+
+    def record(model, prompts, *args, **kwargs):
+        sampled.append(len(prompts))
+        return generate(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(collect, "generate", record)
+    human("q")
+    collect.run(collecting(random_policy, out, annotator="human", seed=4))
+    assert sampled == [4 * 3]  # the second chunk
 
 
 @pytest.mark.parametrize(
@@ -359,6 +365,9 @@ def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, caps
         ({"max_new_tokens": 64}, "--max_new_tokens"),
         ({"skip": 99}, "--skip"),
         ({"gold": ""}, "--gold"),
+        ({"repeat": 1.5}, "--repeat"),
+        ({"port": 80}, "--port"),
+        ({"annotator_name": "a/b"}, "--annotator_name"),
         ({"prompts": "nowhere.jsonl"}, "data.tiny"),
         ({"policies": ["nowhere"]}, "sft.py"),
     ],
@@ -404,6 +413,8 @@ def test_rankings_lie_beside_their_prompts(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert prompts in said and str(own / rankings) in said and settings["policies"][0] in said
     assert opened == []
+    named = collect.Config(prompts=str(own / "prompts_test.jsonl"), annotator_name="anna")
+    assert collect.rankings_file(named) == own / "rankings_test_anna.jsonl"  # everybody a file of one's own
 
 
 def test_own_prompts_have_no_truth_unless_it_is_given(random_policy, tmp_path):
