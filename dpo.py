@@ -109,7 +109,7 @@ def ranking_logprobs(model: GPT, batch: RankedBatch, dtype: str) -> Tensor:
 @torch.no_grad()
 def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: Config) -> None:
     """The reference never changes: one pass over the data before training gives each ranking its ref_logprobs, (k,)."""
-    for part in micro_batches(items, 64):
+    for part in micro_batches(items, config.micro_batch or 64):
         logprobs = ranking_logprobs(reference, ranked_batch(part, reference.device), config.dtype)  # (N, K)
         for item, found in zip(part, logprobs, strict=True):
             item.ref_logprobs = found[: len(item.ranks)]
@@ -125,9 +125,8 @@ def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Ten
     ref_logprobs = pad_sequence([item.ref_logprobs for item in items], batch_first=True)  # (N, K)
     chosen, rejected = ranking_pairs(logprobs, batch.ranks)  # (P,) each
     ref_chosen, ref_rejected = ranking_pairs(ref_logprobs, batch.ranks)  # (P,) each
-    settings = (config.beta, config.label_smoothing, config.kind)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *settings)
-    return torch.stack([losses, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach()])
+    figures = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind)
+    return torch.stack([*figures, chosen.detach(), rejected.detach()])
 
 
 def figures_of(pairs: Tensor) -> dict[str, float]:
@@ -143,7 +142,8 @@ def figures_of(pairs: Tensor) -> dict[str, float]:
 def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[str, float]:
     """The figures over all pairs of held-out rankings."""
     policy.eval()
-    return figures_of(torch.cat([pair_losses(policy, part, config) for part in micro_batches(items, 64)], 1))
+    parts = micro_batches(items, config.micro_batch or 64)
+    return figures_of(torch.cat([pair_losses(policy, part, config) for part in parts], 1))
 
 
 def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from cli import UserError, check, check_ranges, flag, run_main
 from common import call_reward, check_task, gate, generator_for, gold_function, load_model, load_scorer, note_task
 from common import pick_device, score_rollout, write_json
-from data.batches import by_length, encode_prompts, load_rankings
+from data.batches import by_length, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
@@ -31,6 +31,8 @@ from model import GPT, Rollout, ScalarModel, generate, put_back, rows_at_a_time
 from ppo import distribution_kl
 from reward_model import accuracy_by_part
 from reward_model import evaluate as evaluate_reward_model
+from sft import Config as LossConfig
+from sft import held_out_loss
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Config:
     max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
     temperature: float = flag(1.0, "sampling temperature, also of the KL", above=0)
     best_of: list[int] = flag([1, 2, 4, 8, 16], "values of n for best-of-n; none: leave it out", low=1)
+    loss_data: str = flag("", "demonstrations whose loss to measure: what alignment has cost elsewhere (empty: none)")
+    show: int = flag(0, "prompts to print with every policy's sample", low=0)
     out_dir: str = flag("out/evaluate", "folder for results.json")
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of the samples", low=0, high=2**63 - 1)
@@ -183,12 +187,14 @@ COLUMNS = (
     ("rm", "RM score", "{:.2f}"),
     ("kl", "KL", "{:.2f}"),
     ("win_rate", "win rate [95% interval]", "{:.3f}"),
+    ("rm_win_rate", "by the reward model", "{:.3f}"),
     ("eos_rate", "EOS", "{:.3f}"),
     ("length", "length", "{:.1f}"),
     ("distinct", "distinct", "{:.2f}"),
     ("headroom_closed", "headroom closed", "{:.0%}"),
     ("correct", "correct", "{:.2f}"),
     ("correct_greedy", "at temperature 0", "{:.2f}"),
+    ("loss", "held-out loss", "{:.3f}"),
 )
 
 
@@ -197,8 +203,9 @@ def print_table(results: dict) -> None:
     rows = [["policy", *(title for _, title, _ in shown)]]
     for name, figures in results["policies"].items():
         cells = {key: template.format(figures[key]) for key, _, template in shown if figures[key] is not None}
-        if "win_rate" in cells:
-            cells["win_rate"] += f" [{figures['win_low']:.3f}, {figures['win_high']:.3f}]"
+        for key in ("win", "rm_win"):
+            if f"{key}_rate" in cells:
+                cells[f"{key}_rate"] += f" [{figures[f'{key}_low']:.3f}, {figures[f'{key}_high']:.3f}]"
         rows.append([name, *(cells.get(key, "-") for key, _, _ in shown)])
     for n, figures in results["best_of_n"].items():
         cells = {key: template.format(figures[key]) for key, _, template in shown if key in figures}
@@ -261,6 +268,8 @@ def run(config: Config) -> dict:
         if task == "tiny":
             results["reward_model"] |= accuracy_by_part(reward_model, prompts, tokenizer, device)
 
+    examples = load_examples(config.loss_data, tokenizer, reference.config.block_size)
+    drawn: dict[str, dict[str, list]] = {}  # policy -> its samples
     judged_baseline: list[float] = []
     greedy: dict[str, list[str]] = {}  # policy -> what it says to every prompt at temperature 0
     right: dict[str, list[bool]] = {}  # policy -> whether that is right
@@ -270,7 +279,11 @@ def run(config: Config) -> dict:
         golds = call_reward(gold, prompts, samples["completion"], samples["ended"], "the gold reward") if gold else None
         judged = golds if golds is not None else samples["rm"]  # by the truth where it is known
         judged_baseline = judged_baseline or judged
+        drawn[name] = samples
         rate, low, high = win_rate(judged, judged_baseline) if number else (None, None, None)
+        by_rm = (None, None, None)
+        if number and golds is not None and reward_model:  # and by the reward model beside it
+            by_rm = win_rate(samples["rm"], next(iter(drawn.values()))["rm"])
         figures = {
             "gold": mean(golds) if golds else None,
             "gold_se": standard_error(golds) if golds else None,
@@ -279,12 +292,14 @@ def run(config: Config) -> dict:
             "win_rate": rate,
             "win_low": low,
             "win_high": high,
+            **dict(zip(("rm_win_rate", "rm_win_low", "rm_win_high"), by_rm, strict=True)),
             "eos_rate": mean([float(e) for e in samples["ended"]]),
             "length": mean(samples["length"]),
             "distinct": len(set(samples["completion"])) / len(prompts),
             "headroom_closed": None,
             "correct": None,
             "correct_greedy": None,
+            "loss": held_out_loss(found.model, examples, LossConfig()) if examples else None,
         }
         if ceiling is not None:
             start = mean(judged_baseline)
@@ -302,6 +317,10 @@ def run(config: Config) -> dict:
     print_table(results)
     judge = "the gold reward (+-: its standard error)" if gold else f"the reward model {config.reward}"
     print(f"{len(prompts)} prompts; win rates against {config.policies[0]}, judged by {judge}")
+    for i in range(min(config.show, len(prompts))):
+        print(f"\n{prompts[i]}")
+        for name, samples in drawn.items():
+            print(f"  {name:12} {samples['completion'][i]!r}" + ("" if samples["ended"][i] else " [cut]"))
     results["gates"] = []
     if ceiling is not None:
         results["gates"] = report_task(results)

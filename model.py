@@ -67,6 +67,11 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.wte.weight.device
 
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, C) the token embedding's, or the output layer's own."""
+        return (self.wte if self.config.tied else self.unembedding).weight
+
     def hidden(
         self,
         tokens: Tensor,
@@ -102,7 +107,7 @@ class GPT(nn.Module):
     def lm_head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in less than float32: GPT-2's
         logits stand near -100, where bfloat16 numbers are 0.5 apart, and a probability ratio must be right to 0.001."""
-        weight = (self.wte if self.config.tied else self.unembedding).weight[: self.config.real_vocab]  # (V, C)
+        weight = self.output_weight[: self.config.real_vocab]  # (V, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(weight))
 
@@ -152,7 +157,8 @@ class ScalarModel(nn.Module):
         if branches is not None:
             before = F.embedding(flat_before(branches)[:, 1:], x.flatten(0, 1))  # (B, T-1, C)
             at, visible = branches.positions, branches.visible
-        logits = (before * self.gpt.wte(tokens[:, 1:])).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
+        read = F.embedding(tokens[:, 1:], self.gpt.output_weight)  # (B, T-1, C)
+        logits = (before * read).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
         x = x + F.pad(logits, (1, 0))[..., None] * self.direction
         return self.ln(self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible))
 

@@ -180,8 +180,7 @@ def train(config: Config) -> dict:
         optimizer.step()
 
         if step == 0 or due(step, config.log_every, len(batches)):
-            accuracy = (right / strict_pairs).item()
-            lr = optimizer.param_groups[0]["lr"]
+            accuracy, lr = (right / strict_pairs).item(), optimizer.param_groups[0]["lr"]
             run.log(step=step + 1, loss=loss.item(), accuracy=accuracy, lr=lr, grad_norm=norm.item())
             bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
         if due(step, config.save_every, len(batches)):
@@ -191,7 +190,8 @@ def train(config: Config) -> dict:
     save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, task)
     results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:
-        path, results = held_out_twin(config.data, config.held_out_data), results | evaluate(model, held_out, device)
+        path = held_out_twin(config.data, config.held_out_data)
+        results |= evaluate(model, held_out, device, config.micro_batch or 64)
         results["bayes_accuracy"] = annotators_bayes_accuracy(path)
         if task == task_of(path) == "tiny":
             results["by_part"] = accuracy_by_part(model, read_prompts(path)[:400], tokenizer, device)

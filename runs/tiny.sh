@@ -11,7 +11,7 @@ OUT=${OUT:-out}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
 DATA="" SFT="" COLLECT="" DPO="" PPO=""
 if [ -n "${LONG:-}" ]; then
-    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 7e-5" PPO="--iterations 40 --lr 1e-4"
+    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 5e-5" PPO="--iterations 40 --lr 1e-4 --kl_coef 0.2"
 fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }

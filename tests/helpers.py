@@ -6,10 +6,13 @@ import itertools
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,13 +47,14 @@ def make_gpt(
     real_vocab: int | None = None,
     dtype: torch.dtype | None = None,
     rope_base: float = 0.0,
+    **others,
 ) -> GPT:
     """A tiny random GPT in eval mode, with spread-out logits and no parameter at its trivial
     value. Torch's global generator is left as it was. dtype: torch's default (float32, or float64
-    under the fixture `float64`) unless given."""
+    under the fixture `float64`) unless given. others: fields of GPTConfig."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab, rope_base))
+        model = GPT(GPTConfig(vocab, block_size, n_layer, n_head, n_embd, dropout, real_vocab, rope_base, **others))
     spread(model, seed + 1)
     return model.to(dtype or torch.get_default_dtype()).eval()
 
@@ -241,6 +245,79 @@ def write_lines(path: Path, rows: list[dict]) -> str:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# What a GGUFWriter's add_... functions write: the keys of the format as it is published. ARCH: the architecture.
+GGUF_KEYS = {
+    "context_length": "ARCH.context_length",
+    "block_count": "ARCH.block_count",
+    "embedding_length": "ARCH.embedding_length",
+    "feed_forward_length": "ARCH.feed_forward_length",
+    "head_count": "ARCH.attention.head_count",
+    "head_count_kv": "ARCH.attention.head_count_kv",
+    "layer_norm_rms_eps": "ARCH.attention.layer_norm_rms_epsilon",
+    "rope_freq_base": "ARCH.rope.freq_base",
+    "tokenizer_model": "tokenizer.ggml.model",
+    "tokenizer_pre": "tokenizer.ggml.pre",
+    "token_list": "tokenizer.ggml.tokens",
+    "token_types": "tokenizer.ggml.token_type",
+    "token_merges": "tokenizer.ggml.merges",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "chat_template": "tokenizer.chat_template",
+}
+
+
+def gguf_package(monkeypatch):
+    """The package gguf; where it is not installed a stand-in for as much of it as the tests need: what one writes is
+    kept under its key, and read again."""
+    try:
+        import gguf
+    except ImportError:
+        gguf, quants, files = ModuleType("gguf"), ModuleType("gguf.quants"), {}
+    else:
+        return gguf
+
+    class GGUFWriter:
+        def __init__(self, path, kind: str):
+            self.path, self.kind, self.tensors = Path(path), kind, []
+            self.fields = {"general.architecture": kind}
+
+        def __getattr__(self, name: str):
+            key = GGUF_KEYS[name.removeprefix("add_")].replace("ARCH", self.kind)
+            return lambda value: self.fields.__setitem__(key, value)
+
+        def add_string(self, key: str, value: str) -> None:
+            self.fields[key] = value
+
+        def add_tensor(self, name: str, value) -> None:
+            self.tensors.append(SimpleNamespace(name=name, data=value, tensor_type=0))
+
+        def write_header_to_file(self) -> None: ...
+
+        def write_kv_data_to_file(self) -> None: ...
+
+        def write_tensors_to_file(self) -> None: ...
+
+        def close(self) -> None:
+            self.path.write_bytes(b"GGUF")
+            files[self.path] = self
+
+    class GGUFReader:
+        def __init__(self, path):
+            if Path(path) not in files:
+                raise ValueError("GGUF magic invalid")
+            self.tensors, self.fields = files[Path(path)].tensors, {}
+            for key, value in files[Path(path)].fields.items():
+                value = float(np.float32(value)) if isinstance(value, float) else value  # so it is in the file
+                self.fields[key] = SimpleNamespace(contents=lambda value=value: value)
+
+        def get_field(self, key: str):
+            return self.fields.get(key)
+
+    gguf.GGUFWriter, gguf.GGUFReader, quants.dequantize = GGUFWriter, GGUFReader, lambda data, kind: data
+    monkeypatch.setitem(sys.modules, "gguf", gguf)
+    monkeypatch.setitem(sys.modules, "gguf.quants", quants)
+    return gguf
 
 
 def checkpoint(folder: Path, model) -> str:

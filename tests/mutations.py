@@ -145,8 +145,8 @@ MUTATIONS = [
     ),
     Mutation(
         "blocks.py",
-        right="alpha=q.size(-1) ** -0.5",
-        wrong="alpha=1 / q.size(-1)",
+        right="alpha=D**-0.5",
+        wrong="alpha=1 / D",
         effect="attention while sampling is softer than while training: the rollout's policy is another one",
         tests="tests/test_model.py::test_attention_written_out_is_attention",
     ),
@@ -171,11 +171,71 @@ MUTATIONS = [
         effect="biases start as torch makes them, at random: not GPT-2's start",
         tests="tests/test_model.py::test_the_new_block_starts_like_one_of_the_gpt_s",
     ),
+    Mutation(
+        "blocks.py",
+        right="torch.stack([a * cos - b * sin, a * sin + b * cos], -1)",
+        wrong="torch.stack([a * cos + b * sin, b * cos - a * sin], -1)",
+        effect="--compile turns rotary positions the other way: compiled training is of another network than sampling",
+        tests="tests/test_compile.py::test_compiled_training_has_the_same_gradients",
+    ),
+    Mutation(
+        "blocks.py",
+        right="(x.repeat_interleave(H // G, 1) for x in (k, v))",
+        wrong="(x.repeat(1, H // G, 1, 1) for x in (k, v))",
+        effect=(
+            "queries share keys in another order than in Llama: published weights write plausible text, a little worse"
+        ),
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="q_of_k = q.reshape(len(bias), -1, D)",
+        wrong="q_of_k = q.unflatten(1, (-1, k.size(1))).transpose(1, 2).reshape(len(bias), -1, D)",
+        effect=(
+            "while sampling queries share keys in another order than in training: the rollout's policy is another one"
+        ),
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="gate, x = x.chunk(2, -1)",
+        wrong="x, gate = x.chunk(2, -1)",
+        effect="gate and hidden layer exchanged: published weights write plausible text, a little worse",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="x = F.silu(gate) * x",
+        wrong="x = F.gelu(gate) * x",
+        effect="a gate of another shape than Llama's: slightly wrong logits",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="(config.n_embd, eps=config.norm_eps)",
+        wrong="(config.n_embd)",
+        effect="norm_eps is read and ignored: slightly wrong logits of every published Llama",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "blocks.py",
+        right="if self.n_head % self.n_kv_head:",
+        wrong="if False:",
+        effect="heads that can't share keys evenly are a shape error inside the first forward pass, not a message",
+        tests="tests/test_model.py::test_sequences_longer_than_the_block_are_refused",
+    ),
+    Mutation(
+        "blocks.py",
+        right="self.n_inner = self.n_inner or 4 * self.n_embd",
+        wrong="self.n_inner = 4 * self.n_embd",
+        effect="the width of the MLP is read and ignored: no published Llama fits",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
     # ------------------------------------------------------------ model.py
     Mutation(
         "model.py",
-        right="F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: self.config.real_vocab]))",
-        wrong="F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight))",
+        right="self.output_weight[: self.config.real_vocab]",
+        wrong="self.output_weight",
         effect="padding rows of an imported vocabulary get probability, and are sampled",
         tests="tests/test_model.py::test_real_vocab_gets_all_the_probability",
     ),
@@ -183,10 +243,9 @@ MUTATIONS = [
         "model.py",
         right=(
             "with torch.autocast(hidden.device.type, enabled=False):\n"
-            "            return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: "
-            "self.config.real_vocab]))"
+            "            return F.linear(at_least_float32(hidden), at_least_float32(weight))"
         ),
-        wrong="return F.linear(hidden, self.wte.weight[: self.config.real_vocab])",
+        wrong="return F.linear(hidden, weight)",
         effect="logits in bfloat16: near -100 they are 0.5 apart, and PPO clips noise",
         tests="tests/test_model.py::test_the_output_layer_is_no_less_than_float32_under_autocast",
     ),
@@ -194,10 +253,9 @@ MUTATIONS = [
         "model.py",
         right=(
             "with torch.autocast(hidden.device.type, enabled=False):\n"
-            "            return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: "
-            "self.config.real_vocab]))"
+            "            return F.linear(at_least_float32(hidden), at_least_float32(weight))"
         ),
-        wrong="return F.linear(hidden, self.wte.weight[: self.config.real_vocab]).float()",
+        wrong="return F.linear(hidden, weight).float()",
         effect="logits cast to float32 after the bfloat16 product, when the digits are gone: 0.12 nats of noise",
         tests="tests/test_model.py::test_log_probs_in_bfloat16_are_close_where_bfloat16_logits_are_not",
     ),
@@ -356,22 +414,22 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))",
+        right="fit = max(1, CACHE_NUMBERS // of_row)",
         wrong="fit = B",
         effect="no slices: 192 rows of GPT-2 at 1,024 positions want 14 GB of cache",
         tests="tests/test_model.py::test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache",
     ),
     Mutation(
         "model.py",
-        right="fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))",
-        wrong="fit = max(1, CACHE_NUMBERS // (c.n_layer * c.n_embd * S))",
+        right="of_row = 2 * c.n_layer",
+        wrong="of_row = c.n_layer",
         effect="keys counted and values not: twice the memory that was allowed",
         tests="tests/test_model.py::test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache",
     ),
     Mutation(
         "model.py",
-        right="fit = max(1, CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S))",
-        wrong="fit = CACHE_NUMBERS // (2 * c.n_layer * c.n_embd * S)",
+        right="fit = max(1, CACHE_NUMBERS // of_row)",
+        wrong="fit = CACHE_NUMBERS // of_row",
         effect="a row larger than the cache may be: a slice of 0 rows, and a traceback",
         tests="tests/test_model.py::test_one_row_goes_whatever_the_cache_may_hold",
     ),
@@ -421,12 +479,11 @@ MUTATIONS = [
         "model.py",
         right=(
             "with torch.autocast(hidden.device.type, enabled=False):\n"
-            "            return F.linear(at_least_float32(hidden), at_least_float32(self.wte.weight[: "
-            "self.config.real_vocab]))"
+            "            return F.linear(at_least_float32(hidden), at_least_float32(weight))"
         ),
         wrong=(
             "with torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled(hidden.device.type)):\n"
-            "            return F.linear(hidden, self.wte.weight[: self.config.real_vocab])"
+            "            return F.linear(hidden, weight)"
         ),
         effect="bfloat16 logits are 0.5 apart at -100: 7% of the tokens lie outside the clip after a step of nothing",
         tests="tests/test_ppo_update.py::test_bfloat16_keeps_the_ratios_of_a_network_of_gpt2_s_size",
@@ -531,8 +588,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="new_zeros(B, H, S).masked_fill_(behind[:, None], -math.inf).view(B * H, 1, S)",
-        wrong="new_zeros(H, B, S).masked_fill_(behind, -math.inf).view(B * H, 1, S)",
+        right="new_zeros(B, G, S).masked_fill_(behind[:, None], -math.inf).view(B * G, 1, S)",
+        wrong="new_zeros(G, B, S).masked_fill_(behind, -math.inf).view(B * G, 1, S)",
         effect="heads and rows exchanged: a row looks at as many slots as another row has",
         tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
     ),
@@ -687,6 +744,13 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
+        right="read = F.embedding(tokens[:, 1:], self.gpt.output_weight)",
+        wrong="read = self.gpt.wte(tokens[:, 1:])",
+        effect="a reward model with an output layer of its own is told products that are no logits",
+        tests="tests/test_model.py::test_what_is_told_is_the_gpt_s_own_logit",
+    ),
+    Mutation(
+        "model.py",
         right="before = F.embedding(flat_before(branches)[:, 1:], x.flatten(0, 1))",
         wrong="pass",
         effect="a completion's first token is judged by what follows the completion beside it",
@@ -762,13 +826,41 @@ MUTATIONS = [
         effect="greedy answers draw random numbers: a script that shows them goes on as another run",
         tests="tests/test_model.py::test_at_temperature_0_nothing_is_drawn",
     ),
+    Mutation(
+        "model.py",
+        right="return (self.wte if self.config.tied else self.unembedding).weight",
+        wrong="return self.wte.weight",
+        effect="an output layer of its own is loaded, saved and never used: Llama's logits are noise",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "model.py",
+        right="return self.turns[positions].unsqueeze(-3)",
+        wrong="return self.turns[positions - positions[..., :1]].unsqueeze(-3)",
+        effect="rotary positions count from the first token of what is fed: while sampling every token stands at 0",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="at = torch.arange(T, device=tokens.device) if step is None",
+        wrong="at = torch.arange(1, T + 1, device=tokens.device) if step is None",
+        effect="whole texts count their positions from 1, sampled tokens from 0: two tokens stand in one place",
+        tests="tests/test_model.py::test_prefill_and_decode_one_token_equal_the_full_forward",
+    ),
+    Mutation(
+        "model.py",
+        right="c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)",
+        wrong="c.n_layer * c.n_head * (c.n_embd // c.n_head)",
+        effect="a Llama's cache counts as if no keys were shared: a third of the rows at a time that would fit",
+        tests="tests/test_model.py::test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache",
+    ),
     # ------------------------------------------------------------ weights.py
     Mutation(
         "weights.py",
-        right="state[key] = value.float().t().contiguous() if key.endswith(TRANSPOSED) else value.float()",
+        right="state[key] = value.t().contiguous() if key.endswith(TRANSPOSED) else value",
         wrong=(
             "turned = key.endswith(TRANSPOSED) and value.size(0) != value.size(1)\n"
-            "        state[key] = value.float().t().contiguous() if turned else value.float()"
+            "        state[key] = value.t().contiguous() if turned else value"
         ),
         effect="square matrices of GPT-2's are not transposed: they fit, and the logits are noise",
         tests=(
@@ -792,8 +884,8 @@ MUTATIONS = [
     ),
     Mutation(
         "weights.py",
-        right="config.block_size = block_size or config.block_size",
-        wrong="pass",
+        right="config.block_size, config.dropout = block_size or config.block_size, dropout",
+        wrong="config.dropout = dropout",
         effect="--block_size is ignored with --init gpt2: caches and value models for 1,024 positions",
         tests=(
             "tests/test_weights.py::test_load_pretrained_cuts_the_positions "
@@ -802,31 +894,272 @@ MUTATIONS = [
     ),
     Mutation(
         "weights.py",
-        right='if found != value and not (key == "n_inner" and found == 4 * shape["n_embd"]):',
+        right='if found != value and not (key == "n_inner" and found == n_inner):',
         wrong="if False:",
         effect="a relative of GPT-2's is loaded as if it were one: slightly wrong logits",
         tests="tests/test_weights.py::test_load_pretrained_refuses_another_network",
     ),
     Mutation(
         "weights.py",
-        right='value = value[:vocab_size] if key == "wte.weight" else value',
+        right="state[name] = state[name][:vocab_size]",
         wrong="pass",
         effect="padding rows are exported beside a config that denies them: other tools can't load it",
         tests="tests/test_weights.py::test_save_pretrained_keeps_the_real_vocabulary",
     ),
     Mutation(
         "weights.py",
-        right="if set(model.state_dict()) != gpt2:",
-        wrong="if False:",
+        right="if set(state) != gpt2 or c.n_kv_head",
+        wrong="if c.n_kv_head",
         effect="a network with RMSNorm is exported as GPT-2: other tools add random biases and say nothing",
         tests="tests/test_weights.py::test_save_pretrained_refuses_a_network_that_is_no_longer_gpt2",
     ),
     Mutation(
         "weights.py",
-        right="if set(model.state_dict()) != gpt2:",
-        wrong="if set(model.state_dict()) - gpt2:",
+        right="if set(state) != gpt2 or c.n_kv_head",
+        wrong="if set(state) - gpt2 or c.n_kv_head",
         effect="a network that lacks parameters of GPT-2's is exported as one",
         tests="tests/test_weights.py::test_save_pretrained_refuses_a_network_that_is_no_longer_gpt2",
+    ),
+    Mutation(
+        "weights.py",
+        right="float(f\"{told('attention.layer_norm_rms_epsilon'):.6g}\")",
+        wrong='told("attention.layer_norm_rms_epsilon")',
+        effect="an epsilon of 9.99999975e-06 from a GGUF file: the same model from two files is two",
+        tests="tests/test_weights.py::test_a_gguf_file_is_the_folder_it_was_made_from",
+    ),
+    Mutation(
+        "weights.py",
+        right='if told("rope.scaling.type", "none") != "none":',
+        wrong="if False:",
+        effect="a GGUF file's stretched positions are read as plain ones: right for short texts only",
+        tests="tests/test_weights.py::test_a_gguf_file_of_another_network_is_refused",
+    ),
+    Mutation(
+        "weights.py",
+        right='if "c_attn" in own and paired:',
+        wrong="if False:",
+        effect=(
+            "rows of queries and keys stay in Hugging Face's order: positions turn the wrong pairs of "
+            "channels, and text decays"
+        ),
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right="neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)",
+        wrong="neighbours(values[0], config.n_head), neighbours(values[1], config.n_head)",
+        effect="keys are reordered by the number of queries: where they are shared, rows of different heads are mixed",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right="neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)",
+        wrong="neighbours(values[0], config.n_head), values[1]",
+        effect="queries are reordered and keys are not: attention by channels that don't belong together",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right="values[:2] = halves(values[0], config.n_head), halves(values[1], config.n_kv_head)",
+        wrong="values[:2] = neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)",
+        effect="exported rows of queries and keys are reordered once more instead of back: other tools write noise",
+        tests="tests/test_weights.py::test_a_llama_goes_out_as_it_came_in",
+    ),
+    Mutation(
+        "weights.py",
+        right="return rows.unflatten(0, (n_head, 2, -1))",
+        wrong="return rows.unflatten(0, (n_head, -1, 2))",
+        effect=(
+            "rows are reordered the other way round, in and out: the round trip is the identity, and the "
+            "logits are noise"
+        ),
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right='["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]',
+        wrong='["self_attn.q_proj", "self_attn.v_proj", "self_attn.k_proj"]',
+        effect="keys and values of a published Llama are exchanged, in and out: the round trip is the identity",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right='(["mlp.gate_proj", "mlp.up_proj"], [',
+        wrong='(["mlp.up_proj", "mlp.gate_proj"], [',
+        effect="the gate of a published Llama is its hidden layer, in and out: the round trip is the identity",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right='gguf=True, paired=kind == "qwen2")',
+        wrong="gguf=True, paired=False)",
+        effect="a GGUF file of Qwen2 is read as if it were a Llama's: its channels are turned in the wrong pairs",
+        tests="tests/test_weights.py::test_a_gguf_file_is_the_folder_it_was_made_from",
+    ),
+    Mutation(
+        "weights.py",
+        right='gguf=True, paired=kind == "qwen2")',
+        wrong="gguf=True)",
+        effect="a GGUF file of a Llama is reordered as Hugging Face's would be: the wrong pairs of channels",
+        tests="tests/test_weights.py::test_a_gguf_file_is_the_folder_it_was_made_from",
+    ),
+    Mutation(
+        "weights.py",
+        right='tied="output.weight" not in weights',
+        wrong="tied=True",
+        effect="the output layer of a GGUF file is ignored: logits by the embedding, which is another matrix",
+        tests="tests/test_weights.py::test_a_gguf_file_is_the_folder_it_was_made_from",
+    ),
+    Mutation(
+        "weights.py",
+        right='rope_base=float(told("rope.freq_base", 10000.0))',
+        wrong="rope_base=10000.0",
+        effect="the base of a GGUF file's rotary positions is ignored: far tokens stand elsewhere",
+        tests="tests/test_weights.py::test_a_gguf_file_is_the_folder_it_was_made_from",
+    ),
+    Mutation(
+        "weights.py",
+        right='tied=shape.get("tie_word_embeddings", False)',
+        wrong='tied=shape.get("tie_word_embeddings", True)',
+        effect="a Llama whose config.json doesn't speak of it loses its output layer: logits by the embedding",
+        tests="tests/test_weights.py::test_what_config_json_leaves_out_is_what_transformers_takes",
+    ),
+    Mutation(
+        "weights.py",
+        right='rope.get("rope_theta", shape.get("rope_theta", 10000.0))',
+        wrong='shape.get("rope_theta", 10000.0)',
+        effect=(
+            "a base that stands where transformers 5 writes it is ignored: near tokens are right and far ones are not"
+        ),
+        tests="tests/test_weights.py::test_the_base_of_the_rotary_positions_is_found_where_it_stands",
+    ),
+    Mutation(
+        "weights.py",
+        right='rope.get("rope_theta", shape.get("rope_theta", 10000.0))',
+        wrong='rope.get("rope_theta", 10000.0)',
+        effect=(
+            "a base that stands where transformers 4 wrote it is ignored: near tokens are right and far ones are not"
+        ),
+        tests="tests/test_weights.py::test_the_base_of_the_rotary_positions_is_found_where_it_stands",
+    ),
+    Mutation(
+        "weights.py",
+        right='norm_eps=shape["rms_norm_eps"]',
+        wrong="norm_eps=1e-5",
+        effect="rms_norm_eps is ignored: Qwen2's 1e-6 becomes Llama's 1e-5, and logits are slightly wrong",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right='n_kv_head=shape.get("num_key_value_heads") or H',
+        wrong='n_kv_head=shape.get("num_key_value_heads") or 1',
+        effect="an old config.json, in which every head has keys of its own, doesn't fit its weights",
+        tests="tests/test_weights.py::test_what_config_json_leaves_out_is_what_transformers_takes",
+    ),
+    Mutation(
+        "weights.py",
+        right='bias="qkv" if qwen else "none"',
+        wrong='bias="none"',
+        effect="Qwen2's biases have no place: it can't be loaded",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right='    if kind != "default":',
+        wrong="    if False:",
+        effect="Llama 3's stretched positions are read as plain ones: right for short texts only",
+        tests="tests/test_weights.py::test_another_network_than_llama_is_refused",
+    ),
+    Mutation(
+        "weights.py",
+        right='({} if shape.get("head_dim") is None else head_dim)',
+        wrong="{}",
+        effect="a network with another number of channels a head is split in the wrong places",
+        tests="tests/test_weights.py::test_another_network_than_llama_is_refused",
+    ),
+    Mutation(
+        "weights.py",
+        right='if not qwen and shape.get("attention_bias"):',
+        wrong="if False:",
+        effect="a Llama with biases is refused by the name of a tensor and not of the field",
+        tests="tests/test_weights.py::test_another_network_than_llama_is_refused",
+    ),
+    Mutation(
+        "weights.py",
+        right='    known |= {"lm_head.weight", "output.weight"}  # written out although tied\n',
+        wrong="",
+        effect="files that hold the tied output layer once more are refused",
+        tests="tests/test_weights.py::test_what_old_files_hold_besides_is_left_aside",
+    ),
+    Mutation(
+        "weights.py",
+        right="parts = [load_file(folder / file) for file in files]",
+        wrong="parts = [load_file(folder / files[-1])]",
+        effect="of a model in several files the last one alone is read",
+        tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
+    ),
+    Mutation(
+        "weights.py",
+        right="model.head.weight / model.std",
+        wrong="model.head.weight",
+        effect="an exported reward model is std times as strong: with the same KL coefficient it is over-optimised",
+        tests="tests/test_weights.py::test_a_reward_model_goes_out_as_a_classifier",
+    ),
+    Mutation(
+        "weights.py",
+        right="(model.head.bias - model.mean) / model.std",
+        wrong="(model.head.bias + model.mean) / model.std",
+        effect="reward_shift has the wrong sign: other tools' rewards are off by twice the mean",
+        tests="tests/test_weights.py::test_a_reward_model_goes_out_as_a_classifier",
+    ),
+    Mutation(
+        "weights.py",
+        right='        weights.pop("lm_head.weight", None)\n',
+        wrong="",
+        effect="a classifier goes out with an output layer, which it doesn't have",
+        tests="tests/test_weights.py::test_a_reward_model_goes_out_as_a_classifier",
+    ),
+    Mutation(
+        "weights.py",
+        right='if getattr(model.config, "expectation", False):',
+        wrong="if False:",
+        effect="a reward model goes out without the block that its head reads: a file of plausible scores",
+        tests="tests/test_weights.py::test_a_reward_model_goes_out_as_a_classifier",
+    ),
+    Mutation(
+        "weights.py",
+        right='for name in ("wte.weight", "unembedding.weight"):',
+        wrong='for name in ("wte.weight",):',
+        effect="an output layer goes out with its padding rows, beside a config.json that denies them",
+        tests="tests/test_weights.py::test_a_padded_llama_goes_out_without_its_padding",
+    ),
+    Mutation(
+        "weights.py",
+        right='llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"',
+        wrong="llama = bool(c.rope_base)",
+        effect="what sft.py trains from scratch is exported as a Llama, which it isn't",
+        tests="tests/test_weights.py::test_save_pretrained_refuses_rotary_positions",
+    ),
+    Mutation(
+        "weights.py",
+        right=" or c.n_inner != 4 * c.n_embd or c.norm_eps != 1e-5:",
+        wrong=":",
+        effect="a relative of GPT-2's is exported as one: other tools read it with GPT-2's epsilon",
+        tests="tests/test_weights.py::test_save_pretrained_refuses_sizes_that_config_json_would_not_tell",
+    ),
+    Mutation(
+        "weights.py",
+        right='"tie_word_embeddings": c.tied,',
+        wrong='"tie_word_embeddings": True,',
+        effect="an exported Llama with an output layer of its own says that it has none",
+        tests="tests/test_weights.py::test_a_llama_goes_out_as_it_came_in",
+    ),
+    Mutation(
+        "weights.py",
+        right='kind = "qwen2" if c.bias == "qkv" else "llama"',
+        wrong='kind = "llama"',
+        effect="Qwen2 is exported as a Llama: other tools drop its biases and say nothing",
+        tests="tests/test_weights.py::test_a_llama_goes_out_as_it_came_in",
     ),
     # ------------------------------------------------------------ data/files.py
     Mutation(
@@ -870,6 +1203,86 @@ MUTATIONS = [
         wrong='    found = "out/data/prompts.jsonl"\n',
         effect="the reward model of own data is normalised on the demo's prompts",
         tests="tests/test_reward_model.py::test_own_data_reads_no_file_of_the_demo",
+    ),
+    Mutation(
+        "data/files.py",
+        right='text_field(what, message, "content")',
+        wrong='str(message.get("content"))',
+        effect="a turn without text is the text None",
+        tests="tests/test_data.py::test_bad_conversations_are_located",
+    ),
+    Mutation(
+        "data/files.py",
+        right='if len(turns) == 1 and turns[0][0] == "user":',
+        wrong="if False:",
+        effect="a single question is a conversation: prompts are compared, shown and written otherwise than before",
+        tests="tests/test_data.py::test_conversations_as_prompts",
+    ),
+    Mutation(
+        "data/files.py",
+        right='cls("\\n".join(f"{role.capitalize()}: {text}" for role, text in turns))',
+        wrong="cls(turns[-1][1])",
+        effect="reward functions and evaluation see the last turn alone",
+        tests="tests/test_data.py::test_conversations_as_prompts",
+    ),
+    Mutation(
+        "data/files.py",
+        right='return prompt.turns if isinstance(prompt, Prompt) else (("user", prompt),)',
+        wrong='return (("user", prompt),)',
+        effect="a conversation reaches the model as one turn of the user's: its template never sees the roles",
+        tests="tests/test_data.py::test_conversations_as_prompts",
+    ),
+    Mutation(
+        "data/files.py",
+        right='[{"role": r, "content": t} for r, t in prompt.turns] if isinstance(prompt, Prompt) else prompt',
+        wrong="str(prompt)",
+        effect="conversations go into preference files as one text: DPO trains on another prompt than was sampled from",
+        tests="tests/test_data.py::test_conversations_as_prompts",
+    ),
+    Mutation(
+        "data/files.py",
+        right='if not turns or turns[-1][0] != "user":',
+        wrong="if not turns:",
+        effect="a prompt that ends with an answer is answered once more",
+        tests="tests/test_data.py::test_bad_conversations_are_located",
+    ),
+    Mutation(
+        "data/files.py",
+        right='if not isinstance(message, dict) or message.get("role") not in ROLES:',
+        wrong="if not isinstance(message, dict):",
+        effect="a turn of a role that no template knows is a traceback, or is passed on",
+        tests="tests/test_data.py::test_bad_conversations_are_located",
+    ),
+    Mutation(
+        "data/files.py",
+        right="    prompt = prompt_field(where, row)\n",
+        wrong='    prompt = text_field(where, row, "prompt")\n',
+        effect="rankings of conversations, which collect.py writes, can't be read",
+        tests="tests/test_data.py::test_conversations_as_prompts",
+    ),
+    Mutation(
+        "data/files.py",
+        right="        os.truncate(path, start)",
+        wrong="        os.truncate(path, 0)",
+        effect="after a crash amid a line all that was collected before is gone",
+        tests="tests/test_data.py::test_a_torn_line_is_taken_off_and_no_other",
+    ),
+    Mutation(
+        "data/files.py",
+        right=('    else:\n        with open(path, "ab") as file:\n            file.write(b"\\n")\n'),
+        wrong="",
+        effect="a last row that lacks nothing but its end is continued by the next one: both are lost",
+        tests="tests/test_data.py::test_a_torn_line_is_taken_off_and_no_other",
+    ),
+    Mutation(
+        "data/files.py",
+        right="        os.truncate(path, start)",
+        wrong="        pass",
+        effect="after a crash amid a line the next collection stops, or appends to the torn line",
+        tests=(
+            "tests/test_data.py::test_a_torn_line_is_taken_off_and_no_other "
+            "tests/test_collect.py::test_a_line_torn_within_a_character_is_taken_off"
+        ),
     ),
     # ------------------------------------------------------------ data/batches.py
     Mutation(
@@ -1047,6 +1460,236 @@ MUTATIONS = [
         effect="a user who types <|endoftext|> ends the prompt",
         tests="tests/test_data.py::test_tiny_round_trip",
     ),
+    Mutation(
+        "data/tokenizer.py",
+        right='d["system"], d["nfc"], n_vocab)',
+        wrong='d["system"], False, n_vocab)',
+        effect="what a vocabulary says of normalising is kept and ignored",
+        tests="tests/test_tokenizer.py::test_normalised_where_the_vocabulary_says_so",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right=(
+            "        ids = []\n"
+            "        for mark, text in self.pieces(prompt):\n"
+            "            ids += [self._encoding.encode_single_token(mark)] if mark else []\n"
+            "            ids += self.encode(text)\n"
+            "        return ids\n"
+        ),
+        wrong=(
+            '        whole = "".join(mark + text for mark, text in self.pieces(prompt))\n'
+            '        return self._encoding.encode(whole, allowed_special="all")\n'
+        ),
+        effect="a user who types <|im_end|> ends the turn, and may begin a system's",
+        tests="tests/test_tokenizer.py::test_special_tokens_in_a_user_s_text_stay_text",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right="        eos = (TEMPLATES[template] or (eos,))[-1]\n",
+        wrong="",
+        effect="chatml's EOS is <|endoftext|>: the model ends its turn and goes on writing the user's",
+        tests="tests/test_tokenizer.py::test_chatml_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right="        eos = (TEMPLATES[template] or (eos,))[-1]\n",
+        wrong="        eos = (TEMPLATES[template] or (eos,))[0]\n",
+        effect="the EOS begins a turn instead of ending it",
+        tests="tests/test_tokenizer.py::test_chatml_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='if system and turns[0][0] != "system":',
+        wrong="if False:",
+        effect="the system turn that SmolLM2 and Qwen2 were trained with is left out",
+        tests="tests/test_tokenizer.py::test_chatml_s_own_system_turn",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='if system and turns[0][0] != "system":',
+        wrong="if system:",
+        effect="a conversation's own system turn stands behind the model's",
+        tests="tests/test_tokenizer.py::test_chatml_s_own_system_turn",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='("<|im_end|>", "\\n")]',
+        wrong='("<|im_end|>", "")]',
+        effect="no newline between chatml's turns: another text than the model was trained on",
+        tests="tests/test_tokenizer.py::test_chatml_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='return [*pieces, ("<|im_start|>", "assistant\\n")]',
+        wrong='return [*pieces, ("<|im_start|>", "assistant")]',
+        effect="the completion begins with a newline, which is sampled and scored",
+        tests="tests/test_tokenizer.py::test_chatml_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='f"\\n\\n{text.strip()}"',
+        wrong='f"\\n\\n{text}"',
+        effect="Llama 3's template takes white space away, ours doesn't: other ids than the model was trained on",
+        tests="tests/test_tokenizer.py::test_llama3_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right="return pieces[:-1]  # the assistant's turn is open",
+        wrong="return pieces",
+        effect="Llama 3's prompts end with an assistant's turn that is closed: the completion stands behind it",
+        tests="tests/test_tokenizer.py::test_llama3_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='for role, text in turns_of(prompt)) + "Assistant:\\n"',
+        wrong='for role, text in turns_of(prompt)[-1:]) + "Assistant:\\n"',
+        effect="the plain template forgets all turns but the last",
+        tests="tests/test_tokenizer.py::test_plain_template",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='text = unicodedata.normalize("NFC", text) if self._nfc else text',
+        wrong="pass",
+        effect="Qwen2's text isn't normalised: letters with accents become other ids",
+        tests="tests/test_tokenizer.py::test_normalised_where_the_vocabulary_says_so",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right="[i for i in ids if i < self.n_vocab]",
+        wrong="ids",
+        effect="a byte that the vocabulary lacks is an id that the model lacks: a crash in the embedding",
+        tests="tests/test_tokenizer.py::test_bytes_and_ids_that_the_vocabulary_lacks",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='    special |= {f"<|unused {i}|>": i for i in range(n_vocab) if i not in used}\n',
+        wrong="",
+        effect="a sampled id that is no token's is a traceback in decode",
+        tests="tests/test_tokenizer.py::test_bytes_and_ids_that_the_vocabulary_lacks",
+    ),
+    Mutation(
+        "data/tokenizer.py",
+        right='({} if template == "auto" else {"template": template})',
+        wrong="{}",
+        effect="--template is ignored with a published vocabulary",
+        tests="tests/test_tokenizer.py::test_templates_are_found_and_overridden",
+    ),
+    # ------------------------------------------------------------ data/vocabulary.py
+    Mutation(
+        "data/vocabulary.py",
+        right='said[1].replace("\\\\n", "\\n") if said else ""',
+        wrong='""',
+        effect="the model's own system turn is found in its template and forgotten",
+        tests="tests/test_tokenizer.py::test_chatml_s_own_system_turn",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="system(?:\\\\n|\\n)(",
+        wrong="system\\n(",
+        effect="a template that writes its newlines as two characters seems to have no system turn",
+        tests="tests/test_tokenizer.py::test_chatml_s_own_system_turn",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='check(normalizer in (None, {"type": "NFC"}), ',
+        wrong="check(True, ",
+        effect="a vocabulary of small letters is read, and capitals become other ids",
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="if t in (2, 3, 4)}",
+        wrong="if t in (2, 3)}",
+        effect="tokens that were added to a GGUF file's vocabulary are missing: chatml's may be among them",
+        tests="tests/test_tokenizer.py::test_a_gguf_file_is_read_as_the_folder",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='SMOLLM = GPT2.replace(r" ?\\p{N}+", r"\\p{N}").replace',
+        wrong="SMOLLM = GPT2.replace",
+        effect="SmolLM2's numbers are not cut into digits: ids that it has hardly seen",
+        tests="tests/test_tokenizer.py::test_text_is_cut_before_merging",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='.replace(r"(?!\\S)", r"(?![^\\s\\p{N}])")',
+        wrong="",
+        effect="spaces before a digit are cut as if the digit were part of a word: other ids than SmolLM2's",
+        tests="tests/test_tokenizer.py::test_text_is_cut_before_merging",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="                return keeping_the_rest(pattern)\n",
+        wrong="                return pattern\n",
+        effect="text between two matches is dropped without a word",
+        tests="tests/test_tokenizer.py::test_text_is_cut_before_merging",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='template = "chatml" if "<|im_start|>" in evidence else',
+        wrong='template = "chatml" if "<|im_start|>" in chat_template else',
+        effect="a vocabulary with chatml's tokens gets the plain template: the model sees no turn it knows",
+        tests="tests/test_tokenizer.py::test_chatml_template",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='config.get("eos_token") or read_json(folder / "config.json").get("eos_token_id")',
+        wrong='config.get("eos_token")',
+        effect="an EOS that config.json alone names is not found: completions never end",
+        tests="tests/test_tokenizer.py::test_the_eos_is_found_where_it_stands",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="    check(grows, ",
+        wrong="    check(True, ",
+        effect="tiktoken merges in another order than the model's own tokenizer: other ids, for some words",
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="        check(reached, ",
+        wrong="        check(True, ",
+        effect="tiktoken makes tokens that the model's own tokenizer never makes",
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="whole_first and all(pair in rank for pair in pairs)",
+        wrong="whole_first",
+        effect="of a vocabulary that takes whole pieces tiktoken makes tokens inside longer words too",
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):',
+        wrong='if last["type"] == "ByteLevel":',
+        effect="a vocabulary that puts a space before every text is read without it: the first word is another",
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='    check(not blank, f"',
+        wrong='    check(True, f"',
+        effect=(
+            "a special token of spaces, which any text may hold, is never made from text: other ids than the "
+            "model's own"
+        ),
+        tests="tests/test_tokenizer.py::test_what_can_not_be_read_is_one_line",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right='eos, chat = tokens[found["eos_token_id"]]',
+        wrong='eos, chat = "<|endoftext|>"',
+        effect="a GGUF file's EOS is read and ignored",
+        tests="tests/test_tokenizer.py::test_a_gguf_file_is_read_as_the_folder",
+    ),
+    Mutation(
+        "data/vocabulary.py",
+        right="check(pre in PATTERNS, ",
+        wrong="check(True, ",
+        effect="a GGUF file that cuts text in an unknown way is a traceback",
+        tests="tests/test_tokenizer.py::test_a_gguf_file_is_read_as_the_folder",
+    ),
     # ------------------------------------------------------------ data/tiny.py
     Mutation(
         "data/tiny.py",
@@ -1187,6 +1830,323 @@ MUTATIONS = [
         wrong='extra = (record.get("input") or "").strip()',
         effect="a lone surrogate in public data is a traceback while writing",
         tests="tests/test_data.py::test_half_a_character_in_public_data_is_located",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='    while turns and turns[-1][0] == "user":',
+        wrong="    while False:",
+        effect="conversations that end with a question are lost",
+        tests="tests/test_prepare.py::test_conversations",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="if turns_of(prompt) != turns_of(other):",
+        wrong="if False:",
+        effect="answers to different prompts are compared, as if both were answers to the first",
+        tests=("tests/test_prepare.py::test_hh_what_is_dropped tests/test_prepare.py::test_pairs_what_is_dropped"),
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='opening = next(text for role, text in turns_of(example.prompt) if role == "user")',
+        wrong="opening = example.prompt",
+        effect="stages of one conversation stand on both sides: the held-out data has been learned",
+        tests="tests/test_prepare.py::test_held_out_twins",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='opening = next(text for role, text in turns_of(example.prompt) if role == "user")',
+        wrong="opening = turns_of(example.prompt)[0][1]",
+        effect="conversations with the same system turn all stand on one side",
+        tests="tests/test_prepare.py::test_held_out_whoever_speaks_first",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='sides = {"": openings[n:], ',
+        wrong='sides = {"": openings, ',
+        effect="all held-out rows are in the training data too",
+        tests="tests/test_prepare.py::test_held_out_twins",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="    random.Random(seed).shuffle(openings)\n",
+        wrong="",
+        effect="the held-out openings are the first of the alphabet, whatever --seed",
+        tests="tests/test_prepare.py::test_held_out_twins",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="            elif not chosen:  #",
+        wrong="            elif False:  #",
+        effect="an empty text counts as the better one: DPO and the reward model learn silence",
+        tests="tests/test_prepare.py::test_hh_empty_and_equal_answers",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="            elif not chosen:  #",
+        wrong="            elif not chosen or not rejected:  #",
+        effect="pairs that teach to answer at all are dropped, and counted under another reason",
+        tests="tests/test_prepare.py::test_hh_empty_and_equal_answers",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="            if chosen == rejected:  #",
+        wrong="            if False:  #",
+        effect="pairs of equal texts stay: their loss is ln 2 for ever",
+        tests="tests/test_prepare.py::test_hh_empty_and_equal_answers",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]",
+        wrong="examples = examples[:limit]",
+        effect="--limit takes the first rows of a sorted file: all of one label",
+        tests="tests/test_prepare.py::test_limit_draws_from_the_whole_file",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="Example(prompt, texts[choice], (texts[choice], texts[1 - choice]))",
+        wrong="Example(prompt, texts[choice], (texts[0], texts[1]))",
+        effect="the first summary counts as the better one, whatever the annotator said",
+        tests="tests/test_prepare.py::test_tldr_comparisons",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='    if record.get("label") is False:',
+        wrong="    if False:",
+        effect="completions that were labelled as unwanted are demonstrations",
+        tests="tests/test_prepare.py::test_unwanted_completions_are_no_demonstrations",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='re.sub(r"<br\\s*/?>", "\\n", text_field(where, record, "text"))',
+        wrong='text_field(where, record, "text")',
+        effect="the model learns to write <br />",
+        tests="tests/test_prepare.py::test_prefixes_of_texts",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="demonstrations[turns, example.completion] = {",
+        wrong="demonstrations[turns, len(demonstrations)] = {",
+        effect="a summary that won nine comparisons is learned nine times",
+        tests="tests/test_prepare.py::test_tldr_comparisons",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right="            demonstrations[turns, example.completion] = {",
+        wrong="            demonstrations[turns] = {",
+        effect="of several demonstrations of a prompt the last one alone is kept, in silence",
+        tests="tests/test_prepare.py::test_tldr_comparisons",
+    ),
+    Mutation(
+        "data/prepare.py",
+        right='        check(other == name, f"',
+        wrong='        check(True, f"',
+        effect="a file of two formats is read as if it were all of the first: wrong prompts, or a traceback",
+        tests="tests/test_prepare.py::test_mixed_formats_are_an_error",
+    ),
+    # ------------------------------------------------------------ data/records.py
+    Mutation(
+        "data/records.py",
+        right="{k: v for k, v in record.items() if v is not None}",
+        wrong="record",
+        effect="a table with an empty column of pairs can't be read: null is no text",
+        tests="tests/test_prepare.py::test_null_fields_are_absent",
+    ),
+    Mutation(
+        "data/records.py",
+        right="return Prompt.of(turns[:-1]), turns[-1][1]",
+        wrong="return Prompt.of(turns[:1]), turns[1][1]",
+        effect="conversations are split at the first answer: what is compared in HH-RLHF is the same text twice",
+        tests="tests/test_prepare.py::test_hh",
+    ),
+    Mutation(
+        "data/records.py",
+        right='re.split(r"\\n\\n(Human|Assistant):", ',
+        wrong='re.split(r"\\n+(Human|Assistant):", ',
+        effect="an answer that quotes a dialogue is cut into turns",
+        tests="tests/test_prepare.py::test_hh_names_inside_a_text",
+    ),
+    Mutation(
+        "data/records.py",
+        right="            raw = gzip.decompress(raw)\n",
+        wrong="            raw = zlib.decompressobj(31).decompress(raw)\n",
+        effect="a download that broke off is taken for the whole file",
+        tests=(
+            "tests/test_prepare.py::test_a_cut_gzip_after_a_good_file_writes_nothing "
+            "tests/test_prepare.py::test_broken_files_are_one_line"
+        ),
+    ),
+    Mutation(
+        "data/records.py",
+        right='    if roles != ["user", "assistant"] * (len(roles) // 2):',
+        wrong="    if False:",
+        effect=(
+            "two answers in a row, or a conversation that the assistant begins, go into a template that has no "
+            "place for them"
+        ),
+        tests="tests/test_prepare.py::test_hh_what_is_dropped",
+    ),
+    Mutation(
+        "data/records.py",
+        right="    if not all(text for _, text in turns[:-1]):",
+        wrong="    if False:",
+        effect="empty turns are learned from",
+        tests="tests/test_prepare.py::test_hh_what_is_dropped",
+    ),
+    Mutation(
+        "data/records.py",
+        right='turns = [turn for turn in turns if turn != ("system", "")]',
+        wrong="turns = list(turns)",
+        effect="pairs of which one carries an empty system turn are dropped as answers to different prompts",
+        tests="tests/test_prepare.py::test_pairs_of_several_turns",
+    ),
+    Mutation(
+        "data/records.py",
+        right='    if prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith("\\n\\nAssistant:"):',
+        wrong="    if False:",
+        effect="a transcript is one turn of the user's: the model learns to answer to the word Assistant",
+        tests="tests/test_prepare.py::test_pairs_of_several_turns",
+    ),
+    Mutation(
+        "data/records.py",
+        right="return transcript(prompt)[:-1]",
+        wrong="return transcript(prompt)",
+        effect="a prompt ends with an empty answer: all pairs of repackaged HH-RLHF are dropped",
+        tests="tests/test_prepare.py::test_pairs_of_several_turns",
+    ),
+    Mutation(
+        "data/records.py",
+        right='"gpt": "assistant", ',
+        wrong="",
+        effect="ShareGPT's conversations are all dropped",
+        tests="tests/test_prepare.py::test_conversations",
+    ),
+    Mutation(
+        "data/records.py",
+        right="(text.strip() for text in rest[1::2])",
+        wrong="rest[1::2]",
+        effect="completions begin with a space, and prompts that differ by one are dropped as different",
+        tests="tests/test_prepare.py::test_hh",
+    ),
+    Mutation(
+        "data/records.py",
+        right='.replace("\\r\\n", "\\n")',
+        wrong="",
+        effect="texts from a CSV of Windows hold carriage returns",
+        tests="tests/test_prepare.py::test_csv",
+    ),
+    Mutation(
+        "data/records.py",
+        right="    csv.field_size_limit(2**31 - 1)",
+        wrong="    csv.field_size_limit(2**17)",
+        effect="a text above 128 KiB in a CSV is an error",
+        tests="tests/test_prepare.py::test_csv_of_texts_and_of_prompts_with_completions",
+    ),
+    # ------------------------------------------------------------ data/annotate.py
+    Mutation(
+        "data/annotate.py",
+        right='("" if sample.ended else "   [cut]")',
+        wrong='""',
+        effect="human annotators can't tell a cut answer from one that was left unfinished",
+        tests="tests/test_annotate.py::test_people_see_which_answers_were_cut",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right='row["ended"] = [s.ended for s in best_first]',
+        wrong='row["ended"] = [s.ended for s in item.samples]',
+        effect='"ended" in the order on the screen beside texts from best to worst',
+        tests="tests/test_annotate.py::test_people_see_which_answers_were_cut",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="best_first = sorted(item.samples, key=lambda s: rank_of[s])",
+        wrong="best_first = list(item.samples)",
+        effect="texts in the order on the screen: a person's ranking is what was drawn, not what she said",
+        tests=(
+            "tests/test_annotate.py::test_people_are_asked_until_the_answer_makes_sense "
+            "tests/test_annotate.py::test_equal_answers_are_shown_once_and_tie"
+        ),
+    ),
+    Mutation(
+        "data/annotate.py",
+        right='append_line(*((self.path, row) if kind == "ranking" else (self.aside, {kind: row})))',
+        wrong="append_line(self.path, row)",
+        effect="what was skipped is learned from as a tie, and what was asked twice twice",
+        tests="tests/test_annotate.py::test_skipped_items_are_not_asked_again_nor_learned_from",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="        self.done |= {a.item.prompt for a in self.answers}  # also those that were skipped\n",
+        wrong="",
+        effect="after a restart what was skipped is asked again",
+        tests="tests/test_annotate.py::test_skipped_items_are_not_asked_again_nor_learned_from",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right=("            os.fsync(file.fileno())\n        if not size:"),
+        wrong=("            pass\n        if not size:"),
+        effect="an answer is lost when the machine goes down after the next item was shown",
+        tests="tests/test_annotate.py::test_an_answer_is_on_the_disk_before_the_next_item_is_shown",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="            os.truncate(path, size)",
+        wrong="            pass",
+        effect="half an answer stays in the file when the disk is full",
+        tests="tests/test_annotate.py::test_a_write_that_fails_changes_nothing",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="while now == before and len(now) > 1:",
+        wrong="while False:",
+        effect=(
+            "what is shown a second time stands in the same order: people agree with the places, not with themselves"
+        ),
+        tests="tests/test_annotate.py::test_items_come_again_later_and_in_another_order",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="sign(a[x] - a[y]) == sign(b[x] - b[y]) for x, y in pairs",
+        wrong="(a[x] < a[y]) == (b[x] < b[y]) for x, y in pairs",
+        effect="a tie and an order agree, half of the time: agreement is too high",
+        tests="tests/test_annotate.py::test_agreement_by_hand",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="/ math.sqrt(untied) if untied else",
+        wrong="/ len(signs) if untied else",
+        effect="Kendall's tau-a in the place of tau-b: who ties much seems to agree little",
+        tests="tests/test_annotate.py::test_kendall_s_tau_b",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="math.sqrt(n / (n - 1) * squares) / pairs",
+        wrong="math.sqrt(share * (1 - share) / pairs)",
+        effect="pairs of one ranking count as independent: the standard error is too small",
+        tests=(
+            "tests/test_annotate.py::test_agreement_by_hand "
+            "tests/test_annotate.py::test_the_standard_error_is_that_of_many_repetitions"
+        ),
+    ),
+    Mutation(
+        "data/annotate.py",
+        right='    if given != page_state(session)["id"]:',
+        wrong="    if False:",
+        effect="a double click, or a second tab, ranks the next item unseen",
+        tests="tests/test_annotate.py::test_an_answer_is_taken_once",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="        if self.sizes_now() != self.sizes:",
+        wrong="        if False:",
+        effect="two programs on one file: the second undoes and repeats the first one's answers",
+        tests="tests/test_annotate.py::test_two_programs_on_one_file_are_noticed",
+    ),
+    Mutation(
+        "data/annotate.py",
+        right="text = printable(sample.text)",
+        wrong="text = sample.text",
+        effect="a model's text clears the screen, or writes another answer over its own",
+        tests="tests/test_annotate.py::test_a_model_s_text_can_not_drive_the_terminal",
     ),
     # ------------------------------------------------------------ cli.py
     Mutation(
@@ -1781,6 +2741,27 @@ MUTATIONS = [
         effect="the block of a reward model that is told what was expected stays uncompiled",
         tests="tests/test_common.py::test_every_block_is_compiled_and_no_name_changes",
     ),
+    Mutation(
+        "common.py",
+        right="model = load_pretrained(source, block_size=block_size)",
+        wrong="model = load_pretrained(source)",
+        effect="--block_size is ignored with --init gpt2, and with every other published model",
+        tests="tests/test_sft.py::test_block_size_is_honoured_or_refused",
+    ),
+    Mutation(
+        "common.py",
+        right="if rows > n_vocab:",
+        wrong="if False:",
+        effect="rows that are no tokens get probability, and are sampled: decoding crashes",
+        tests="tests/test_sft.py::test_published_weights_must_have_the_vocabulary_s_rows",
+    ),
+    Mutation(
+        "common.py",
+        right=('    print(f"{source}: published weights, {rows:,} token ids, block size {model.config.block_size}")\n'),
+        wrong="",
+        effect="nobody sees the block size that the imported weights bring along",
+        tests="tests/test_pipeline.py::test_weights_that_are_imported_are_named",
+    ),
     # ------------------------------------------------------------ sft.py
     Mutation(
         "sft.py",
@@ -1949,13 +2930,6 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="model = load_pretrained(config.init, block_size=config.block_size)",
-        wrong="model = load_pretrained(config.init)",
-        effect="--block_size is ignored with --init gpt2",
-        tests="tests/test_sft.py::test_block_size_is_honoured_or_refused",
-    ),
-    Mutation(
-        "sft.py",
         right="config.block_size in (0, own)",
         wrong="True",
         effect="--block_size is ignored with a checkpoint",
@@ -1967,13 +2941,6 @@ MUTATIONS = [
         wrong="pass",
         effect="--n_layer 12 --init FOLDER trains the folder's two layers, silently",
         tests="tests/test_sft.py::test_sizes_are_refused_where_the_weights_have_their_own",
-    ),
-    Mutation(
-        "sft.py",
-        right="if rows > n_vocab:",
-        wrong="if False:",
-        effect="rows that are no tokens get probability, and are sampled: decoding crashes",
-        tests="tests/test_sft.py::test_published_weights_must_have_the_vocabulary_s_rows",
     ),
     Mutation(
         "sft.py",
@@ -2027,16 +2994,6 @@ MUTATIONS = [
         effect="a checkpoint goes on with a vocabulary in which its ids mean other words",
         tests="tests/test_sft.py::test_impossible_starts_are_refused",
     ),
-    Mutation(
-        "sft.py",
-        right=(
-            '        print(f"{config.init}: published weights, {rows:,} token ids, block size '
-            '{model.config.block_size}")\n'
-        ),
-        wrong="",
-        effect="nobody sees the block size that the imported weights bring along",
-        tests="tests/test_pipeline.py::test_weights_that_are_imported_are_named",
-    ),
     # ------------------------------------------------------------ collect.py
     Mutation(
         "collect.py",
@@ -2075,17 +3032,17 @@ MUTATIONS = [
     ),
     Mutation(
         "collect.py",
-        right="                rng.shuffle(answers)",
-        wrong="                pass",
+        right="rng.shuffle(answers)  # so that the place on the screen",
+        wrong="pass  # so that the place on the screen",
         effect="the place on the screen tells which policy wrote an answer",
         tests="tests/test_collect.py::test_the_place_on_the_screen_says_nothing_about_the_policy",
     ),
     Mutation(
         "collect.py",
-        right='("" if answer.ended else "   [cut]")',
-        wrong='""',
-        effect="human annotators can't tell a cut answer from one that was left unfinished",
-        tests="tests/test_collect.py::test_human_annotators_see_which_answers_were_cut",
+        right="rng.shuffle(answers)  # as for people",
+        wrong="pass  # as for people",
+        effect="of equal ranks the first policy's text stands first: files tell which policy wrote a text",
+        tests="tests/test_collect.py::test_where_simulated_annotators_look_first_says_nothing_about_the_policy",
     ),
     Mutation(
         "collect.py",
@@ -2109,15 +3066,6 @@ MUTATIONS = [
         ),
         effect="equal texts are ranked one above the other",
         tests="tests/test_collect.py::test_equal_texts_tie",
-    ),
-    Mutation(
-        "collect.py",
-        right=(
-            '    if content and not content.endswith(b"\\n"):\n        os.truncate(path, content.rfind(b"\\n") + 1)'
-        ),
-        wrong=('    if False:\n        os.truncate(path, content.rfind(b"\\n") + 1)'),
-        effect="after a crash amid a line the next collection stops, or appends to the torn line",
-        tests="tests/test_collect.py::test_a_line_torn_within_a_character_is_taken_off",
     ),
     Mutation(
         "collect.py",
@@ -2957,17 +3905,13 @@ MUTATIONS = [
     Mutation(
         "dpo.py",
         right=(
-            "    results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, "
-            "config.seed)\n"
-            "    if held_out:\n"
-            "        results |= "
+            "    results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)\n"
         ),
         wrong=(
             "    results = {}\n"
             "    if held_out:\n"
             "        results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, "
             "config.seed)\n"
-            "        results |= "
         ),
         effect="without held-out data a collapse is shown nowhere",
         tests="tests/test_dpo.py::test_a_collapse_shows_without_held_out_data",

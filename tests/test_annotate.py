@@ -139,14 +139,14 @@ def test_people_are_asked_until_the_answer_makes_sense(person, tmp_path, capsys)
 def test_people_see_which_answers_were_cut(person, tmp_path, capsys):
     """A text that stops in mid-sentence because of --max_new_tokens is not one that its writer left unfinished."""
     texts = [Sample("It is", False), Sample("It is", True), Sample("", False)]
-    in_terminal(tmp_path / "r.jsonl", [("p", texts)], person, "3 2 1")
+    in_terminal(tmp_path / "r.jsonl", [("p", texts)], person, "3 1 2")
     assert re.findall(r"^  (\d): (.*)$", capsys.readouterr().out, re.M) == [
         ("1", "It is   [cut]"),
         ("2", "It is"),
         ("3", "   [cut]"),
     ]
     (row,) = [row for _, row in read_jsonl(tmp_path / "r.jsonl")]
-    assert (row["completions"], row["ended"]) == (["", "It is", "It is"], [False, True, False])
+    assert (row["completions"], row["ended"]) == (["", "It is", "It is"], [False, False, True])
 
 
 def test_a_model_s_text_can_not_drive_the_terminal(person, tmp_path, capsys):

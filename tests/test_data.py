@@ -41,15 +41,19 @@ from data.batches import (
     ranked_batch,
 )
 from data.files import (
+    Prompt,
     Ranking,
     held_out_twin,
+    mend_last_line,
     nest_ties,
     parse_ranking,
+    prompt_json,
     prompts_beside,
     read_demonstrations,
     read_jsonl,
     read_prompts,
     read_rankings,
+    turns_of,
     write_jsonl,
 )
 from data.prepare import prepare
@@ -319,6 +323,79 @@ def test_half_a_character_is_located(tmp_path, read, row, key):
     with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).startswith(f'{path}:3: "{key}" ') and "surrogate" in str(error.value)
+
+
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?\n"},
+    {"role": "user", "content": "2+2"},
+]
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def test_conversations_as_prompts(tmp_path):
+    """In every kind of file: all turns, as they stand there; what a reward function gets is a text with all of them;
+    and it goes back into a file as it came. One turn of the user's is a plain string, a system's before it is not."""
+    rows = [
+        {"prompt": p, "completion": "4", "chosen": "4", "rejected": "5"} for p in (TALK, [SYSTEM, TALK[2]], TALK[2:])
+    ]
+    path = write_lines(tmp_path / "talk.jsonl", rows)
+    prompts = read_prompts(path)
+    assert prompts == [p for p, _ in read_demonstrations(path)] == [r.prompt for r in read_rankings(path)]
+    assert [type(p) for p in prompts] == [Prompt, Prompt, str]
+    assert prompts == ["User: Hi\nAssistant: Yes?\n\nUser: 2+2", "System: Be kind.\nUser: 2+2", "2+2"]
+    assert [turns_of(p) for p in prompts] == [
+        (("user", "Hi"), ("assistant", "Yes?\n"), ("user", "2+2")),
+        (("system", "Be kind."), ("user", "2+2")),
+        (("user", "2+2"),),
+    ]
+    assert [prompt_json(p) for p in prompts] == [TALK, [SYSTEM, TALK[2]], "2+2"]
+    rankings = write_lines(tmp_path / "r.jsonl", [{"prompt": TALK, "completions": ["4", ["5", "6"]]}])
+    assert turns_of(read_rankings(rankings)[0].prompt) == turns_of(prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ([], "a prompt of messages must end with the user's"),
+        (TALK[:2], "a prompt of messages must end with the user's"),
+        ([SYSTEM], "a prompt of messages must end with the user's"),
+        ([*TALK[:2], "2+2"], 'message 3 of the prompt must be an object with a "role" of system, user, assistant'),
+        (
+            [{"role": "human", "content": "Hi"}],
+            'message 1 of the prompt must be an object with a "role" of system, user',
+        ),
+        ([SYSTEM, {"content": "Hi"}], 'message 2 of the prompt must be an object with a "role" of system, user'),
+        ([SYSTEM, {"role": "user"}], 'message 2 of the prompt: no "content" (found: role)'),
+        ([{"role": "user", "content": None}], 'message 1 of the prompt: "content" must be a string, not NoneType'),
+        (
+            [{"role": "user", "content": "x" + chr(0xD83D)}],
+            'message 1 of the prompt: "content" holds half a character at 1',
+        ),
+        ({"role": "user", "content": "Hi"}, '"prompt" must be a string, not dict'),
+    ],
+)
+def test_bad_conversations_are_located(tmp_path, prompt, says):
+    """The line, and which message of it."""
+    path = lines(tmp_path / "d.jsonl", GOOD, json.dumps({"prompt": prompt, "completion": "c"}))
+    with pytest.raises(UserError) as error:
+        read_demonstrations(path)
+    assert str(error.value).startswith(f"{path}:2: {says}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("row", [b'{"a": 1}', '{"a": "{é"}'.encode()])
+def test_a_torn_line_is_taken_off_and_no_other(tmp_path, row):
+    """A crash in the middle of a row, of a character or right before the end of the line; nothing whole is lost."""
+    path = tmp_path / "r.jsonl"
+    mend_last_line(path)
+    assert not path.exists()
+    for torn in range(len(row) + 1):
+        path.write_bytes(row + b"\n" + row[:torn])
+        mend_last_line(path)
+        assert path.read_bytes() == (row + b"\n") * (2 if torn == len(row) else 1)
+    path.write_bytes(b"no file of ours")
+    mend_last_line(path)
+    assert path.read_bytes() == b"no file of ours"
 
 
 @pytest.mark.parametrize("key", ["instruction", "input", "output", "chosen", "rejected"])

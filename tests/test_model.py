@@ -254,6 +254,11 @@ def test_sequences_longer_than_the_block_are_refused():
     for rope_base, n_embd in ((-1.0, 32), (100.0, 12)):  # 12 channels in 4 heads: 3 can't be paired
         with pytest.raises(ValueError, match="rope_base"):
             GPTConfig(10, 8, 1, 4, n_embd, rope_base=rope_base)
+    with pytest.raises(ValueError, match="n_head 6 is not a multiple of n_kv_head 4"):
+        GPTConfig(10, 8, 1, 6, 24, n_kv_head=4)
+    for name in ("norm", "mlp", "bias"):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'llama'"):
+            GPTConfig(10, 8, 1, 4, 32, **{name: "llama"})
 
 
 @SCALARS
@@ -570,8 +575,8 @@ def test_a_told_model_equals_a_loop_over_positions(float64, rope_base):
 def test_what_is_told_is_the_gpt_s_own_logit(float64):
     """What is written along the direction is, to the last digit, the logit that the GPT gave each token before it was
     read; of the first token, which nothing foretold, 0. Padding rows of an imported table change nothing."""
-    for real_vocab in (None, V - 3):
-        model = make_told(seed=6, real_vocab=real_vocab)
+    for changes in ({}, {"real_vocab": V - 3}, {"tied": False}):
+        model = make_told(seed=6, **changes)
         tokens = torch.randint(0, V - 3, (3, 9), generator=gen())
         told = []
         model.block.register_forward_pre_hook(lambda _, inputs, told=told: told.append(inputs[0]))
@@ -1361,13 +1366,14 @@ def slices_of_the_cache(monkeypatch, numbers: int) -> tuple[list[int], list[int]
     return rows, peaks
 
 
-@pytest.mark.parametrize("at_a_time", [1, 3, 6, 7])
-def test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache(monkeypatch, at_a_time):
+@pytest.mark.parametrize(("at_a_time", "n_kv_head"), [(1, 4), (3, 4), (6, 4), (7, 4), (3, 1)])
+def test_rows_in_slices_are_the_rows_at_once_and_bound_the_cache(monkeypatch, at_a_time, n_kv_head):
     """192 rows of GPT-2 need 14 GB of keys and values: rows go in slices, none lost, swapped or widened, and each
-    slice's memory is given back before the next. What fits is not cut."""
-    model = make_gpt(seed=5, vocab=10, real_vocab=9, dtype=torch.float64)  # id 9 is never sampled
+    slice's memory is given back before the next. What fits is not cut, and where heads share keys and values more
+    fits."""
+    model = make_gpt(seed=5, vocab=10, real_vocab=9, dtype=torch.float64, n_kv_head=n_kv_head)  # 9 is never sampled
     prompts = random_prompts([1, 7, 3, 12, 5, 2, 9], 9, seed=6)
-    a_row = 2 * 2 * 32 * (12 + 36)  # keys and values, layers, channels, slots of the longest
+    a_row = 2 * 2 * 8 * n_kv_head * (12 + 36)  # keys and values, layers, channels, slots of the longest
     whole = [generate(model, prompts, 36, eos_id=eos, temperature=0) for eos in range(10)]
     assert len({tuple(c) for c, _ in rows_of(whole[9])}) == 7  # no two alike
     assert len({r.tokens.size(1) for r in whole}) > 1 and any(r.ended.any() for r in whole)

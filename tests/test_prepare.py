@@ -451,6 +451,16 @@ def test_unknown_formats_name_the_known(tmp_path, record):
     assert all(f"{name}: " in message for name in ONE_OF_EACH)
 
 
+def test_null_fields_are_absent(tmp_path):
+    """A table writes every column, also where a record has nothing there."""
+    nothing = {"chosen": None, "rejected": None}
+    counts, demonstrations, pairs = prepared(
+        tmp_path, {"instruction": "i", "input": None, "output": "o", **nothing}, {"instruction": "j", "output": "p"}
+    )
+    assert demonstrations == [((("user", "i"),), "o"), ((("user", "j"),), "p")] and pairs == []
+    assert counts == {"demonstrations": 2, "prompts": 2}
+
+
 def test_alpaca_says_which_field_is_missing(tmp_path):
     message = refused(tmp_path, ONE_OF_EACH["alpaca"], {"input": "x", "output": "o"})
     assert message == ':2: no "instruction" (found: input, output)'

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from helpers import GPT2_BPE, make_gpt, make_scalar, write_lines
+from helpers import GPT2_BPE, gguf_package, make_gpt, make_scalar, write_lines
 
 import collect
 import evaluate
@@ -349,9 +349,9 @@ def test_a_gguf_file_needs_its_package(tmp_path, monkeypatch):
         load_tokenizer(str(tmp_path / "m.gguf"))
 
 
-def test_a_gguf_file_is_read_as_the_folder(tmp_path):
+def test_a_gguf_file_is_read_as_the_folder(tmp_path, monkeypatch):
     """The same vocabulary from both: the same description, so checkpoints of either go together."""
-    gguf = pytest.importorskip("gguf")
+    gguf = gguf_package(monkeypatch)
 
     def write(name: str, model: str = "gpt2", pre: str = "smollm") -> str:
         writer = gguf.GGUFWriter(tmp_path / name, "llama")
@@ -359,7 +359,7 @@ def test_a_gguf_file_is_read_as_the_folder(tmp_path):
         writer.add_tokenizer_pre(pre)
         vocab = by_hand()["model"]["vocab"]
         writer.add_token_list([*vocab, "[PAD57]"])
-        writer.add_token_types([3] * 3 + [1] * (len(vocab) - 3) + [5])
+        writer.add_token_types([3, 4, 3] + [1] * (len(vocab) - 3) + [5])  # 4: added later
         writer.add_token_merges(MERGES)
         writer.add_eos_token_id(2)
         writer.add_chat_template(DEFAULT)

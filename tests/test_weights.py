@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import make_gpt
+from helpers import gguf_package, make_gpt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -208,6 +208,14 @@ def test_save_pretrained_refuses_rotary_positions(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("changes", [{"n_inner": 100}, {"norm_eps": 1e-6}, {"n_kv_head": 2}], ids=str)
+def test_save_pretrained_refuses_sizes_that_config_json_would_not_tell(tmp_path, changes):
+    """Under GPT-2's own names, and read elsewhere with GPT-2's own sizes and epsilon."""
+    with pytest.raises(ValueError, match=r"not GPT-2's .*sizes or norm_eps"):
+        save_pretrained(make_gpt(seed=7, **changes), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 # ------------------------------------------------------------------------------------------------ Llama and its like
 
 # 6 heads of 8 channels, which share 2 keys and values
@@ -351,21 +359,73 @@ def test_a_llama_goes_out_as_it_came_in(tmp_path, changes):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 300.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+        {"rope_scaling": None, "rope_theta": 300.0, "head_dim": None},
+    ],
+    ids=["transformers 4", "transformers 5", "nulls"],
+)
+def test_the_base_of_the_rotary_positions_is_found_where_it_stands(tmp_path, changes, float64):
+    """Another base than the one trained with: near tokens are all right, far ones are not."""
+    shape = {k: v for k, v in SHAPE.items() if k != "rope_theta"} | changes
+    model = load_pretrained(write_folder(tmp_path / "hf", shape, llama_tensors(shape))).double().eval()
+    tokens = random_tokens(1, 11)
+    truth = slow_llama(shape | {"rope_theta": 300.0}, llama_tensors(shape), tokens[0].tolist())
+    torch.testing.assert_close(model(tokens)[0], truth, rtol=0, atol=1e-9)
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path, float64):
+    """Its defaults for a llama: an output layer of its own, keys and values for every head, a base of 10,000."""
+    whole = SHAPE | {"tie_word_embeddings": False, "num_key_value_heads": 6, "rope_theta": 10000.0}
+    tensors, tokens = llama_tensors(whole), random_tokens(1, 11)
+    told = {k: v for k, v in whole.items() if k not in ("tie_word_embeddings", "num_key_value_heads", "rope_theta")}
+    model = load_pretrained(write_folder(tmp_path / "hf", told, tensors)).double().eval()
+    truth = slow_llama(whole, tensors, tokens[0].tolist())
+    torch.testing.assert_close(model(tokens)[0], truth, rtol=0, atol=1e-9)
+
+
+def test_what_old_files_hold_besides_is_left_aside(tmp_path):
+    """The frequencies of the positions, and the tied output layer once more."""
+    tensors = llama_tensors(SHAPE)
+    more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    more["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    one, two = (
+        load_pretrained(write_folder(tmp_path / n, SHAPE, t)) for n, t in (("a", tensors), ("b", tensors | more))
+    )
+    assert one.config == two.config
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_llama_goes_out_without_its_padding(tmp_path, tied):
+    """Neither table may keep rows that are no tokens: config.json tells one size for both."""
+    shape = SHAPE | {"tie_word_embeddings": tied}
+    model = load_pretrained(write_folder(tmp_path / "in", shape, llama_tensors(shape)))
+    model.config.real_vocab = V - 3
+    save_pretrained(model, tmp_path / "out")
+    again, tokens = load_pretrained(tmp_path / "out"), random_tokens() % (V - 3)
+    assert again.config.vocab_size == V - 3 and again.config.real_vocab is None
+    assert torch.equal(again.eval()(tokens), model.eval()(tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "untied"])
 def test_a_reward_model_goes_out_as_a_classifier(tmp_path, kind):
-    """The head under its published name, in the units of the normalised reward, but for a constant that is told."""
+    """The head under its published name, in the units of the normalised reward, but for a constant that is told; the
+    output layer has no place in it."""
     gpt = make_gpt(seed=7)
-    if kind == "llama":
-        gpt = load_pretrained(write_folder(tmp_path / "in", SHAPE, llama_tensors(SHAPE)))
+    if kind != "gpt2":
+        shape = SHAPE | {"tie_word_embeddings": kind == "llama"}
+        gpt = load_pretrained(write_folder(tmp_path / "in", shape, llama_tensors(shape)))
     model = ScalarModel.from_gpt(gpt).eval()
     model.mean, model.std = torch.tensor(0.7), torch.tensor(2.5)
     model.head.bias.data.fill_(0.2)
     save_pretrained(model, tmp_path / "out")
     _, tensors = read_safetensors_by_hand(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["architectures"] == [
-        {"llama": "LlamaForSequenceClassification", "gpt2": "GPT2ForSequenceClassification"}[kind]
-    ]
+    assert config["architectures"] == [f"{'GPT2' if kind == 'gpt2' else 'Llama'}ForSequenceClassification"]
     assert config["num_labels"] == 1 and "lm_head.weight" not in tensors
     tokens = random_tokens()
     found = gpt.hidden(tokens)[:, -1] @ tensors["score.weight"][0] + config["reward_shift"]
@@ -422,11 +482,34 @@ def test_transformers_agrees(tmp_path, changes):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, kind):
-    """GGUF keeps a llama's query and key rows as neighbours, a qwen2's as halves; norms and names are its own."""
-    gguf = pytest.importorskip("gguf")
-    shape = SHAPE | {"model_type": kind, "intermediate_size": 64, "hidden_size": 96}
+@pytest.mark.parametrize(
+    ("kind", "strings", "says"),
+    [
+        ("gemma", {}, "general.architecture is 'gemma'; known are llama, qwen2"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
+        ("llama", {"llama.rope.scaling.type": "none"}, "no llama.attention.head_count"),
+    ],
+)
+def test_a_gguf_file_of_another_network_is_refused(tmp_path, monkeypatch, kind, strings, says):
+    """By the name of the field, as config.json's are."""
+    writer = gguf_package(monkeypatch).GGUFWriter(tmp_path / "m.gguf", kind)
+    for key, value in strings.items():
+        writer.add_string(key, value)
+    writer.add_tensor("token_embd.weight", torch.zeros(V, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=f"m.gguf: {says}"):
+        load_pretrained(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", True)])
+def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, monkeypatch, kind, tied):
+    """GGUF keeps a llama's query and key rows as neighbours, a qwen2's as halves; norms and names are its own, and an
+    output layer of its own is there or not."""
+    gguf = gguf_package(monkeypatch)
+    shape = SHAPE | {"model_type": kind, "intermediate_size": 64, "hidden_size": 96, "tie_word_embeddings": tied}
     tensors = llama_tensors(shape)
     folder = load_pretrained(write_folder(tmp_path / "hf", shape, tensors))
     H, G = shape["num_attention_heads"], shape["num_key_value_heads"]
@@ -443,6 +526,7 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, kind):
     names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk"}
+    names["lm_head"] = "output"
     for name, value in tensors.items():
         heads = {"q_proj": H, "k_proj": G}.get(name.split(".")[-2])
         if kind == "llama" and heads:  # row j of each head, then row j + D/2
