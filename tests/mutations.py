@@ -4185,6 +4185,20 @@ MUTATIONS = [
         effect="the baseline's own right answers count as what RLHF has added",
         tests="tests/test_evaluate.py::test_every_gate_can_fail",
     ),
+    Mutation(
+        "evaluate.py",
+        right="""by_rm = win_rate(samples["rm"], next(iter(drawn.values()))["rm"])""",
+        wrong="""by_rm = win_rate(samples["rm"], list(drawn.values())[-2]["rm"])""",
+        effect="the second judge compares each policy with the one before it, under the first one's name",
+        tests="tests/test_evaluate.py::test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s",
+    ),
+    Mutation(
+        "evaluate.py",
+        right="held_out_loss(found.model, examples",
+        wrong="held_out_loss(reference, examples",
+        effect="alignment seems to cost nothing: the loss beside every policy is the first one's",
+        tests="tests/test_evaluate.py::test_the_loss_elsewhere_is_each_policy_s_own",
+    ),
     # ------------------------------------------------------------ sample.py
     Mutation(
         "sample.py",

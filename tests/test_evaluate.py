@@ -366,6 +366,69 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     assert results["ceiling"] is None
 
 
+def test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s(tmp_path, monkeypatch):
+    """Where the truth is known and there is a reward model too, both judge, each the same pairs of samples: against the
+    first policy, never against the one before."""
+    samples = []
+    original = sample_policy
+
+    def record(*args):
+        samples.append(original(*args))
+        return samples[-1]
+
+    monkeypatch.setattr(evaluate, "sample_policy", record)
+    policy, baseline = relatives(17)
+    models = {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)}
+    results = run_evaluate(tmp_path, monkeypatch, models)["policies"]
+    assert results["sft"]["rm_win_rate"] is None
+    for name, s in (("ppo", samples[1]), ("dpo", samples[2])):
+        wins = [(a > b) + 0.5 * (a == b) for a, b in zip(s["rm"], samples[0]["rm"], strict=True)]
+        figures = results[name]
+        assert figures["rm_win_rate"] == pytest.approx(sum(wins) / 10)
+        assert (figures["rm_win_low"], figures["rm_win_high"]) == wilson_interval(sum(wins) / 10, 10)
+    assert run_evaluate(tmp_path, monkeypatch, models, gold="")["policies"]["ppo"]["rm_win_rate"] is None
+
+
+def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, monkeypatch, float64):
+    """What alignment has cost: the mean loss a completion token, EOS included, of each policy on demonstrations that it
+    has not seen, by a loop."""
+    policy, baseline = relatives(19)
+    rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "f", "completion": "gh"}]
+    path = write_lines(tmp_path / "loss.jsonl", rows)
+    results = run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy}, loss_data=path)["policies"]
+    tokenizer = ToyTokenizer()
+    for name, model in (("sft", baseline), ("ppo", policy)):
+        losses = []
+        for row in rows:
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            ids = [*prompt, *tokenizer.encode(row["completion"]), tokenizer.eos_id]
+            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+            losses += [-logp[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
+        assert results[name]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+
+
+def test_samples_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
+    """--show: the prompt, then what every policy said to that very prompt, and whether it was cut."""
+    samples = []
+    original = sample_policy
+
+    def record(*args):
+        samples.append(original(*args))
+        return samples[-1]
+
+    monkeypatch.setattr(evaluate, "sample_policy", record)
+    policy, baseline = relatives(17)
+    run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy}, show=3)
+    said = capsys.readouterr().out
+    assert said.count("  sft  ") == said.count("  ppo  ") == 3
+    places = []
+    for i in range(3):
+        for name, s in zip(("sft", "ppo"), samples, strict=True):
+            line = f"  {name:12} {s['completion'][i]!r}" + ("" if s["ended"][i] else " [cut]")
+            places.append(said.index(line, places[-1] if places else 0))
+    assert places == sorted(places)
+
+
 def test_best_of_n_stands_on_the_same_prompts(tmp_path, monkeypatch, capsys):
     """128 prompts beside rows from 512, and an upper bound beside exact KLs: every prompt counts, the row has its
     error, and its KL says that it is a bound."""
