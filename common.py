@@ -25,7 +25,7 @@ from blocks import Block
 from cli import UserError, check, one_line
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from model import GPT, GPTConfig, Rollout, ScalarModel, generate, masked_mean, token_logprobs
-from weights import GPT2_NAMES, load_pretrained
+from weights import GPT2_NAMES, load_pretrained, local_path
 
 # -------------------------------------------------------------------------------- device, dtype, seed
 
@@ -154,12 +154,21 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
 
 
 def is_published(source: str | Path) -> bool:
-    """Are these published weights: a Hugging Face folder, a .gguf file, gpt2 or another name on the hub, which has one
-    slash and is no path? Else they are a checkpoint's."""
+    """Are these published weights: a Hugging Face folder, a .gguf file, gpt2 (-medium, ...), or hf: and a name on the
+    hub? Else they are a checkpoint's."""
     path = Path(source)
     if path.is_dir():
         return any(path.glob("*.safetensors")) or (path / "pytorch_model.bin").exists()
-    return path.suffix == ".gguf" or (not path.exists() and str(source) in GPT2_NAMES)
+    on_the_hub = str(source) in GPT2_NAMES or str(source).startswith("hf:")
+    return path.suffix == ".gguf" or (not path.exists() and on_the_hub)
+
+
+def find_published(source: str | Path) -> Path:
+    """The folder of weights on the hub, downloaded."""
+    try:
+        return local_path(source)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_published(source: str | Path, n_vocab: int, block_size: int = 0) -> GPT:
@@ -179,8 +188,10 @@ def load_published(source: str | Path, n_vocab: int, block_size: int = 0) -> GPT
 def start_vocabulary(source: str) -> str:
     """What load_tokenizer takes, for the weights that a run starts from: none ("", from scratch), published ones, or a
     checkpoint's. If it is no checkpoint, load_model says so."""
+    if str(source).startswith("hf:"):
+        return str(find_published(source))
     if is_published(source):
-        return "gpt2" if str(source) in GPT2_NAMES else str(source)
+        return "gpt2" if str(source) in GPT2_NAMES and not Path(source).exists() else str(source)
     try:
         return load_file(model_file(source))["tokenizer"] if source else "tiny"
     except (UserError, LookupError, TypeError):

@@ -48,20 +48,21 @@ INSIDE = {
 
 
 def local_path(name: str | Path) -> Path:
-    """A folder or a file as it is; another name is a model's on the Hugging Face hub, which is downloaded once and kept
-    there by the package huggingface_hub. Raises ValueError where that is impossible."""
+    """A folder or a file as it is; another name, "hf:" before it or not, is on the Hugging Face hub, which the
+    package huggingface_hub downloads once, checks and keeps. Raises ValueError where that is impossible."""
+    name = str(name).removeprefix("hf:")
     path = Path(name)
     if path.exists():
         return path
-    known = f"{str(name)!r} is no folder, no .gguf file and none of {', '.join(GPT2_NAMES)} or another hub name"
-    if path.suffix or len(path.parts) > 2 or not (str(name) in GPT2_NAMES or len(path.parts) == 2):
+    known = f"{name!r} is no folder, no .gguf file and none of {', '.join(GPT2_NAMES)} or another hub name"
+    if path.suffix or len(path.parts) > 2 or not (name in GPT2_NAMES or len(path.parts) == 2):
         raise ValueError(known)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{known} (those need `pip install huggingface_hub`)") from None
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.json", "merges.txt"]
-    repository = f"openai-community/{name}" if str(name) in GPT2_NAMES else str(name)
+    repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except Exception as error:  # many kinds, from several packages: no network, no such model, no access

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
+import types
 from itertools import pairwise
 
 import pytest
@@ -14,7 +16,9 @@ from helpers import gguf_package, make_gpt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import common
 import weights
+from cli import UserError
 from model import GPT, GPTConfig, KVCache, ScalarModel, decode_one_token, generate, prefill
 from weights import load_pretrained, save_pretrained
 
@@ -459,11 +463,41 @@ def test_another_network_than_llama_is_refused(tmp_path, changes, says):
 
 def test_a_name_on_the_hub_without_the_package(monkeypatch):
     """No download of our own, and a line that says what to do."""
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         weights.local_path("gpt2")
     with pytest.raises(ValueError, match="no folder"):
         weights.local_path("some/where/else")
+
+
+def test_a_name_on_the_hub_is_a_folder_once_it_is_there(tmp_path, monkeypatch):
+    """hf:NAME goes to the package huggingface_hub, and what it brings is loaded like any folder; nothing else is asked
+    for, and no name that may be a path of one's own."""
+    folder, asked = write_folder(tmp_path / "cache", SHAPE, llama_tensors(SHAPE)), []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append(repository)
+        assert "config.json" in allow_patterns and "*.safetensors" in allow_patterns
+        return str(folder)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    same = load_pretrained(folder).state_dict()
+    for name in ("hf:some/model", "some/model"):
+        assert all(
+            torch.equal(a, b) for a, b in zip(load_pretrained(name).state_dict().values(), same.values(), strict=True)
+        )
+    assert weights.local_path("gpt2") == folder
+    assert asked == ["some/model", "some/model", "openai-community/gpt2"]
+    assert common.is_published("hf:some/model") and not common.is_published("some/model")
+    assert common.start_vocabulary("hf:some/model") == str(folder) and common.start_vocabulary("gpt2") == "gpt2"
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    hub.snapshot_download = no_network
+    with pytest.raises(UserError, match="OSError while downloading some/model"):
+        common.start_vocabulary("hf:some/model")
 
 
 @KINDS
