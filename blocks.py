@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -205,6 +206,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
+    recompute = False  # --recompute
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = make_norm(config)
@@ -228,3 +231,11 @@ class Block(nn.Module):
             x, y = (F.embedding(index, part.flatten(0, 1)) for part in (x, y))
         x = x + self.attn.project(y)
         return x + self.mlp(self.ln_2(x))
+
+
+def run_block(block: Block, *inputs) -> Tensor:
+    """block(*inputs). With block.recompute nothing computed inside is kept for the backward pass, which computes it
+    again (Chen et al. 2016, arXiv:1604.06174): a fraction of the memory, a third more time, the same gradients."""
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)

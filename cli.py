@@ -55,6 +55,7 @@ class TrainConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "compile the blocks with torch.compile")
+    recompute: bool = flag(False, "keep no activations inside blocks, compute them again for the backward pass")
 
 
 def check_ranges(config) -> None:

@@ -479,6 +479,14 @@ def progress(start: int, total: int, name: str) -> tqdm:
     return tqdm(range(start, total), initial=start, total=total, desc=name, mininterval=1)
 
 
+def prepare_blocks(config, *models: nn.Module) -> None:
+    """--recompute and --compile, for all blocks of these models."""
+    for block in (module for model in models for module in model.modules() if isinstance(module, Block)):
+        block.recompute = config.recompute
+    if config.compile:
+        compile_blocks(*models)
+
+
 def compile_blocks(*models: nn.Module) -> None:
     """torch.compile for each block: what is compiled serves them all, and parameter names stay as they are.
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compare_samples, compile_blocks, due, gate, load_model, lr_at
-from common import note_task, pick_device, progress, save_model, set_lr, train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, compare_samples, due, gate, load_model, lr_at
+from common import note_task, pick_device, prepare_blocks, progress, save_model, set_lr, train_last_layers, trainable
 from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
 from data.tokenizer import load_tokenizer
 from model import GPT, token_logprobs
@@ -180,8 +180,7 @@ def train(config: Config) -> dict:
     add_reference_logprobs(reference, held_out, config)
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(trainable(policy), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    if config.compile:
-        compile_blocks(policy)
+    prepare_blocks(config, policy)
     run = RunFolder(config, len(batches))
     if run.done:
         return run.done

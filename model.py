@@ -24,7 +24,18 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, init_weights, make_norm, rotary_turns
+from blocks import (
+    Block,
+    Branches,
+    GPTConfig,
+    KVCache,
+    Step,
+    at_least_float32,
+    init_weights,
+    make_norm,
+    rotary_turns,
+    run_block,
+)
 
 # -------------------------------------------------------------------------------- the network
 
@@ -96,7 +107,8 @@ class GPT(nn.Module):
             x = x + self.wpe(at)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, turns, caches[i] if caches else None, step, index if i + 1 == len(self.h) else None, visible)
+            last = i + 1 == len(self.h)
+            x = run_block(block, x, turns, caches[i] if caches else None, step, index if last else None, visible)
         return self.ln_f(x)
 
     def turns_at(self, positions: Tensor) -> Tensor | None:
@@ -160,7 +172,7 @@ class ScalarModel(nn.Module):
         read = F.embedding(tokens[:, 1:], self.gpt.output_weight)  # (B, T-1, C)
         logits = (before * read).sum(-1)  # (B, T-1) of tokens 1..T-1, each before it was read
         x = x + F.pad(logits, (1, 0))[..., None] * self.direction
-        return self.ln(self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible))
+        return self.ln(run_block(self.block, x, self.gpt.turns_at(at), None, None, flat_index(where, T), visible))
 
     def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
         """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone, or in the shape of its table."""

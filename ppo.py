@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, call_reward, clip_gradients, compile_blocks, due, generator_for
-from common import gold_function, last_quarter, load_model, load_reward, lr_at, note_task, pick_device, print_trace
-from common import progress, rollout_figures, save_model, shares, show_samples, train_last_layers, trainable
+from common import RunFolder, autocast, call_reward, clip_gradients, due, generator_for, gold_function, last_quarter
+from common import load_model, load_reward, lr_at, note_task, pick_device, prepare_blocks, print_trace, progress
+from common import rollout_figures, save_model, shares, show_samples, train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, make_batch, micro_batches
 from data.files import read_prompts, sibling
 from data.tiny import task_of
@@ -442,8 +442,7 @@ def train(config: Config) -> dict:
     demonstrations = load_examples(ptx_data if config.ptx_coef else "", tokenizer, block_size)
     optimizer = make_optimizer(policy, value_model, config)
     controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-    if config.compile:
-        compile_blocks(policy, reference, value_model)
+    prepare_blocks(config, policy, reference, value_model)
     run = RunFolder(config, config.iterations)
     if run.done:
         return run.done

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate, generator_for, load_model, lr_at
-from common import note_task, pick_device, progress, save_model, score_rollout, set_lr, train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, due, gate, generator_for, load_model, lr_at, note_task
+from common import pick_device, prepare_blocks, progress, save_model, score_rollout, set_lr, train_last_layers
+from common import trainable
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
 from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
@@ -152,8 +153,7 @@ def train(config: Config) -> dict:
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    if config.compile:
-        compile_blocks(model)
+    prepare_blocks(config, model)
     run = RunFolder(config, len(batches))
     if run.done:
         return run.done

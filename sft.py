@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compile_blocks, due, gate
-from common import is_published, load_model, load_published, lr_at, pick_device, progress, sample_prompts, save_model
-from common import set_lr, show_samples, start_vocabulary, train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, due, gate, is_published, load_model, load_published, lr_at
+from common import pick_device, prepare_blocks, progress, sample_prompts, save_model, set_lr, show_samples
+from common import start_vocabulary, train_last_layers, trainable
 from data.batches import Example, epoch_batches, load_examples, make_batch, micro_batches
 from data.files import held_out_twin
 from data.tiny import task_of
@@ -140,8 +140,7 @@ def train(config: Config) -> dict:
     held_out = load_examples(held_out_data, tokenizer, model.config.block_size, "python -m data.tiny")
     batches = epoch_batches(examples, config)
     optimizer = make_optimizer(model, config)
-    if config.compile:
-        compile_blocks(model)
+    prepare_blocks(config, model)
     run = RunFolder(config, len(batches))
     if run.done:
         return run.done

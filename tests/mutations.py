@@ -18,6 +18,20 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "blocks.py",
+        right="if block.recompute and torch.is_grad_enabled():",
+        wrong="if False:",
+        effect="--recompute keeps every activation: out of memory where it was asked for",
+        tests="tests/test_model.py::test_recomputed_blocks_give_the_same_gradients_and_keep_less",
+    ),
+    Mutation(
+        "common.py",
+        right="block.recompute = config.recompute",
+        wrong="pass",
+        effect="--recompute is ignored",
+        tests="tests/test_common.py::test_blocks_are_recomputed_where_asked_for",
+    ),
     # ------------------------------------------------------------ blocks.py
     Mutation(
         "blocks.py",
@@ -504,7 +518,7 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="index if i + 1 == len(self.h) else None, visible)\n        return self.ln_f(x)",
+        right="index if last else None, visible)\n        return self.ln_f(x)",
         wrong="None, visible)\n        return self.ln_f(x) if index is None else self.ln_f(x).flatten(0, 1)[index]",
         effect="prompt and filler go through the last block too, and nothing is saved",
         tests="tests/test_model.py::test_nothing_is_computed_that_only_other_positions_need",
@@ -723,8 +737,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="self.block(x, self.gpt.turns_at(at), ",
-        wrong="self.block(x, None, ",
+        right="run_block(self.block, x, self.gpt.turns_at(at), ",
+        wrong="run_block(self.block, x, None, ",
         effect="with rotary positions the new block knows none: it reads a bag of words",
         tests="tests/test_model.py::test_a_told_model_equals_a_loop_over_positions",
     ),
@@ -807,8 +821,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="return self.ln(self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible))",
-        wrong="return self.block(x, self.gpt.turns_at(at), index=flat_index(where, T), visible=visible)",
+        right="return self.ln(run_block(self.block, x, self.gpt.turns_at(at), None, None,",
+        wrong="return (run_block(self.block, x, self.gpt.turns_at(at), None, None,",
         effect="the head reads a residual stream of any size: scores explode as the block grows",
         tests="tests/test_model.py::test_a_told_model_equals_a_loop_over_positions",
     ),
@@ -2895,9 +2909,9 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="compile_blocks(model)",
+        right="prepare_blocks(config, model)",
         wrong="pass",
-        effect="--compile is ignored",
+        effect="--compile and --recompute are ignored",
         tests="tests/test_sft.py::test_compile_compiles_each_block",
     ),
     Mutation(
@@ -3689,9 +3703,9 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right=("    if config.compile:\n        compile_blocks(policy, reference, value_model)\n"),
+        right="    prepare_blocks(config, policy, reference, value_model)\n",
         wrong="",
-        effect="--compile is ignored",
+        effect="--compile and --recompute are ignored",
         tests="tests/test_ppo.py::test_every_block_is_compiled",
     ),
     Mutation(

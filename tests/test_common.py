@@ -29,7 +29,7 @@ from helpers import (
 )
 
 import common
-from cli import UserError
+from cli import TrainConfig, UserError
 from common import (
     Checkpoint,
     RunFolder,
@@ -1003,6 +1003,18 @@ def test_every_block_is_compiled_and_no_name_changes(monkeypatch):
     common.compile_blocks(policy, scorer)
     assert len(compiled) == len(set(compiled)) and set(compiled) == {*policy.h, *scorer.gpt.h, scorer.block}
     assert [*policy.state_dict(), *scorer.state_dict()] == names
+
+
+def test_blocks_are_recomputed_where_asked_for(monkeypatch):
+    """--recompute reaches every block of every network, the scalar model's own too, and only where it is set."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+    policy, scorer, other = make_gpt(), make_told(), make_gpt()
+    blocks = [*policy.h, *scorer.gpt.h, scorer.block]
+    common.prepare_blocks(TrainConfig(recompute=True), policy, scorer)
+    assert all(block.recompute for block in blocks) and not any(block.recompute for block in other.h)
+    common.prepare_blocks(TrainConfig(compile=True), policy, scorer, other)
+    assert not any(block.recompute for block in blocks) and len(compiled) == len(blocks) + len(other.h)
 
 
 # ------------------------------------------------------------------------------------------------ samples
