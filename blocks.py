@@ -43,9 +43,8 @@ class GPTConfig:
     # What Llama and its like have instead of what GPT-2 has
     norm: str = "layer"  # or "rms": no mean is subtracted and no bias added (Zhang and Sennrich 2019, arXiv:1910.07467)
     norm_eps: float = 1e-5
-    n_kv_head: int = (
-        0  # fewer than n_head: several queries share a key and a value (Ainslie et al. 2023, arXiv:2305.13245)
-    )
+    # 0: n_head. Fewer: several queries share a key and a value (grouped queries, Ainslie et al. 2023, arXiv:2305.13245)
+    n_kv_head: int = 0
     mlp: str = "gelu"  # or "swiglu": the hidden layer times a gate of its own (Shazeer 2020, arXiv:2002.05202)
     n_inner: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
     bias: str = "all"  # or "none", or "qkv": in the projection to queries, keys and values alone, as in Qwen2

@@ -24,18 +24,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import (
-    Block,
-    Branches,
-    GPTConfig,
-    KVCache,
-    Step,
-    at_least_float32,
-    init_weights,
-    make_norm,
-    rotary_turns,
-    run_block,
-)
+from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32
+from blocks import init_weights, make_norm, rotary_turns, run_block
 
 # -------------------------------------------------------------------------------- the network
 
