@@ -50,7 +50,7 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature, also of the KL", above=0)
     best_of: list[int] = flag([1, 2, 4, 8, 16], "values of n for best-of-n; none: leave it out", low=1)
     loss_data: str = flag("", "demonstrations whose loss to measure: what alignment has cost elsewhere (empty: none)")
-    show: int = flag(0, "prompts to print with every policy's sample", low=0)
+    show: int = flag(0, "prompts to print with every policy's answer at temperature 0", low=0)
     out_dir: str = flag("out/evaluate", "folder for results.json")
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of the samples", low=0, high=2**63 - 1)
@@ -270,6 +270,7 @@ def run(config: Config) -> dict:
 
     examples = load_examples(config.loss_data, tokenizer, reference.config.block_size)
     drawn: dict[str, dict[str, list]] = {}  # policy -> its samples
+    shown: dict[str, dict[str, list]] = {}  # policy -> what it says to the first prompts at temperature 0
     judged_baseline: list[float] = []
     greedy: dict[str, list[str]] = {}  # policy -> what it says to every prompt at temperature 0
     right: dict[str, list[bool]] = {}  # policy -> whether that is right
@@ -280,6 +281,9 @@ def run(config: Config) -> dict:
         judged = golds if golds is not None else samples["rm"]  # by the truth where it is known
         judged_baseline = judged_baseline or judged
         drawn[name] = samples
+        if config.show:
+            without = replace(config, temperature=0.0)
+            shown[name] = sample_policy(found.model, found.model, None, ids[: config.show], tokenizer, without, 0)
         rate, low, high = win_rate(judged, judged_baseline) if number else (None, None, None)
         by_rm = (None, None, None)
         if number and golds is not None and reward_model:  # and by the reward model beside it
@@ -319,8 +323,8 @@ def run(config: Config) -> dict:
     print(f"{len(prompts)} prompts; win rates against {config.policies[0]}, judged by {judge}")
     for i in range(min(config.show, len(prompts))):
         print(f"\n{prompts[i]}")
-        for name, samples in drawn.items():
-            print(f"  {name:12} {samples['completion'][i]!r}" + ("" if samples["ended"][i] else " [cut]"))
+        for name, answers in shown.items():
+            print(f"  {name:12} {answers['completion'][i]!r}" + ("" if answers["ended"][i] else " [cut]"))
     results["gates"] = []
     if ceiling is not None:
         results["gates"] = report_task(results)

@@ -47,7 +47,7 @@ from evaluate import (
     wilson_interval,
     win_rate,
 )
-from model import Rollout
+from model import Rollout, generate
 from reward_model import accuracy_by_part
 
 TOY = ToyTokenizer()
@@ -407,17 +407,18 @@ def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, monkeypatch, float64)
         assert results[name]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
 
 
-def test_samples_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
-    """--show: the prompt, then what every policy said to that very prompt, and whether it was cut."""
-    samples = []
-    original = sample_policy
-
-    def record(*args):
-        samples.append(original(*args))
-        return samples[-1]
-
-    monkeypatch.setattr(evaluate, "sample_policy", record)
+def test_answers_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
+    """--show: the prompt, then what every policy says to that very prompt at temperature 0, and whether it was cut."""
+    tokenizer = ToyTokenizer()
     policy, baseline = relatives(17)
+    samples = []
+    for model in (baseline, policy):
+        rollouts = [
+            generate(model, [tokenizer.encode_prompt(p)], 6, eos_id=tokenizer.eos_id, temperature=0.0)
+            for p in PROMPTS[:3]
+        ]
+        said = [tokenizer.decode(r.completions()[0]) for r in rollouts]
+        samples.append({"completion": said, "ended": [bool(r.ended) for r in rollouts]})
     run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy}, show=3)
     said = capsys.readouterr().out
     assert said.count("  sft  ") == said.count("  ppo  ") == 3
