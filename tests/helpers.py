@@ -85,7 +85,7 @@ def slow_hidden(model: ScalarModel, ids: list[int]) -> Tensor:
     written = [x[0]]  # nothing has foretold the first token
     for t in range(1, len(ids)):
         written.append(x[t] + torch.dot(x[t - 1], model.gpt.wte.weight[ids[t]]) * model.direction)
-    turns = model.gpt.turns[: len(ids), None, None] if model.config.rope_base else None
+    turns = model.gpt.turns[: len(ids), None] if model.config.rope_base else None
     return model.ln(model.block(torch.stack(written)[None], turns))[0]
 
 

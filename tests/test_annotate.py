@@ -942,8 +942,9 @@ def test_texts_of_the_model_come_as_text(tmp_path):
 
 
 SERVING = """
-import sys
+import signal, sys
 from data.annotate import Sample, Session, in_browser
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started to ignore it
 session = Session(sys.argv[1], ["p0", "p1"], "anna")
 text = sys.argv[3] if len(sys.argv) > 3 else "a"
 in_browser(session, ([(p, [Sample(text, True), Sample("b", True)])] for p in ("p0", "p1")), int(sys.argv[2]))
