@@ -107,10 +107,9 @@ def sample_policy(
     return found
 
 
-def likeliest(policy: GPT, ids: list[list[int]], tokenizer: Tokenizer, config: Config) -> list[str]:
-    """The completion of every prompt at temperature 0."""
-    config = replace(config, temperature=0.0)
-    return sample_policy(policy, policy, None, ids, tokenizer, config, 0)["completion"]
+def likeliest(policy: GPT, ids: list[list[int]], tokenizer: Tokenizer, config: Config) -> dict[str, list]:
+    """What sample_policy returns, at temperature 0."""
+    return sample_policy(policy, policy, None, ids, tokenizer, replace(config, temperature=0.0), 0)
 
 
 def token_kl(policy: GPT, reference: GPT, rollout: Rollout, temperature: float) -> Tensor:
@@ -269,9 +268,9 @@ def run(config: Config) -> dict:
             results["reward_model"] |= accuracy_by_part(reward_model, prompts, tokenizer, device)
 
     examples = load_examples(config.loss_data, tokenizer, reference.config.block_size)
-    drawn: dict[str, dict[str, list]] = {}  # policy -> its samples
     shown: dict[str, dict[str, list]] = {}  # policy -> what it says to the first prompts at temperature 0
     judged_baseline: list[float] = []
+    rm_baseline: list[float] = []
     greedy: dict[str, list[str]] = {}  # policy -> what it says to every prompt at temperature 0
     right: dict[str, list[bool]] = {}  # policy -> whether that is right
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
@@ -280,14 +279,13 @@ def run(config: Config) -> dict:
         golds = call_reward(gold, prompts, samples["completion"], samples["ended"], "the gold reward") if gold else None
         judged = golds if golds is not None else samples["rm"]  # by the truth where it is known
         judged_baseline = judged_baseline or judged
-        drawn[name] = samples
+        rm_baseline = rm_baseline or samples["rm"]
         if config.show:
-            without = replace(config, temperature=0.0)
-            shown[name] = sample_policy(found.model, found.model, None, ids[: config.show], tokenizer, without, 0)
+            shown[name] = likeliest(found.model, ids[: config.show], tokenizer, config)
         rate, low, high = win_rate(judged, judged_baseline) if number else (None, None, None)
         by_rm = (None, None, None)
         if number and golds is not None and reward_model:  # and by the reward model beside it
-            by_rm = win_rate(samples["rm"], next(iter(drawn.values()))["rm"])
+            by_rm = win_rate(samples["rm"], rm_baseline)
         figures = {
             "gold": mean(golds) if golds else None,
             "gold_se": standard_error(golds) if golds else None,
@@ -311,7 +309,7 @@ def run(config: Config) -> dict:
             each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
             figures["parts"] = {k: mean([e[k] for e in each]) for k in PARTS}
             figures["correct"] = mean([float(e["correct"] > 0) for e in each])
-            greedy[name] = likeliest(found.model, ids, tokenizer, config)
+            greedy[name] = likeliest(found.model, ids, tokenizer, config)["completion"]
             right[name] = [gold_parts(p, c)["correct"] > 0 for p, c in zip(prompts, greedy[name], strict=True)]
             figures["correct_greedy"] = mean([float(r) for r in right[name]])
         results["policies"][name] = figures

@@ -37,3 +37,20 @@ def pytest_collection_finish(session):
     chosen = [item for item in session.items if "runs" in item.fixturenames and hasattr(item.module, "start_runs")]
     if chosen and not session.config.option.collectonly:
         chosen[0].module.start_runs()
+
+
+@pytest.fixture
+def person(monkeypatch):
+    """Types the given lines; then ctrl-D."""
+
+    def start(*lines):
+        left = list(lines)
+
+        def answer(_):
+            if not left:
+                raise EOFError
+            return left.pop(0)
+
+        monkeypatch.setattr("builtins.input", answer)
+
+    return start

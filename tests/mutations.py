@@ -4138,8 +4138,8 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluate.py",
-        right="config = replace(config, temperature=0.0)",
-        wrong="config = replace(config)",
+        right="replace(config, temperature=0.0)",
+        wrong="config",
         effect="what is called the answer at temperature 0 is a sample",
         tests="tests/test_evaluate.py::test_correct_answers_are_counted_as_sampled_and_at_temperature_0",
     ),
@@ -4201,9 +4201,9 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluate.py",
-        right="""by_rm = win_rate(samples["rm"], next(iter(drawn.values()))["rm"])""",
-        wrong="""by_rm = win_rate(samples["rm"], list(drawn.values())[-2]["rm"])""",
-        effect="the second judge compares each policy with the one before it, under the first one's name",
+        right="""rm_baseline = rm_baseline or samples["rm"]""",
+        wrong="""rm_baseline = samples["rm"]""",
+        effect="the second judge compares each policy with itself, and finds every match even",
         tests="tests/test_evaluate.py::test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s",
     ),
     Mutation(

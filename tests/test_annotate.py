@@ -95,23 +95,6 @@ def test_numbers_of_two_digits_need_their_spaces():
     assert parse_order("10123456789", 10) is None
 
 
-@pytest.fixture
-def person(monkeypatch):
-    """Types the given lines; then ctrl-D."""
-
-    def start(*lines):
-        left = list(lines)
-
-        def answer(_):
-            if not left:
-                raise EOFError
-            return left.pop(0)
-
-        monkeypatch.setattr("builtins.input", answer)
-
-    return start
-
-
 def in_terminal(path, items, person, *typed, **settings) -> Session:
     session = Session(path, [p for p, _ in items], **settings)
     person(*typed)

@@ -40,23 +40,6 @@ def test_low_noise_annotators_rank_by_the_truth():
         assert ranks == [2, 0, 3, 1]
 
 
-@pytest.fixture
-def human(monkeypatch):
-    """Types the given answers; then ctrl-D."""
-
-    def start(*answers):
-        left = list(answers)
-
-        def answer(_):
-            if not left:
-                raise EOFError
-            return left.pop(0)
-
-        monkeypatch.setattr("builtins.input", answer)
-
-    return start
-
-
 @dataclass
 class Made:
     by: str = "a test"
@@ -308,12 +291,12 @@ def distinct(monkeypatch):
     return start
 
 
-def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, distinct, capsys):
+def test_human_collection_writes_as_it_goes(random_policy, tmp_path, person, distinct, capsys):
     """Ranked, skipped, ranked, quit: two lines stand in the file, best first, without any simulated truth; run again,
     the same samples are shown, the skipped one not among them."""
     out = tmp_path / "r.jsonl"
     settings = {"annotator": "human", "seed": 4, "annotator_name": "anna"}
-    human("3 2 1", "s", "1=2 3", "q")
+    person("3 2 1", "s", "1=2 3", "q")
     assert collect.run(collecting(random_policy, out, **settings)) == {"written": 2}
     said = capsys.readouterr().out
     assert "wrote 2 rankings" in said and "2 ranked, 1 skipped" in said and "item 4 of 11" in said
@@ -327,7 +310,7 @@ def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, dist
     assert rows[0]["completions"] == [t.removesuffix("   [cut]") for t in texts[0][::-1]]
     assert rows[0]["ended"] == [not t.endswith("   [cut]") for t in texts[0][::-1]]
     assert [len(group) for group in rows[1]["completions"][:-1]] == [2]  # the tie is a nested list
-    human("1 2 3")
+    person("1 2 3")
     distinct()
     assert collect.run(collecting(random_policy, out, **settings)) == {"written": 1}
     said = capsys.readouterr().out
@@ -336,10 +319,10 @@ def test_human_collection_writes_as_it_goes(random_policy, tmp_path, human, dist
     assert [row["prompt"] for _, row in read_jsonl(out)] == [prompts[0], prompts[2], prompts[3]]
 
 
-def test_finished_chunks_are_not_sampled_again(random_policy, tmp_path, human, distinct, monkeypatch):
+def test_finished_chunks_are_not_sampled_again(random_policy, tmp_path, person, distinct, monkeypatch):
     """Also where some of their prompts were skipped."""
     out = tmp_path / "r.jsonl"
-    human("1 2 3", "s", "1 2 3", "s", "q")
+    person("1 2 3", "s", "1 2 3", "s", "q")
     collect.run(collecting(random_policy, out, annotator="human", seed=4))
     sampled = []
 
@@ -348,7 +331,7 @@ def test_finished_chunks_are_not_sampled_again(random_policy, tmp_path, human, d
         return generate(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(collect, "generate", record)
-    human("q")
+    person("q")
     collect.run(collecting(random_policy, out, annotator="human", seed=4))
     assert sampled == [4 * 3]  # the second chunk
 
@@ -425,12 +408,12 @@ def test_own_prompts_have_no_truth_unless_it_is_given(random_policy, tmp_path):
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_own_prompts_for_the_demo_s_policy_are_noted(random_policy, tmp_path, capsys, human):
+def test_own_prompts_for_the_demo_s_policy_are_noted(random_policy, tmp_path, capsys, person):
     """Rarely meant: said, and done."""
     save_model(tmp_path / "p", load_model(random_policy / "p1", torch.device("cpu")).model, "tiny", "t", Made(), "tiny")
     own = write_lines(tmp_path / "own.jsonl", [{"prompt": "Tell me a joke."}])
     changes = {"policies": [str(tmp_path / "p")], "annotator": "human", "n_prompts": 1}
     for prompts, noted in ((own, True), (str(random_policy / "prompts.jsonl"), False)):
-        human("1 2 3")
+        person("1 2 3")
         collect.run(collecting(random_policy, tmp_path / "r.jsonl", prompts=prompts, **changes))
         assert ("NOTE" in capsys.readouterr().out) == noted

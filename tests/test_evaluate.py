@@ -330,9 +330,8 @@ def run_evaluate(tmp_path: Path, monkeypatch, models: dict, **changes) -> dict:
     return results
 
 
-def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
-    """Win rates against another policy than the first, KL to itself, a rate over the wrong number of
-    prompts, figures of the wrong policy."""
+def record_samples(monkeypatch) -> list[dict]:
+    """A list that will hold what every call of sample_policy returns."""
     samples = []
     original = sample_policy
 
@@ -341,6 +340,13 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
         return samples[-1]
 
     monkeypatch.setattr(evaluate, "sample_policy", record)
+    return samples
+
+
+def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
+    """Win rates against another policy than the first, KL to itself, a rate over the wrong number of
+    prompts, figures of the wrong policy."""
+    samples = record_samples(monkeypatch)
     policy, baseline = relatives(17)
     results = run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)})
     golds = [[len(set(c)) + 0.5 * e for c, e in zip(s["completion"], s["ended"], strict=True)] for s in samples]
@@ -369,14 +375,7 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
 def test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s(tmp_path, monkeypatch):
     """Where the truth is known and there is a reward model too, both judge, each the same pairs of samples: against the
     first policy, never against the one before."""
-    samples = []
-    original = sample_policy
-
-    def record(*args):
-        samples.append(original(*args))
-        return samples[-1]
-
-    monkeypatch.setattr(evaluate, "sample_policy", record)
+    samples = record_samples(monkeypatch)
     policy, baseline = relatives(17)
     models = {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)}
     results = run_evaluate(tmp_path, monkeypatch, models)["policies"]
@@ -670,7 +669,7 @@ def test_the_likeliest_answer_is_drawn_by_nobody(float64):
     policy = make_gpt(8, block_size=24)
     ids = random_prompts([1 + (5 * i) % 13 for i in range(150)], 22, seed=9)
     state = torch.get_rng_state()
-    found = evaluate.likeliest(policy, ids, TOY, Config(max_new_tokens=5, temperature=3.0))
+    found = evaluate.likeliest(policy, ids, TOY, Config(max_new_tokens=5, temperature=3.0))["completion"]
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         for prompt, text in zip(ids, found, strict=True):
