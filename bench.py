@@ -230,11 +230,7 @@ def own_sft(s: Start) -> Step:
         n_tokens = sum(len(e.completion) for e in batch)
 
         def loss_of(part: list[Example]) -> Tensor:
-            tokens, prompt_lens, lens = make_batch(part, s.device)
-            mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
-            with autocast(s.device, own.dtype):
-                logits = s.policy(tokens, mask[:, 1:])  # (n, V)
-            return sft.sft_loss(logits, tokens, mask, n_tokens)
+            return sft.demonstration_loss(s.policy, part, n_tokens, own.dtype)
 
         return optimiser_step(s.policy, optimizer, batch, own, loss_of)
 

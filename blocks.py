@@ -67,10 +67,13 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one layer for a batch of rows, (2, B, G, S, D). The slot of a token is its position."""
+    """Keys and values of one layer for a batch of rows, (2, B, G, S, D), in the dtype in which they are computed. The
+    slot of a token is its position."""
 
     def __init__(self, batch: int, slots: int, config: GPTConfig, like: Tensor):
-        self.kv = like.new_zeros(2, batch, config.n_kv_head, slots, config.n_embd // config.n_head)
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        self.kv = like.new_zeros(2, batch, config.n_kv_head, slots, config.n_embd // config.n_head, dtype=dtype)
 
     def fill(self, k: Tensor, v: Tensor) -> None:
         """k, v (B, G, T, D) of positions 0..T-1."""
@@ -104,6 +107,21 @@ class Branches(NamedTuple):
     positions: Tensor  # (B, T) of each token in its own text: 0 1 2 3 2 3 4
     before: Tensor  # (B, T) column of the token before it there: 0 0 1 2 1 4 5 (the first has none)
     visible: Tensor  # (B, 1, T, T) bool: the columns that each token looks at, the prompt's and its own completion's
+
+
+def flat_index(where: Tensor | None, T: int) -> Tensor | None:
+    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order. What is no
+    mask is such an index already."""
+    if where is None or where.dtype != torch.bool:
+        return where
+    rows, columns = where.nonzero(as_tuple=True)  # (N,) each
+    return rows * T + columns
+
+
+def flat_before(branches: Branches) -> Tensor:
+    """(B, T) flat position of the token before each one."""
+    B, T = branches.before.shape
+    return branches.before + T * torch.arange(B, device=branches.before.device)[:, None]
 
 
 def rotary_turns(config: GPTConfig) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import UserError, check, check_ranges, flag, run_main
-from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device
+from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device, sampling
 from data.annotate import Sample, Session, in_browser, in_terminal
 from data.batches import encode_prompts
 from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
@@ -60,6 +60,7 @@ class Config:
     batch_size: int = flag(64, "prompts sampled at a time", low=1)
     seed: int = flag(1, "seed of samples and annotators", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
 
 
 def rank_simulated(completions: list[str], rewards: list[float], temperature: float, rng: random.Random) -> list[int]:
@@ -109,7 +110,8 @@ def sampled_chunks(
             repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
             options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
             options["generator"] = generator_for(device, config.seed, first, source)
-            rollout = generate(model, repeated, config.max_new_tokens, **options)
+            with sampling(model, config.dtype):
+                rollout = generate(model, repeated, config.max_new_tokens, **options)
             for row, (completion, ended) in enumerate(zip(rollout.completions(), rollout.ended.tolist(), strict=True)):
                 samples[row // count].append(Sample(tokenizer.decode(completion), ended))
         yield rng, list(zip(chunk, samples, strict=True))

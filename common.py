@@ -4,6 +4,7 @@ gates."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -12,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from blocks import Block
 from cli import UserError, check, one_line
+from data.batches import RankedExamples, micro_batches, ranked_batch
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from model import GPT, GPTConfig, Rollout, ScalarModel, generate, masked_mean, token_logprobs
 from weights import GPT2_NAMES, load_pretrained, local_path
@@ -47,6 +49,21 @@ def autocast(device: torch.device, dtype: str):
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def sampling(model: GPT, dtype: str) -> Iterator[None]:
+    """autocast for `generate`. It keeps its bfloat16 copy of a weight from one step to the next only if the weight asks
+    for a gradient, and would cast what --train_layers has frozen at every step: so while this lasts all weights ask."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with autocast(model.device, dtype):
+            yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def generator_for(device: torch.device, *key: int) -> torch.Generator:
@@ -284,6 +301,7 @@ def load_reward(
     device: torch.device,
     weights: list[float] | None = None,
     combine: str = "sum",
+    dtype: str = "float32",
 ) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], list[ScalarModel]]:
     """Checkpoints of reward models and file.py:function, one or several -> (score, the reward models among them).
 
@@ -307,7 +325,8 @@ def load_reward(
         rewards = []  # (B,) of each part
         for (spec, part), weight in zip(loaded, weights, strict=True):
             if isinstance(part, ScalarModel):
-                rewards.append(weight * score_rollout(part, rollout))
+                with autocast(device, dtype):
+                    rewards.append(weight * score_rollout(part, rollout))
             else:
                 found = call_reward(part, prompts, completions, rollout.ended.tolist(), spec)
                 rewards.append(weight * torch.tensor(found, device=device))
@@ -431,15 +450,52 @@ def refuse_another_config(state: dict, config, file: Path) -> None:
 # -------------------------------------------------------------------------------- training
 
 
-def train_last_layers(model: GPT | ScalarModel, n: int) -> None:
+def train_last_layers(model: GPT | ScalarModel, n: int, policy: GPT | None = None) -> None:
     """Freeze all but the last n blocks, the final LayerNorm and a scalar model's own parts: head and, with expectation,
-    its block (--train_layers; 0: train everything). The token embedding is the output layer too (tied), so it stays."""
+    its block (--train_layers; 0: train everything). The token embedding is the output layer too (tied), so it stays.
+
+    policy: whose frozen parameters the model is to have in the place of its own, if all of these are equal to them, as
+    in a reward model that was trained with --train_layers from the same start: less memory, and one `trunk` for both.
+    (Where the model has fewer than n blocks, all are trained.)"""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
-    check(n <= len(gpt.h), f"--train_layers {n}: the model has {len(gpt.h)} blocks")
-    if n:
-        gpt.requires_grad_(False)
-        for module in [*gpt.h[-n:], gpt.ln_f]:
-            module.requires_grad_(True)
+    check(n <= len(gpt.h) or policy is not None, f"--train_layers {n}: the model has {len(gpt.h)} blocks")
+    if not n:
+        return
+    gpt.requires_grad_(False)
+    for module in [*gpt.h[-n:], gpt.ln_f]:
+        module.requires_grad_(True)
+    if policy is None:
+        gpt.frozen = len(gpt.h) - n
+        return
+    own = dict(gpt.named_parameters())
+    frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad}
+    if all(name in own and torch.equal(own[name], p) for name, p in frozen.items()):
+        for name, p in frozen.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(gpt.get_submodule(module), leaf, p)
+        gpt.frozen = policy.frozen
+
+
+def make_reference(policy: GPT) -> GPT:
+    """The policy as it is now, never to change: a copy of what will be trained; the rest (--train_layers) is the
+    policy's own."""
+    return copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad}).requires_grad_(False)
+
+
+KEPT_NUMBERS = 2**29  # that keep_trunk may keep: 2 GiB in float32
+
+
+@torch.no_grad()
+def keep_trunk(policy: GPT, items: list[RankedExamples], config) -> None:
+    """With --train_layers: what the frozen blocks make of every ranking, once for reference and policy and all epochs.
+    Left out if it would take too much memory."""
+    if policy.frozen and sum(map(len, items)) * policy.config.n_embd <= KEPT_NUMBERS:
+        for part in micro_batches(items, config.micro_batch or 64):
+            batch = ranked_batch(part, policy.device)
+            with autocast(policy.device, config.dtype):
+                below = policy.trunk(batch.tokens, batch.branches)  # (N, T, C)
+            for item, kept in zip(part, below, strict=True):
+                item.below = kept[: len(item)].clone()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,6 @@ the reward model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -22,8 +21,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compare_samples, due, gate, load_model, lr_at
-from common import note_task, pick_device, prepare_blocks, progress, save_model, set_lr, train_last_layers, trainable
+from common import RunFolder, autocast, clip_gradients, compare_samples, due, gate, keep_trunk, load_model, lr_at
+from common import make_reference, note_task, pick_device, prepare_blocks, progress, save_model, set_lr
+from common import train_last_layers, trainable
 from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
 from data.tokenizer import load_tokenizer
 from model import GPT, token_logprobs
@@ -102,7 +102,7 @@ def ranking_logprobs(model: GPT, batch: RankedBatch, dtype: str) -> Tensor:
     of them. Policy and reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
     owner, K = batch.owner[:, 1:], batch.ranks.size(1)  # (N, T-1)
     with autocast(model.device, dtype):
-        logprobs = token_logprobs(model, batch.tokens, mask=owner < K, branches=batch.branches)  # (N, T-1)
+        logprobs = token_logprobs(model, batch.tokens, 1.0, owner < K, batch.branches, batch.below)  # (N, T-1)
     return logprobs.new_zeros(len(owner), K + 1).scatter_add(1, owner, logprobs)[:, :K]
 
 
@@ -171,13 +171,14 @@ def train(config: Config) -> dict:
     torch.manual_seed(config.seed)
     start_from = load_model(config.policy, device, made_by="python sft.py")
     policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
-    reference = copy.deepcopy(policy).requires_grad_(False)
     train_last_layers(policy, config.train_layers)
+    reference = make_reference(policy)
     block_size = policy.config.block_size
     items, held_out, task = load_preferences(config, tokenizer, block_size)
     note_task(start_from, task, config.data)
-    add_reference_logprobs(reference, items, config)
-    add_reference_logprobs(reference, held_out, config)
+    for rankings in (items, held_out):
+        keep_trunk(policy, rankings, config)
+        add_reference_logprobs(reference, rankings, config)
     batches = epoch_batches(items, config)
     optimizer = torch.optim.AdamW(trainable(policy), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     prepare_blocks(config, policy)

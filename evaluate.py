@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cli import UserError, check, check_ranges, flag, run_main
 from common import call_reward, check_task, gate, generator_for, gold_function, load_model, load_scorer, note_task
-from common import pick_device, score_rollout, write_json
+from common import pick_device, sampling, score_rollout, write_json
 from data.batches import by_length, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
@@ -55,6 +55,11 @@ class Config:
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of the samples", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag(
+        "float32",
+        "of the matrix products of sampling and scoring; KL and losses: float32",
+        choices=("float32", "bfloat16"),
+    )
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -89,11 +94,12 @@ def sample_policy(
     options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature}
     for number, rows in enumerate(by_length(ids, 128)):
         rng = generator_for(policy.device, seed, number)
-        rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, generator=rng, **options)
+        with sampling(policy, config.dtype):
+            rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, generator=rng, **options)
+            scores = score_rollout(reward_model, rollout) if reward_model else torch.zeros(len(rows))
         kl = torch.zeros(rollout.action_mask.shape, device=policy.device)  # (b, T-1)
         if policy is not reference:
             kl = token_kl(policy, reference, rollout, config.temperature)
-        scores = score_rollout(reward_model, rollout) if reward_model else torch.zeros(len(rows))
         batch = {
             "completion": [tokenizer.decode(c) for c in rollout.completions()],
             "kl": kl.sum(1).tolist(),
@@ -140,8 +146,9 @@ def best_of_n(
     for number, rows in enumerate(by_length(ids, max(1, 256 // most))):
         repeated = [ids[i] for i in rows for _ in range(most)]
         rng = generator_for(policy.device, config.seed, 1000, number)
-        rollout = generate(policy, repeated, config.max_new_tokens, generator=rng, **options)
-        scores[rows] = score_rollout(reward_model, rollout).cpu().view(-1, most)
+        with sampling(policy, config.dtype):
+            rollout = generate(policy, repeated, config.max_new_tokens, generator=rng, **options)
+            scores[rows] = score_rollout(reward_model, rollout).cpu().view(-1, most)
         if gold:
             asked = [prompts[i] for i in rows for _ in range(most)]
             completions = [tokenizer.decode(c) for c in rollout.completions()]

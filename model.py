@@ -24,25 +24,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32
+from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, flat_before, flat_index
 from blocks import init_weights, make_norm, rotary_turns, run_block
 
 # -------------------------------------------------------------------------------- the network
-
-
-def flat_index(where: Tensor | None, T: int) -> Tensor | None:
-    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order. What is no
-    mask is such an index already."""
-    if where is None or where.dtype != torch.bool:
-        return where
-    rows, columns = where.nonzero(as_tuple=True)  # (N,) each
-    return rows * T + columns
-
-
-def flat_before(branches: Branches) -> Tensor:
-    """(B, T) flat position of the token before each one."""
-    B, T = branches.before.shape
-    return branches.before + T * torch.arange(B, device=branches.before.device)[:, None]
 
 
 class GPT(nn.Module):
@@ -62,6 +47,7 @@ class GPT(nn.Module):
         self.ln_f = make_norm(config)
         if not config.tied:
             self.unembedding = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.frozen = 0  # lowest blocks that never change and that policy and reference have in common: --train_layers
         init_weights(self, config)
 
     @property
@@ -80,11 +66,13 @@ class GPT(nn.Module):
         caches: list[KVCache] | None = None,
         step: Step | None = None,
         branches: Branches | None = None,
+        below: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, T) -> (B, T, C) after the final LayerNorm. With where (B, T) or (B, T-1), bool, only its N true
         positions, in reading order, (N, C): nothing that only the others need is computed; it may also be a table of
         flat positions b * T + t, (...) -> (..., C). caches and step serve `generate`: caches alone are filled with the
-        whole sequence; with step, tokens (B, 1) are one new one a row."""
+        whole sequence; with step, tokens (B, 1) are one new one a row. below (B, T, C): what the frozen blocks say, if
+        that is known from `trunk`; a model that has none frozen doesn't look at it."""
         T = tokens.size(1)
         if T > self.config.block_size and branches is None:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -92,14 +80,28 @@ class GPT(nn.Module):
         visible = None
         if branches is not None:
             at, visible = branches.positions, branches.visible  # (B, T), (B, 1, T, T)
-        x, turns, index = self.wte(tokens), self.turns_at(at), flat_index(where, T)  # (B, T, C)
-        if turns is None:
-            x = x + self.wpe(at)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.h):
-            last = i + 1 == len(self.h)
-            x = run_block(block, x, turns, caches[i] if caches else None, step, index if last else None, visible)
+        known = below is not None and self.frozen
+        x, start = (below, self.frozen) if known else (self.embed(tokens, at), 0)  # (B, T, C)
+        turns, index = self.turns_at(at), flat_index(where, T)
+        for i in range(start, len(self.h)):
+            here = index if i + 1 == len(self.h) else None
+            x = run_block(self.h[i], x, turns, caches[i] if caches else None, step, here, visible)
         return self.ln_f(x)
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tensor, branches: Branches | None = None) -> Tensor:
+        """What the frozen blocks make of tokens (B, T) -> (B, T, C): the same before, during and after training, and
+        for all networks that have these blocks in common."""
+        at = torch.arange(tokens.size(1), device=tokens.device) if branches is None else branches.positions
+        x, turns = self.embed(tokens, at), self.turns_at(at)
+        for block in self.h[: self.frozen]:
+            x = block(x, turns, visible=None if branches is None else branches.visible)
+        return x
+
+    def embed(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """tokens (B, T) at positions `at` (T,), (B, T) or (B, 1) -> (B, T, C)."""
+        x = self.wte(tokens)
+        return F.dropout(x if self.config.rope_base else x + self.wpe(at), self.config.dropout, self.training)
 
     def turns_at(self, positions: Tensor) -> Tensor | None:
         """Rotary turns of positions (T,) or (B, T), for `Block`: (..., 1, D/2, 2), the same for all heads; None with
@@ -113,9 +115,15 @@ class GPT(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(weight))
 
-    def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        where: Tensor | None = None,
+        branches: Branches | None = None,
+        below: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) -> logits (B, T, V) of the next token at every position; (N, V) at those of `where`."""
-        return self.lm_head(self.hidden(tokens, where, branches=branches))
+        return self.lm_head(self.hidden(tokens, where, branches=branches, below=below))
 
 
 class ScalarModel(nn.Module):
@@ -149,12 +157,12 @@ class ScalarModel(nn.Module):
         model.gpt.load_state_dict(gpt.state_dict())
         return model
 
-    def hidden(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, where: Tensor | None, branches: Branches | None, below: Tensor | None) -> Tensor:
         """What the head reads: tokens (B, T) -> (B, T, C), or (N, C) at the positions of `where`."""
         if not self.config.expectation:
-            return self.gpt.hidden(tokens, where, branches=branches)
+            return self.gpt.hidden(tokens, where, branches=branches, below=below)
         T = tokens.size(1)
-        x = self.gpt.hidden(tokens, branches=branches)  # (B, T, C)
+        x = self.gpt.hidden(tokens, branches=branches, below=below)  # (B, T, C)
         before, at, visible = x[:, :-1], torch.arange(T, device=x.device), None
         if branches is not None:
             before = F.embedding(flat_before(branches)[:, 1:], x.flatten(0, 1))  # (B, T-1, C)
@@ -164,9 +172,15 @@ class ScalarModel(nn.Module):
         x = x + F.pad(logits, (1, 0))[..., None] * self.direction
         return self.ln(run_block(self.block, x, self.gpt.turns_at(at), None, None, flat_index(where, T), visible))
 
-    def forward(self, tokens: Tensor, where: Tensor | None = None, branches: Branches | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        where: Tensor | None = None,
+        branches: Branches | None = None,
+        below: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) -> (B, T) float32; (N,) at the positions of `where` alone, or in the shape of its table."""
-        hidden = self.hidden(tokens, where, branches)  # (B, T, C) or (N, C)
+        hidden = self.hidden(tokens, where, branches, below)  # (B, T, C) or (N, C)
         with torch.autocast(hidden.device.type, enabled=False):
             raw = self.head(at_least_float32(hidden)).squeeze(-1)  # (B, T) or (N,)
         return (raw - self.mean) / self.std
@@ -203,22 +217,25 @@ def token_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     branches: Branches | None = None,
+    below: Tensor | None = None,
 ) -> Tensor:
     """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. With mask (B,
     T-1) only where it is true, and 0 elsewhere: logits are what costs most. The one function for policy, old policy and
     reference. Without gradients it works through the rows in slices; with them, what is kept for the backward pass is
-    the caller's business (--micro_batch)."""
+    the caller's business (--micro_batch). branches, below: see `GPT.hidden`."""
     mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask.bool()
     rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
     found = []  # (n,) each
     for first in range(0, len(tokens), rows):
         part, here = tokens[first : first + rows], mask[first : first + rows]
+        known = None if below is None else below[first : first + rows]
         if branches is not None:
             grown = Branches(*(x[first : first + rows] for x in branches))
-            logits = model(part, flat_before(grown)[:, 1:][here], grown)  # (n, V)
-        else:
-            # any other function from tokens to logits (b, T, V) will do too
-            logits = model(part, here) if isinstance(model, GPT) else model(part)[:, :-1][here]  # (n, V)
+            logits = model(part, flat_before(grown)[:, 1:][here], grown, known)  # (n, V)
+        elif isinstance(model, GPT):
+            logits = model(part, here, below=known)  # (n, V)
+        else:  # any other function from tokens to logits (b, T, V) will do too
+            logits = model(part)[:, :-1][here]  # (n, V)
         found.append(select_logprobs(logits, part[:, 1:][here], temperature))
     return put_back(torch.cat(found), mask)
 

@@ -26,16 +26,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, call_reward, clip_gradients, due, generator_for, gold_function, last_quarter
-from common import load_model, load_reward, lr_at, note_task, pick_device, prepare_blocks, print_trace, progress
-from common import rollout_figures, save_model, shares, show_samples, train_last_layers, trainable
-from data.batches import Example, encode_prompts, load_examples, make_batch, micro_batches
+from common import RunFolder, autocast, call_reward, clip_gradients, make_reference, due, generator_for, gold_function
+from common import last_quarter, load_model, load_reward, lr_at, note_task, pick_device, prepare_blocks, print_trace
+from common import progress, rollout_figures, sampling, save_model, shares, show_samples
+from common import train_last_layers, trainable
+from data.batches import Example, encode_prompts, load_examples, micro_batches, minibatches
 from data.files import read_prompts, sibling
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
-from model import GPT, Rollout, ScalarModel, at_least_float32, completion_mask, generate, put_back
-from model import select_logprobs, token_logprobs, whiten
-from sft import sft_loss
+from model import GPT, Rollout, ScalarModel, at_least_float32, generate, put_back, select_logprobs
+from model import token_logprobs, whiten
+from sft import demonstration_loss
 
 KL_KINDS = ("k1", "k2", "k3")  # estimates from the sampled token alone: kl_penalty
 
@@ -245,12 +246,13 @@ class Experience:
     rewards: Tensor  # (B, T-1)
     advantages: Tensor  # (B, T-1) whitened if the config says so
     returns: Tensor  # (B, T-1)
+    below: Tensor | None = None  # (B, T, C) with --train_layers: what the frozen blocks make of the tokens
 
     def rows(self, index: list[int], cut: bool = True) -> Experience:
         """Some rows, cut to the longest of them or as wide as before."""
-        T = int(self.lens[index].max()) if cut else self.tokens.size(1)
-        frame = [getattr(self, f.name)[index, : T - 1] for f in fields(self)[3:]]
-        return Experience(self.tokens[index, :T], self.lens[index], self.ended[index], *frame)
+        less = self.tokens.size(1) - int(self.lens[index].max()) if cut else 0
+        there = [x for f in fields(self) if (x := getattr(self, f.name)) is not None]  # `below`, the last, may not be
+        return Experience(*(x[index] if x.dim() == 1 else x[index, : x.size(1) - less] for x in there))
 
 
 MEASURED = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values")
@@ -260,7 +262,7 @@ MEASURED = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values")
 def measure(
     policy: GPT, reference: GPT, value_model: ScalarModel | None, rollout: Rollout, config: Config
 ) -> dict[str, Tensor]:
-    """What the networks say about a rollout: the columns MEASURED of an Experience, 0 where masked out.
+    """What the networks say about a rollout: the columns MEASURED of an Experience, 0 where masked out, and `below`.
 
     By the forward pass that the update uses too, not the sampler's cached one, at the sampling temperature: only then
     does the first ratio equal 1. A few rows of similar length at a time, and logits at the sampled tokens alone."""
@@ -269,14 +271,16 @@ def measure(
             model.eval()  # dropout off, or the ratio would not start at 1
     lens, cut = rollout.lens.tolist(), may_cut(config, rollout.tokens.device)
     columns = policy.wte.weight.new_zeros(len(MEASURED), *rollout.action_mask.shape)  # (6, B, T-1)
+    known = columns.new_zeros(*rollout.tokens.shape, policy.config.n_embd) if policy.frozen else None  # (B, T, C)
     for rows in micro_batches(list(range(len(lens))), config.micro_batch, length=lambda i: lens[i]):
         T = max(lens[i] for i in rows) if cut else rollout.tokens.size(1)
         tokens, mask = rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1]  # (b, t), (b, t-1)
         chosen = tokens[:, 1:][mask]  # (n,) the sampled tokens
         with autocast(tokens.device, config.dtype):
-            logits = policy(tokens, mask) / config.temperature  # (n, V)
-            ref_logits = reference(tokens, mask) / config.temperature  # (n, V)
-            values = value_model(tokens, mask) if value_model is not None else chosen * 0.0  # (n,) before the action
+            below = policy.trunk(tokens) if policy.frozen else None  # (b, t, C) once for all who have it in common
+            logits = policy(tokens, mask, below=below) / config.temperature  # (n, V)
+            ref_logits = reference(tokens, mask, below=below) / config.temperature  # (n, V)
+            values = value_model(tokens, mask, below=below) if value_model is not None else chosen * 0.0  # (n,)
         logp = logits.log_softmax(-1)  # (n, V)
         logprobs = logp.gather(1, chosen[:, None]).squeeze(1)  # (n,), like all that follows
         ref_logprobs = select_logprobs(ref_logits, chosen)
@@ -285,7 +289,9 @@ def measure(
         kl = distribution_kl(logits, ref_logits) if exact else kl_penalty(logprobs, ref_logprobs, config.kl)
         told = (logprobs, ref_logprobs, kl, k3, entropy, values)
         columns[:, rows, : T - 1] = torch.stack([put_back(x, mask) for x in told]).to(columns.dtype)
-    return dict(zip(MEASURED, columns, strict=True))
+        if known is not None:
+            known[rows, :T] = below
+    return dict(zip(MEASURED, columns, strict=True)) | {"below": known}
 
 
 @torch.no_grad()
@@ -321,13 +327,6 @@ def make_experience(
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "grad_norm")
 
 
-def minibatches(n: int, config: Config, generator: torch.Generator) -> Iterator[list[int]]:
-    """ppo_epochs passes over rows 0..n-1, each in a fresh order, `minibatch` at a time (the last may be smaller)."""
-    for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(n, generator=generator, device=generator.device).split(config.minibatch):
-            yield rows.tolist()
-
-
 def update(
     policy: GPT,
     value_model: ScalarModel | None,
@@ -348,7 +347,7 @@ def update(
     lens, device = experience.lens.tolist(), experience.tokens.device
     steps: list[Tensor] = []
     first_ratio, stopped = 1.0, False
-    for rows in minibatches(len(lens), config, generator):
+    for rows in minibatches(len(lens), config.minibatch, config.ppo_epochs, generator):
         n_tokens = experience.action_mask[rows].sum()  # of the whole step
         optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(len(STATISTICS), device=device)
@@ -357,8 +356,10 @@ def update(
             old = experience.rows(part, may_cut(config, device))
             mask = old.action_mask  # (b, t-1), like all of `old`
             with autocast(device, config.dtype):
-                logprobs = token_logprobs(policy, old.tokens, config.temperature, mask)  # (b, t-1)
-                values = old.values if value_model is None else put_back(value_model(old.tokens, mask), mask)
+                logprobs = token_logprobs(policy, old.tokens, config.temperature, mask, below=old.below)  # (b, t-1)
+                values = old.values  # (b, t-1)
+                if value_model is not None:
+                    values = put_back(value_model(old.tokens, mask, below=old.below), mask)
             p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
             v_loss, v_clipped = value_loss(values, old.values, old.returns, mask, config.value_clip, n_tokens)
             (p_loss + v_loss).backward()
@@ -405,11 +406,7 @@ def ptx_losses(
         batch = [demonstrations[i] for i in drawn]
         n_tokens = sum(len(e.completion) for e in batch)
         for part in micro_batches(batch, config.micro_batch):
-            tokens, prompt_lens, lens = make_batch(part, policy.device)
-            mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
-            with autocast(policy.device, config.dtype):
-                logits = policy(tokens, mask[:, 1:])  # (n, V)
-            yield config.ptx_coef * sft_loss(logits, tokens, mask, n_tokens)
+            yield config.ptx_coef * demonstration_loss(policy, part, n_tokens, config.dtype)
 
     return losses
 
@@ -425,14 +422,15 @@ def train(config: Config) -> dict:
     torch.manual_seed(config.seed)
     start_from = load_model(config.policy, device, made_by="python sft.py")
     policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    train_last_layers(policy, config.train_layers)
+    reference = make_reference(policy)
     texts, task = read_prompts(config.prompts, "python -m data.tiny"), task_of(config.prompts)
     note_task(start_from, task, config.prompts)
-    mix = {"weights": config.reward_weights, "combine": config.reward_combine}
+    mix = {"weights": config.reward_weights, "combine": config.reward_combine, "dtype": config.dtype}
     score, reward_models = load_reward(config.reward, start_from, task, device, **mix)
     gold = gold_function(config.gold, task)
     value_model = initial_value_model(policy, reward_models, config)
-    train_last_layers(policy, config.train_layers)
+    train_last_layers(value_model, config.train_layers, policy)
     block_size = policy.config.block_size
     room = block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
@@ -459,7 +457,8 @@ def train(config: Config) -> dict:
         # 2. roll out, by temperature alone: top-k or top-p would sample from another distribution than the one trained
         rng = generator_for(device, config.seed, iteration, 1)
         options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
-        rollout = generate(policy, [prompts[i] for i in drawn], config.max_new_tokens, **options)
+        with sampling(policy, config.dtype):
+            rollout = generate(policy, [prompts[i] for i in drawn], config.max_new_tokens, **options)
         completions = [tokenizer.decode(c) for c in rollout.completions()]
         clock.append(time.perf_counter())
         # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)

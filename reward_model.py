@@ -150,9 +150,8 @@ def train(config: Config) -> dict:
     texts = [p for p in read_prompts(path) if p not in learned] or read_prompts(path)
     prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size - max_new_tokens, path)
     batches = epoch_batches(items, config)
-    optimizer = torch.optim.AdamW(
-        trainable(model), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    adamw = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trainable(model), **adamw)
     prepare_blocks(config, model)
     run = RunFolder(config, len(batches))
     if run.done:
@@ -186,7 +185,8 @@ def train(config: Config) -> dict:
         if due(step, config.save_every, len(batches)):
             run.save_state(step + 1, model=model, optimizer=optimizer)
 
-    normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
+    with autocast(device, config.dtype):
+        normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
     save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, task)
     results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
     if held_out:

@@ -78,6 +78,15 @@ def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: 
     return losses / (target_mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
 
 
+def demonstration_loss(model: GPT, examples: list[Example], n_tokens: int, dtype: str = "float32") -> Tensor:
+    """sft_loss of some demonstrations: logits at the N positions before a completion token alone, in one pass."""
+    tokens, prompt_lens, lens = make_batch(examples, model.device)  # (b, T), (b,), (b,)
+    mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
+    with autocast(model.device, dtype):
+        logits = model(tokens, mask[:, 1:])  # (N, V)
+    return sft_loss(logits, tokens, mask, n_tokens)
+
+
 def initial_model(config: Config, n_vocab: int, device) -> GPT:
     """From scratch, from published weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
     if not config.init:
@@ -111,9 +120,7 @@ def held_out_loss(model: GPT, examples: list[Example], config: Config) -> float:
     model.eval()
     total = torch.zeros((), device=model.device)
     for part in micro_batches(examples, config.micro_batch or config.batch_size):
-        tokens, prompt_lens, lens = make_batch(part, model.device)
-        mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
-        total += sft_loss(model(tokens, mask[:, 1:]), tokens, mask, n_tokens=1)
+        total += demonstration_loss(model, part, n_tokens=1)
     return total.item() / sum(len(e.completion) for e in examples)
 
 
@@ -159,11 +166,7 @@ def train(config: Config) -> dict:
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=device)
         for part in micro_batches(batches[step], config.micro_batch):
-            tokens, prompt_lens, lens = make_batch(part, device)  # (b, T), (b,), (b,)
-            mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
-            with autocast(device, config.dtype):
-                logits = model(tokens, mask[:, 1:])  # (n, V), at the positions before a completion token
-            part_loss = sft_loss(logits, tokens, mask, n_tokens)
+            part_loss = demonstration_loss(model, part, n_tokens, config.dtype)
             part_loss.backward()
             loss += part_loss.detach()
         norm = clip_gradients(model, config.grad_clip)

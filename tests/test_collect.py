@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import EOS, ToyTokenizer, beside_a_demo, checkpoint, make_gpt, speak_toy, spread, write_lines
+from helpers import (
+    EOS,
+    ToyTokenizer,
+    beside_a_demo,
+    checkpoint,
+    make_gpt,
+    record_dtypes,
+    speak_toy,
+    spread,
+    write_lines,
+)
 
 import collect
 from cli import UserError
@@ -62,6 +72,13 @@ def collecting(folder, out, **changes) -> collect.Config:
     settings = {"policies": [str(folder / "p1")], "prompts": str(folder / "prompts.jsonl"), "out": str(out)}
     settings |= {"n_prompts": 0, "batch_size": 4, "max_new_tokens": 6, "completions": 3, "device": "cpu"}
     return collect.Config(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_samples_are_in_the_dtype(random_policy, tmp_path, monkeypatch, dtype):
+    seen = record_dtypes(monkeypatch, collect, "generate")
+    collect.run(collecting(random_policy, tmp_path / "r.jsonl", dtype=dtype))
+    assert seen == {"generate": {dtype}}
 
 
 def test_collected_rankings(random_policy, tmp_path, capsys):

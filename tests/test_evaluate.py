@@ -23,6 +23,7 @@ from helpers import (
     make_told,
     own_pairs,
     random_prompts,
+    record_dtypes,
     speak_toy,
     spread,
     strict_json,
@@ -370,6 +371,17 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     assert results["demonstrations"] == 3.5  # {b, c} and {a, b, c, d}, which have all ended
     assert set(results["best_of_n"]) == {"1", "3"}
     assert results["ceiling"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_samples_and_scores_are_in_the_dtype_and_kl_and_loss_are_not(tmp_path, monkeypatch, dtype):
+    """Small differences of large numbers, as KL and a loss before and after are, would drown in bfloat16."""
+    seen = record_dtypes(monkeypatch, evaluate, "generate", "score_rollout", "token_kl", "held_out_loss")
+    examples = write_lines(tmp_path / "loss.jsonl", [{"prompt": "a", "completion": "bbc"}])
+    models = {"a": make_gpt(2, block_size=24), "b": make_gpt(3, block_size=24)}
+    run_evaluate(tmp_path, monkeypatch, models, dtype=dtype, loss_data=examples)
+    sampled = {"generate": {dtype}, "score_rollout": {dtype}}
+    assert seen == sampled | {"token_kl": {"float32"}, "held_out_loss": {"float32"}}
 
 
 def test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s(tmp_path, monkeypatch):

@@ -129,12 +129,12 @@ def test_names_and_signatures_that_others_build_on():
         return " ".join(parts)
 
     assert shown(GPTConfig).startswith("vocab_size block_size n_layer n_head n_embd dropout=0.0 real_vocab=None")
-    assert shown(token_logprobs) == "model tokens temperature=1.0 mask=None branches=None"
+    assert shown(token_logprobs) == "model tokens temperature=1.0 mask=None branches=None below=None"
     assert shown(sample_token) == "logits uniforms temperature=1.0 top_k=None top_p=None"
     options = "*eos_id *temperature=1.0 *top_k=None *top_p=None *generator=None"
     assert shown(generate) == f"model prompts max_new_tokens {options}"
     assert shown(masked_mean) == "x mask" and shown(whiten) == "x mask shift_mean=True"
-    assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None branches=None"
+    assert shown(GPT.forward) == shown(ScalarModel.forward) == "self tokens where=None branches=None below=None"
     assert (
         shown(GPT.hidden).startswith("self tokens where=None ")
         and shown(ScalarModel.from_gpt) == "gpt expectation=False"
@@ -534,7 +534,7 @@ def test_the_scalar_head_is_no_less_than_float32_under_autocast(make):
     tokens = torch.randint(0, V, (4, 12), generator=gen())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         scalar.head.bias.fill_(-100.0)
-        found, hidden = scalar(tokens), scalar.hidden(tokens)
+        found, hidden = scalar(tokens), scalar.hidden(tokens, None, None, None)
     truth = hidden.double() @ scalar.head.weight[0].double() - 100
     assert found.dtype == torch.float32
     # float32 numbers near 100 are 8e-6 apart; each of 32 products and sums may round
@@ -851,9 +851,9 @@ class RecordingGPT(GPT):
         self.config, self.rows = GPTConfig(vocab, 48, 2, 4, 32), []
         self.eval()
 
-    def forward(self, tokens, where=None):
+    def forward(self, tokens, where=None, **known):
         self.rows.append(tokens.size(0))
-        return super().forward(tokens, where)
+        return super().forward(tokens, where, **known)
 
 
 @pytest.mark.parametrize("kind", [Recorder, RecordingGPT])

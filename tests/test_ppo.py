@@ -22,15 +22,17 @@ from helpers import (
     make_told,
     plain_sgd,
     read_lines,
+    record_dtypes,
     speak_toy,
     strict_json,
     write_lines,
 )
 
+import common
 import ppo
 from blocks import Block
 from common import Checkpoint, UserError, call_reward, load_file, load_model, load_reward, lr_at, save_model
-from model import GPT, GPTConfig, Rollout, generate
+from model import GPT, GPTConfig, Rollout, ScalarModel, generate
 from ppo import Config, initial_value_model, make_experience
 
 CPU = torch.device("cpu")
@@ -403,6 +405,18 @@ def test_partial_training_holds_in_the_script(tmp_path, monkeypatch):
         assert torch.equal(p, before) != name.startswith(("h.1.", "ln_f.")), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollouts_and_scores_are_in_the_dtype_too(tmp_path, monkeypatch, dtype):
+    """--dtype that training hears of and sampling doesn't: most of the time on a GPU is sampling. A reward function of
+    the user's own is called without autocast."""
+    rollouts = record_dtypes(monkeypatch, ppo, "generate")
+    others = record_dtypes(monkeypatch, common, "score_rollout", "call_reward")
+    rewards = [checkpoint(tmp_path / "scorer", make_scalar(1, block_size=24)), f"{reward_file(tmp_path)}:letters"]
+    run_ppo(tmp_path, monkeypatch, make_gpt(5, block_size=24), reward=rewards, dtype=dtype, iterations=1)
+    assert rollouts == {"generate": {dtype}}
+    assert others == {"score_rollout": {dtype}, "call_reward": {"float32"}}
+
+
 def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, monkeypatch, float64):
     """A controller fed with another KL (of one rank, of prompt tokens) or a penalty that
     goes on with the initial coefficient."""
@@ -586,6 +600,22 @@ def run_and_die(tmp_path: Path, monkeypatch, policy, after: int, **changes) -> N
         patch.setattr(ppo, "generate", dying)
         with pytest.raises(Killed):
             run_ppo(tmp_path, patch, policy, **changes)
+
+
+def test_a_resumed_run_with_a_common_trunk_ends_as_the_unbroken_one(tmp_path, monkeypatch):
+    """--train_layers: what policy, reference and value model have in common is in common after --resume too, to the
+    bit."""
+    start = make_gpt(5, block_size=24, n_layer=3)
+    scorer = ScalarModel.from_gpt(start)
+    changes = {"train_layers": 1, "lr": 1e-2, "reward": checkpoint(tmp_path / "scorer", scorer)}
+    (tmp_path / "b").mkdir()
+    _, whole, log, calls = run_ppo(tmp_path, monkeypatch, start, **changes)
+    assert calls[0]["experience"].below is not None and calls[0]["value_model"].gpt.frozen == 2
+    run_and_die(tmp_path / "b", monkeypatch, start, after=1, save_every=1, **changes)
+    _, resumed, again, calls = run_ppo(tmp_path / "b", monkeypatch, start, resume=True, save_every=1, **changes)
+    assert len(calls) == 2 and calls[0]["value_model"].gpt.frozen == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert [row["value_loss"] for row in again] == [row["value_loss"] for row in log]
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_results(tmp_path, monkeypatch):

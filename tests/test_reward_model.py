@@ -39,6 +39,7 @@ from helpers import (
     ranked,
     rankings_of_all_lengths,
     read_lines,
+    record_dtypes,
     record_steps,
     text_before,
     slow_hidden,
@@ -589,6 +590,15 @@ def test_bfloat16_reaches_the_scores(tmp_path, monkeypatch):
         losses[dtype] = log[0]["loss"], log[0]["grad_norm"]
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_samples_of_the_normalisation_are_in_the_dtype_too(tmp_path, monkeypatch, dtype):
+    """The scale is that of the samples and scores that PPO will see, --dtype included."""
+    speak_toy(monkeypatch, reward_model)
+    seen = record_dtypes(monkeypatch, reward_model, "generate", "score_rollout")
+    run_reward_model(tmp_path, make_gpt(12, block_size=24), dtype=dtype)
+    assert seen == {"generate": {dtype}, "score_rollout": {dtype}}
 
 
 def test_twenty_pairs_can_be_learned_by_heart(tmp_path, monkeypatch):
