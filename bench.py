@@ -2,6 +2,7 @@
 
     python bench.py                                       # a network of the embedded task's size
     python bench.py --size gpt2 --stages sft generate     # of GPT-2's size
+    python bench.py --size smollm2 --batch_size 8 --repeats 3 --micro_batch 2     # of SmolLM2-135M's, on two cores
     python bench.py --compile --json out/bench.json
     python bench.py --compare                             # beside the same steps written with `transformers`
 
@@ -55,22 +56,27 @@ from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, generat
 from weights import save_pretrained
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "generate")
+SIZES = ("tiny", "gpt2", "smollm2")
 
 
 @dataclass
 class Config:
-    size: str = flag("tiny", "tiny: as the flags say; gpt2: GPT-2's, but for flags given", choices=("tiny", "gpt2"))
+    size: str = flag("tiny", "tiny: as the flags say; gpt2, smollm2: theirs, but for flags given", choices=SIZES)
     n_layer: int = flag(4, "blocks", low=1)
     n_embd: int = flag(128, "channels", low=1)
     n_head: int = flag(4, "attention heads", low=1)
     vocab_size: int = flag(512, "token ids", low=2)
+    n_kv_head: int = flag(0, "heads of keys and values (0: n_head)", low=0)
+    n_inner: int = flag(0, "width of the MLP's hidden layer (0: 4 times the channels)", low=0)
     rope_base: float = flag(0.0, "base of rotary positions (0: learned positions, as in GPT-2)", low=0)
+    block: str = flag("gpt2", "GPT-2's block or Llama's", choices=("gpt2", "llama"))
     batch_size: int = flag(64, "texts an optimiser step (two of them are a pair), rollouts an iteration of PPO", low=4)
     prompt: int = flag(20, "tokens of every prompt", low=1)
     completion_low: int = flag(4, "tokens of the shortest completion", low=1)
     completion_high: int = flag(24, "tokens of the longest; here PPO's rollouts, which end by chance, are cut", low=1)
     new_tokens: int = flag(100, "tokens that `generate` adds to every prompt", low=2)
     stages: list[str] = flag(list(STAGES), "what to measure", choices=STAGES)
+    micro_batch: int = flag(0, "texts (pairs, rollouts) a forward pass (0: each script's default)", low=0)
     repeats: int = flag(10, "measured steps of each stage, after two that are not", low=1)
     memory: bool = flag(True, "measure memory too, in processes of their own")
     compare: bool = flag(False, "take turns with plain transformers (and TRL's log-probs, if trl is installed)")
@@ -82,7 +88,10 @@ class Config:
 
 
 GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "batch_size": 8}
-GPT2 |= {"prompt": 128, "completion_low": 128, "completion_high": 128, "new_tokens": 128}
+SMOLLM2 = {"n_layer": 30, "n_embd": 576, "n_head": 9, "n_kv_head": 3, "n_inner": 1536, "vocab_size": 49152}
+SMOLLM2 |= {"rope_base": 1e5, "block": "llama", "batch_size": 8}
+for size in (GPT2, SMOLLM2):
+    size |= {"prompt": 128, "completion_low": 128, "completion_high": 128, "new_tokens": 128}
 EOS, PPO_EPOCHS, WARM_UP = 0, 4, 2
 
 # -------------------------------------------------------------------------------- what a step needs, what there is
@@ -94,16 +103,27 @@ def tokens_of(stage: str, texts: Texts) -> int:
     return sum(c if stage == "generate" else p + c for p, c in texts)
 
 
+def gpt_config(config: Config) -> GPTConfig:
+    block_size = config.prompt + max(config.completion_high, config.new_tokens)
+    llama = {"norm": "rms", "mlp": "swiglu", "bias": "none"} if config.block == "llama" else {}
+    more = {"rope_base": config.rope_base, "n_kv_head": config.n_kv_head, "n_inner": config.n_inner, **llama}
+    return GPTConfig(config.vocab_size, block_size, config.n_layer, config.n_head, config.n_embd, **more)
+
+
 def needed_flops(stage: str, texts: Texts, config: Config) -> float:
     """Operations of the products with weights in one step, of real tokens and where the result is used. The prompt of a
     pair is read once."""
-    C, rows = config.n_embd, len(texts)
+    c, rows = gpt_config(config), len(texts)
+    C = c.n_embd
+    # weights of a block: up to keys and values, and behind them (GPT-2: 3 C^2 and 9 C^2)
+    upper = C * C + C * c.n_inner * (3 if c.mlp == "swiglu" else 2)
+    lower = C * (c.n_head + 2 * c.n_kv_head) * (C // c.n_head)
     read, acted = sum(p + c for p, c in texts), sum(c for _, c in texts)
 
     def forward(read: int, used: int, outputs: int) -> int:
-        """12 C^2 weights a block for the tokens read; but in the last one all behind the keys and values (9 C^2), and
-        the head, for the `used` positions alone."""
-        return 2 * (((config.n_layer - 1) * 12 + 3) * C * C * read + (9 * C + outputs) * C * used)
+        """All blocks for the tokens read; but the last one behind its keys and values, and the head, for the `used`
+        positions alone."""
+        return 2 * (((c.n_layer - 1) * (lower + upper) + lower) * read + (upper + outputs * C) * used)
 
     read -= sum(p for p, _ in texts) // 2 if stage in ("reward_model", "dpo") else 0
     policy, value, score = forward(read, acted, config.vocab_size), forward(read, acted, 1), forward(read, rows, 1)
@@ -116,7 +136,9 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
 def decode_bytes(policy: GPT, config: Config) -> float:
     """What a step of `generate` reads: every weight once, and the keys and values of all tokens so far, on average."""
     weights = sum(p.numel() for name, p in policy.named_parameters() if name != "wpe.weight")
-    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * 2 * config.n_layer * config.n_embd
+    c = policy.config
+    of_token = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)
+    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * of_token
     return 4 * (weights + cached)
 
 
@@ -183,10 +205,8 @@ def make_start(config: Config, stage: str) -> Start:
     device, rng = pick_device(config.device), random.Random(config.seed)
     torch.manual_seed(config.seed)
     low, high, paired = config.completion_low, config.completion_high, stage in ("reward_model", "dpo")
-    block_size = config.prompt + max(high, config.new_tokens)
-    sizes = (config.vocab_size, block_size, config.n_layer, config.n_head, config.n_embd)
-    policy = GPT(GPTConfig(*sizes, rope_base=config.rope_base)).to(device)
-    if stage == "ppo":
+    policy = GPT(gpt_config(config)).to(device)
+    if stage == "ppo" and config.block == "gpt2":
         # A rollout is to end at any token with a probability of about p. What the final LayerNorm puts out sums to 0
         # before its bias is added, so with a bias of 1 a constant row of the embedding has a constant logit.
         p = 2 / (low + high) if low < high else 1e-9
@@ -207,6 +227,11 @@ def make_start(config: Config, stage: str) -> Start:
     return Start(config, device, policy, reference, scorer, batches)
 
 
+def parts_of(config: Config) -> dict[str, int]:
+    """--micro_batch, where it is given."""
+    return {"micro_batch": config.micro_batch} if config.micro_batch else {}
+
+
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
@@ -223,7 +248,7 @@ def optimiser_step(model, optimizer, batch: list, config, loss_of: Callable[[lis
 
 
 def own_sft(s: Start) -> Step:
-    own = sft.Config(lr=0.0, dtype=s.config.dtype)
+    own = sft.Config(lr=0.0, dtype=s.config.dtype, **parts_of(s.config))
     optimizer = sft.make_optimizer(s.policy.train(), own)
 
     def step(batch: list[Example]) -> Done:
@@ -238,7 +263,8 @@ def own_sft(s: Start) -> Step:
 
 
 def own_reward_model(s: Start) -> Step:
-    own, optimizer = reward_model.Config(lr=0.0, dtype=s.config.dtype), adamw(s.scorer.train())
+    own = reward_model.Config(lr=0.0, dtype=s.config.dtype, **parts_of(s.config))
+    optimizer = adamw(s.scorer.train())
 
     def loss_of(part: list[RankedExamples]) -> Tensor:
         batch = ranked_batch(part, s.device)
@@ -250,7 +276,7 @@ def own_reward_model(s: Start) -> Step:
 
 
 def own_dpo(s: Start) -> Step:
-    own, optimizer = dpo.Config(lr=0.0, dtype=s.config.dtype), adamw(s.policy.eval())
+    own, optimizer = dpo.Config(lr=0.0, dtype=s.config.dtype, **parts_of(s.config)), adamw(s.policy.eval())
     for batch in s.batches:  # before training, as in dpo.py: not a part of the step
         dpo.add_reference_logprobs(s.reference, batch, own)
 
@@ -261,7 +287,7 @@ def own_dpo(s: Start) -> Step:
 
 
 def ppo_config(config: Config) -> ppo.Config:
-    sizes = {"max_new_tokens": config.completion_high, "minibatch": config.batch_size // 4}
+    sizes = {"max_new_tokens": config.completion_high, "minibatch": config.batch_size // 4, **parts_of(config)}
     return ppo.Config(lr=0.0, value_lr=0.0, stop_kl=0.0, ppo_epochs=PPO_EPOCHS, dtype=config.dtype, **sizes)
 
 
@@ -551,16 +577,23 @@ def run(config: Config) -> dict:
     also the "shares" of its phases; of generate "step_seconds" and "share_of_copy"; with --compile "compile_seconds";
     with --compare "transformers" ("tokens_per_s", "peak_mb") and "ratio": ours to theirs, of the medians, least, most.
     """
-    if config.size == "gpt2":
-        config = replace(config, **{k: v for k, v in GPT2.items() if getattr(config, k) == getattr(Config, k)})
+    if config.size != "tiny":
+        sizes = GPT2 if config.size == "gpt2" else SMOLLM2
+        config = replace(config, **{k: v for k, v in sizes.items() if getattr(config, k) == getattr(Config, k)})
     check_ranges(config)
     low, high = config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(bool(config.stages), f"--stages needs one or several of {', '.join(STAGES)}")
     check(config.n_embd % config.n_head == 0, f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
+    chance = "ppo" in config.stages and low < high
+    check(
+        not chance or config.block == "gpt2",
+        "with --block llama rollouts don't end by chance: give --completion_low and --completion_high the same value",
+    )
     if config.compare:
         check(importlib.util.find_spec("transformers") is not None, "--compare needs `pip install transformers`")
-        check(not config.rope_base, "--compare is with GPT-2, which has learned positions: leave --rope_base at 0")
+        like_gpt2 = config.block == "gpt2" and not config.rope_base and not config.n_kv_head
+        check(like_gpt2, "--compare is with GPT-2: leave --block, --n_kv_head and --rope_base as they are")
     device = pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     shapes, copied = matmul_speeds(config, device), copy_speed(device)

@@ -245,6 +245,20 @@ MUTATIONS = [
         effect="the width of the MLP is read and ignored: no published Llama fits",
         tests="tests/test_weights.py::test_a_llama_folder_is_llama_by_loops",
     ),
+    Mutation(
+        "blocks.py",
+        right="return rows * T + columns",
+        wrong="return rows * T + (columns + 1).clamp(max=T - 1)",
+        effect="the network answers one position late: it has seen the token that it is asked for",
+        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
+    ),
+    Mutation(
+        "blocks.py",
+        right="return rows * T + columns",
+        wrong="return rows * where.size(1) + columns",
+        effect="from the second row on the positions of a mask (B, T-1) are off by the number of the row",
+        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
+    ),
     # ------------------------------------------------------------ model.py
     Mutation(
         "model.py",
@@ -327,8 +341,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="logits = model(part, here) if isinstance(model, GPT)",
-        wrong="logits = model(part, F.pad(here, (1, 0))) if isinstance(model, GPT)",
+        right="model(part, here, below=known)",
+        wrong="model(part, F.pad(here, (1, 0)), below=known)",
         effect="log-probs of a token given itself: off by one",
         tests="tests/test_model.py::test_token_logprobs_frame",
     ),
@@ -504,21 +518,7 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="return rows * T + columns",
-        wrong="return rows * T + (columns + 1).clamp(max=T - 1)",
-        effect="the network answers one position late: it has seen the token that it is asked for",
-        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
-    ),
-    Mutation(
-        "model.py",
-        right="return rows * T + columns",
-        wrong="return rows * where.size(1) + columns",
-        effect="from the second row on the positions of a mask (B, T-1) are off by the number of the row",
-        tests="tests/test_model.py::test_some_positions_alone_equal_those_of_the_full_forward",
-    ),
-    Mutation(
-        "model.py",
-        right="index if last else None, visible)\n        return self.ln_f(x)",
+        right="here, visible)\n        return self.ln_f(x)",
         wrong="None, visible)\n        return self.ln_f(x) if index is None else self.ln_f(x).flatten(0, 1)[index]",
         effect="prompt and filler go through the last block too, and nothing is saved",
         tests="tests/test_model.py::test_nothing_is_computed_that_only_other_positions_need",
@@ -751,8 +751,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="        x = self.gpt.hidden(tokens, branches=branches)  # (B, T, C)\n",
-        wrong="        x = self.gpt.hidden(tokens, branches=branches).detach()  # (B, T, C)\n",
+        right="x = self.gpt.hidden(tokens, branches=branches, below=below)",
+        wrong="x = self.gpt.hidden(tokens, branches=branches, below=below).detach()",
         effect="the body of a reward model that is told what was expected learns nothing",
         tests="tests/test_model.py::test_the_expectation_is_learned_through",
     ),
@@ -779,8 +779,8 @@ MUTATIONS = [
     ),
     Mutation(
         "model.py",
-        right="            logits = model(part, flat_before(grown)[:, 1:][here], grown)",
-        wrong="            logits = model(part, here, grown)",
+        right="model(part, flat_before(grown)[:, 1:][here], grown, known)",
+        wrong="model(part, here, grown, known)",
         effect="a completion's first token is predicted from the end of the completion beside it",
         tests="tests/test_dpo.py::test_the_shared_prompt_changes_no_logprob",
     ),
@@ -2807,17 +2807,10 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="logits = model(tokens, mask[:, 1:])  # (n, V), at",
-        wrong="logits = model(tokens, mask)  # (n, V), at",
+        right="logits = model(tokens, mask[:, 1:])",
+        wrong="logits = model(tokens, mask)",
         effect="logits at the completion's tokens instead of before them: the model learns to copy its input",
         tests="tests/test_sft.py::test_training_steps_are_the_gradient_of_the_whole_batch",
-    ),
-    Mutation(
-        "sft.py",
-        right="sft_loss(model(tokens, mask[:, 1:]), tokens, mask, n_tokens=1)",
-        wrong="sft_loss(model(tokens, mask), tokens, mask, n_tokens=1)",
-        effect="the held-out loss is that of a copy of the input",
-        tests="tests/test_sft.py::test_held_out_loss_is_the_mean_over_all_tokens",
     ),
     Mutation(
         "sft.py",
@@ -2835,8 +2828,12 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="part_loss = sft_loss(logits, tokens, mask, n_tokens)",
-        wrong="part_loss = sft_loss(logits, tokens, mask) / -(-config.batch_size // (config.micro_batch or 10**9))",
+        right="part_loss = demonstration_loss(model, part, n_tokens, config.dtype)",
+        wrong=(
+            "n_part = sum(len(e.completion) for e in part)\n"
+            "            part_loss = demonstration_loss(model, part, n_part, config.dtype)\n"
+            "            part_loss = part_loss / -(-config.batch_size // (config.micro_batch or 10**9))"
+        ),
         effect="mean per micro-batch: short completions weigh more, and --micro_batch changes the result",
         tests="tests/test_sft.py::test_training_steps_are_the_gradient_of_the_whole_batch",
     ),
@@ -2902,8 +2899,8 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="with autocast(device, config.dtype):",
-        wrong='with autocast(device, "float32"):',
+        right="demonstration_loss(model, part, n_tokens, config.dtype)",
+        wrong="demonstration_loss(model, part, n_tokens)",
         effect="--dtype bfloat16 is ignored: the run is merely slow",
         tests="tests/test_sft.py::test_dtype_is_that_of_the_products_in_training",
     ),
@@ -3210,8 +3207,8 @@ MUTATIONS = [
     ),
     Mutation(
         "reward_model.py",
-        right="with autocast(device, config.dtype):",
-        wrong='with autocast(device, "float32"):',
+        right="            with autocast(device, config.dtype):\n                scores",
+        wrong='            with autocast(device, "float32"):\n                scores',
         effect="--dtype is ignored",
         tests="tests/test_reward_model.py::test_bfloat16_reaches_the_scores",
     ),
@@ -3476,15 +3473,15 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="ref_logits = reference(tokens, mask) / config.temperature",
-        wrong="ref_logits = reference(tokens, mask)",
+        right="reference(tokens, mask, below=below) / config.temperature",
+        wrong="reference(tokens, mask, below=below)",
         effect="the reference is not divided by the temperature: KL is not 0 at the start",
         tests="tests/test_ppo_update.py::test_policy_equal_to_reference_has_no_kl",
     ),
     Mutation(
         "ppo.py",
-        right="logits = policy(tokens, mask) / config.temperature  # (n, V)\n            ref",
-        wrong="logits = policy(tokens, mask)  # (n, V)\n            ref",
+        right="policy(tokens, mask, below=below) / config.temperature",
+        wrong="policy(tokens, mask, below=below)",
         effect="the rollout is measured at temperature 1: the first ratio is not 1, and the KL is another one",
         tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
     ),
@@ -3504,8 +3501,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="values = value_model(tokens, mask) if",
-        wrong="values = value_model(tokens, F.pad(mask, (1, 0))) if",
+        right="value_model(tokens, mask, below=below)",
+        wrong="value_model(tokens, F.pad(mask, (1, 0)), below=below)",
         effect="values after the action: the baseline has seen what it is a baseline for",
         tests="tests/test_ppo_update.py::test_experience_equals_the_slow_one",
     ),
@@ -3518,22 +3515,22 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="token_logprobs(policy, old.tokens, config.temperature, mask)",
-        wrong="token_logprobs(policy, old.tokens, 1.0, mask)",
+        right="token_logprobs(policy, old.tokens, config.temperature, mask, below=old.below)",
+        wrong="token_logprobs(policy, old.tokens, 1.0, mask, below=old.below)",
         effect="the update forgets the temperature: the ratio is not 1",
         tests="tests/test_ppo_update.py::test_the_first_ratio_is_1",
     ),
     Mutation(
         "ppo.py",
-        right="put_back(value_model(old.tokens, mask), mask)",
-        wrong="put_back(value_model(old.tokens, F.pad(mask, (1, 0))), mask)",
+        right="value_model(old.tokens, mask, below=old.below)",
+        wrong="value_model(old.tokens, F.pad(mask, (1, 0)), below=old.below)",
         effect="the critic learns the value after the action, and is asked for the one before it",
         tests="tests/test_ppo_update.py::test_an_update_equals_the_slow_one_for_any_micro_batch",
     ),
     Mutation(
         "ppo.py",
-        right="token_logprobs(policy, old.tokens, config.temperature, mask)",
-        wrong="token_logprobs(policy, old.tokens, config.temperature)",
+        right="token_logprobs(policy, old.tokens, config.temperature, mask, below=old.below)",
+        wrong="token_logprobs(policy, old.tokens, config.temperature, below=old.below)",
         effect="logits of prompts and filler in every update: most of its time and memory for nothing",
         tests="tests/test_ppo_update.py::test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone",
     ),
@@ -3562,8 +3559,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="T = int(self.lens[index].max()) if cut else self.tokens.size(1)",
-        wrong="T = int(self.lens[index].min()) if cut else self.tokens.size(1)",
+        right="int(self.lens[index].max())",
+        wrong="int(self.lens[index].min())",
         effect="rows are cut to the shortest: the ends of the others are not trained, their EOS above all",
         tests="tests/test_ppo_update.py::test_rows_are_cut_to_the_longest_of_them_or_left_as_wide",
     ),
@@ -3590,20 +3587,15 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="        with autocast(tokens.device, config.dtype):\n            logits = policy(tokens, mask)",
-        wrong='        with autocast(tokens.device, "float32"):\n            logits = policy(tokens, mask)',
+        right="with autocast(tokens.device, config.dtype):",
+        wrong='with autocast(tokens.device, "float32"):',
         effect="--dtype is ignored where the rollout is measured",
         tests="tests/test_ppo_update.py::test_the_dtype_holds_for_the_products_of_every_forward_pass",
     ),
     Mutation(
         "ppo.py",
-        right=(
-            "            with autocast(policy.device, config.dtype):\n"
-            "                logits = policy(tokens, mask[:, 1:])"
-        ),
-        wrong=(
-            '            with autocast(policy.device, "float32"):\n                logits = policy(tokens, mask[:, 1:])'
-        ),
+        right="demonstration_loss(policy, part, n_tokens, config.dtype)",
+        wrong="demonstration_loss(policy, part, n_tokens)",
         effect="--dtype is ignored in the PTX term",
         tests="tests/test_ppo_update.py::test_the_dtype_holds_for_the_products_of_every_forward_pass",
     ),
@@ -3616,8 +3608,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="sft_loss(logits, tokens, mask, n_tokens)",
-        wrong="sft_loss(logits, tokens, mask)",
+        right="demonstration_loss(policy, part, n_tokens, config.dtype)",
+        wrong="demonstration_loss(policy, part, sum(len(e.completion) for e in part), config.dtype)",
         effect="the PTX term is a mean for each micro-batch: it grows with their number",
         tests="tests/test_ppo_update.py::test_the_pretraining_term_goes_in_micro_batches",
     ),
@@ -3756,8 +3748,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right='mix = {"weights": config.reward_weights, "combine": config.reward_combine}',
-        wrong='mix = {"weights": [], "combine": "sum"}',
+        right='"weights": config.reward_weights, "combine": config.reward_combine',
+        wrong='"weights": [], "combine": "sum"',
         effect="--reward_weights and --reward_combine are ignored",
         tests="tests/test_ppo.py::test_the_weights_reach_the_training",
     ),
@@ -3777,8 +3769,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="values = old.values if value_model is None else put_back(",
-        wrong="values = put_back(",
+        right="                if value_model is not None:\n",
+        wrong="                if True:\n",
         effect="no update without a value model",
         tests="tests/test_ppo_update.py::test_without_a_value_model_the_policy_learns_the_same",
     ),
@@ -3876,7 +3868,7 @@ MUTATIONS = [
     ),
     Mutation(
         "dpo.py",
-        right="reference = copy.deepcopy(policy).requires_grad_(False)",
+        right="reference = make_reference(policy)",
         wrong="reference = policy",
         effect="the reference learns along: KL to it is 0 and a collapse can't be seen",
         tests="tests/test_dpo.py::test_the_reference_stays_frozen",

@@ -25,11 +25,16 @@ def first_step(stage: str, **changes) -> tuple[bench.Config, bench.Start, bench.
     return config, start, bench.make_step(start, stage, "ours")(start.batches[0])
 
 
+# so many token ids that hardly a rollout samples the EOS, which is to come at the end alone
+LLAMA = {"block": "llama", "n_kv_head": 1, "n_inner": 24, "rope_base": 100.0, "vocab_size": 20_000}
+
+
+@pytest.mark.parametrize("kind", [{}, LLAMA])
 @pytest.mark.parametrize("stage", bench.STAGES)
-def test_the_counted_operations_are_those_that_torch_counts(stage):
+def test_the_counted_operations_are_those_that_torch_counts(stage, kind):
     """Where there is no filler nothing but what is needed is computed: torch's own counter, which sees every matrix
     product as it runs, must come to the same number. (It lists attention's products by themselves.)"""
-    config = bench.Config(**EQUAL)
+    config = bench.Config(**(EQUAL | kind))
     start = bench.make_start(config, stage)
     step = bench.make_step(start, stage, "ours")
     with FlopCounterMode(display=False) as counter:
@@ -130,6 +135,22 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert peak == "-" or state < float(peak) < 3 * state
 
 
+def test_the_network_of_smollm2_s_size_is_smollm2_s():
+    """134.5 million weights, its published number."""
+    config = bench.replace(bench.Config(), **bench.SMOLLM2)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in bench.GPT(bench.gpt_config(config)).parameters()) == 134_515_008
+
+
+def test_micro_batch_is_the_scripts(monkeypatch):
+    seen = []
+    original = bench.micro_batches
+    monkeypatch.setattr(bench, "micro_batches", lambda batch, size: seen.append(size) or original(batch, size))
+    first_step("sft", micro_batch=3)
+    first_step("sft")
+    assert seen == [3, 16]
+
+
 def test_gpt2_sizes_but_for_flags_that_are_given(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "matmul_speeds", lambda config, device: seen.append(config) or {"large": 1.0})
@@ -158,6 +179,7 @@ def test_compare_without_transformers_says_what_to_install(monkeypatch):
         ({"n_head": 3}, "--n_embd 16 is not a multiple of --n_head 3"),
         ({"stages": []}, "--stages needs one or several of"),
         ({"stages": ["grpo"]}, "--stages must be one of"),
+        ({"block": "llama"}, "with --block llama rollouts don't end by chance"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message):
