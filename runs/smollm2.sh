@@ -15,6 +15,8 @@ if [ ! -f "$DATA" ]; then
     echo "runs/smollm2.sh: $DATA is not there; name a file of instructions with DATA=FILE (see: python -m data.prepare --help)" >&2
     exit 2
 fi
+# A thread that waits for another spins for a short time only: on an idle machine as fast, and beside other work not at a crawl.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
 D=$OUT/data
 SAMPLE="--temperatures 0.7 --max_new_tokens 64 --gold data/wishes.py:wishes --annotator_temperature 0.25"
 # The upper 10 of 30 blocks: the 20 below are then the same in policy, reference, reward model and value model, and run once for all.

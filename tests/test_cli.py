@@ -525,7 +525,7 @@ LAYERS = [
     {"common"},
     {"sft"},
     {"reward_model", "ppo", "dpo"},
-    {"evaluate", "sample", "collect", "bench"},
+    {"evaluate", "sample", "collect", "bench", "plan"},
 ]
 
 

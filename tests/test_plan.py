@@ -1,0 +1,150 @@
+"""plan.py: what it computes without numbers is what happens with them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bench
+import plan
+from cli import UserError
+from common import train_last_layers
+from model import GPT, GPTConfig, ScalarModel
+
+LLAMA = {"norm": "rms", "n_kv_head": 1, "mlp": "swiglu", "n_inner": 24, "bias": "none", "rope_base": 100.0}
+KINDS = [GPTConfig(40, 64, 3, 2, 16), GPTConfig(40, 64, 3, 2, 16, **LLAMA)]
+SMALL = plan.Config(prompt=6, completion=5, micro_batch=3, rollouts=8, dtype="float32")
+
+
+def really_kept(c: GPTConfig, config: plan.Config, scalar: bool) -> int:
+    """Bytes that autograd keeps of a real forward pass, and the gradient of the logits."""
+    model = ScalarModel(c) if scalar else GPT(c)
+    train_last_layers(model, config.train_layers)
+    weights, kept, alive = {p.data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(x):
+        alive.append(x)  # so that no two of them are given the same memory
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    tokens = torch.randint(40, (3, 11))
+    where = torch.arange(33).view(3, 11)[:, 5:10].reshape(-1)  # before each token of a completion
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model(tokens, where)
+        loss = out.sum() if scalar else F.cross_entropy(out, torch.randint(40, (15,)))
+    assert loss.requires_grad
+    return sum(kept.values()) + (0 if scalar else 4 * out.numel())
+
+
+@pytest.mark.parametrize("train_layers", [0, 1])
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("c", KINDS)
+def test_what_is_kept_without_numbers_is_kept_with_them(c, scalar, train_layers):
+    """Memory that is counted twice, or a network other than the one that is trained. (A few bytes are indices.)"""
+    config = replace(SMALL, train_layers=train_layers)
+    found = plan.one_pass(c, scalar, False, config).kept
+    assert found == pytest.approx(really_kept(c, config, scalar), abs=600)
+
+
+@pytest.mark.parametrize("c", KINDS)
+def test_less_is_kept_where_less_is_trained_or_it_is_computed_again(c):
+    whole = plan.one_pass(c, False, False, SMALL)
+    one = plan.one_pass(c, False, False, replace(SMALL, train_layers=1))
+    again = plan.one_pass(c, False, False, replace(SMALL, recompute=True))
+    assert one.kept < 0.6 * whole.kept and again.kept < 0.7 * whole.kept
+    assert one.both_flops < whole.both_flops < again.both_flops
+    assert one.flops == whole.flops == again.flops
+
+
+@pytest.mark.parametrize("kind", [{}, {"block": "llama", "n_kv_head": 1, "n_inner": 24, "rope_base": 100.0}])
+def test_operations_are_those_that_bench_counts(kind):
+    """Its formula; backward twice of forward. (Attention's own products are in neither: torch's counter doesn't know
+    the CPU's fused kernel.)"""
+    sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 40, "prompt": 6, "new_tokens": 5}
+    b = bench.Config(**sizes, completion_low=5, completion_high=5, **kind)
+    found = plan.one_pass(bench.gpt_config(b), False, False, SMALL)
+    products = bench.needed_flops("sft", [(6, 5)] * 3, b)
+    assert found.both_flops == products == 3 * found.flops
+    assert found.calls < found.both_calls / 2
+
+
+def test_calls_are_counted_without_looks():
+    """A view starts nothing on a GPU."""
+    with plan.Calls() as calls:
+        x = torch.ones(3, 4)
+        y = x.view(12).unsqueeze(0).detach() * 2
+    assert calls.n == 2 and y.shape == (1, 12)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_memory_is_what_a_measured_run_takes(stage):
+    """The stage itself, in a process of its own, on this machine: the networks' copies, Adam, activations and what
+    comes and goes."""
+    sizes = {"n_layer": 4, "n_embd": 384, "n_head": 6, "vocab_size": 4096, "batch_size": 32, "micro_batch": 8}
+    b = bench.Config(**sizes, prompt=64, completion_low=64, completion_high=64, new_tokens=64, device="cpu")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        measured = fresh.submit(bench.peak_memory, b, stage, "ours").result()
+    if measured != measured:
+        pytest.skip("this system doesn't say what a process takes")
+    config = plan.Config(prompt=64, completion=64, micro_batch=8, rollouts=32, dtype="float32")
+    c = bench.gpt_config(b)
+    computed = plan.memory(c, plan.all_passes(c, config), stage, config) / 2**20
+    assert 0.7 < computed / measured < 1.4
+
+
+def test_memory_by_hand():
+    """16 bytes a weight that learns, 4 one that doesn't; what is frozen is in memory once, but for the reward model."""
+    c, config = KINDS[0], replace(SMALL, train_layers=1)
+    p = plan.all_passes(c, config)
+    network = GPT(c)
+    own = sum(x.numel() for x in [*network.h[-1].parameters(), *network.ln_f.parameters()])
+    assert (p.trained, p.weights) == (own, sum(x.numel() for x in network.parameters()))
+    rest, cache = p.weights - own, 4 * 8 * 2 * 3 * 16 * 11
+    assert plan.cache_bytes(c, config) == cache
+    static = {"sft": 16 * own + 4 * rest, "dpo": 20 * own + 4 * rest, "generate": 4 * p.weights}
+    static |= {"reward_model": 20 * own + 8 * rest, "ppo": 40 * own + 8 * rest}
+    moving = {"sft": p.policy.kept, "dpo": p.pairs.kept, "generate": cache}
+    moving |= {"reward_model": max(cache, p.scored_pairs.kept), "ppo": max(cache, p.policy.kept + p.value.kept)}
+    for stage in plan.STAGES:
+        assert plan.memory(c, p, stage, config) == 1.25 * (static[stage] + moving[stage])
+
+
+def test_the_known_sizes_are_those_networks():
+    """Their published numbers of weights, in millions."""
+    for size, millions in {"gpt2": 124.4, "smollm2": 134.5, "360m": 361.8, "1.7b": 1711.4}.items():
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in GPT(plan.SIZES[size]).parameters())
+        assert weights / 1e6 == pytest.approx(millions, abs=0.06), size
+
+
+def test_the_table_says_that_it_is_computed_and_what_fits(capsys):
+    results = plan.run(plan.Config(sizes=["tiny", "1.7b"], gpus=["RTX 4090"], prompt=40, completion=40))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("computed, not measured")
+    for size in results:
+        for stage, figures in results[size].items():
+            fits = figures["gigabytes"] < 24
+            assert (figures["tokens_per_s"]["RTX 4090"] is not None) == fits
+            row = next(line for line in lines if line.split()[:2] == [size, stage])
+            assert row.endswith("-") != fits
+    assert results["tiny"]["ppo"]["gigabytes"] < 0.2 < 24 < results["1.7b"]["sft"]["gigabytes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sizes": ["7b"]}, "--sizes must be one of"),
+        ({"sizes": []}, "--sizes and --gpus need a value each"),
+        ({"train_layers": 13}, "--train_layers 13: gpt2 has 12 blocks"),
+        ({"prompt": 1000}, "1128 tokens are longer than the block size of gpt2, 1024"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message):
+    with pytest.raises(UserError, match=message):
+        plan.run(replace(plan.Config(sizes=["gpt2"]), **flags))
