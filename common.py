@@ -450,30 +450,29 @@ def refuse_another_config(state: dict, config, file: Path) -> None:
 # -------------------------------------------------------------------------------- training
 
 
-def train_last_layers(model: GPT | ScalarModel, n: int, policy: GPT | None = None) -> None:
+def train_last_layers(model: GPT | ScalarModel, n: int) -> None:
     """Freeze all but the last n blocks, the final LayerNorm and a scalar model's own parts: head and, with expectation,
-    its block (--train_layers; 0: train everything). The token embedding is the output layer too (tied), so it stays.
-
-    policy: whose frozen parameters the model is to have in the place of its own, if all of these are equal to them, as
-    in a reward model that was trained with --train_layers from the same start: less memory, and one `trunk` for both.
-    (Where the model has fewer than n blocks, all are trained.)"""
+    its block (--train_layers; 0: train everything). The token embedding is the output layer too (tied), so it stays."""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
-    check(n <= len(gpt.h) or policy is not None, f"--train_layers {n}: the model has {len(gpt.h)} blocks")
-    if not n:
-        return
-    gpt.requires_grad_(False)
-    for module in [*gpt.h[-n:], gpt.ln_f]:
-        module.requires_grad_(True)
-    if policy is None:
+    check(n <= len(gpt.h), f"--train_layers {n}: the model has {len(gpt.h)} blocks")
+    if n:
+        gpt.requires_grad_(False)
+        for module in [*gpt.h[-n:], gpt.ln_f]:
+            module.requires_grad_(True)
         gpt.frozen = len(gpt.h) - n
-        return
-    own = dict(gpt.named_parameters())
+
+
+def share_frozen(model: GPT, policy: GPT) -> None:
+    """Let the model have the policy's frozen parameters in the place of its own, if all of them are equal, as in a
+    reward model that was trained with the same --train_layers from the same start: less memory, one `trunk` for both.
+    Else it has a trunk of its own, of which nobody else knows."""
+    own = dict(model.named_parameters())
     frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad}
-    if all(name in own and torch.equal(own[name], p) for name, p in frozen.items()):
-        for name, p in frozen.items():
-            module, _, leaf = name.rpartition(".")
-            setattr(gpt.get_submodule(module), leaf, p)
-        gpt.frozen = policy.frozen
+    common = all(name in own and torch.equal(own[name], p) for name, p in frozen.items())
+    for name, p in frozen.items() if common else ():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, p)
+    model.frozen = policy.frozen if common else 0
 
 
 def make_reference(policy: GPT) -> GPT:

@@ -169,8 +169,8 @@ def memory(c: GPTConfig, p: Passes, stage: str, config: Config) -> float:
             "reward_model": learner + other + max(p.scored_pairs.kept, cache),  # other: the policy
             # what is frozen the reference has in common with the policy
             "dpo": learner + 4 * p.trained + p.pairs.kept,
-            # and so has the value model; other: the reward model
-            "ppo": learner + (4 + 16) * p.trained + other + max(p.policy.kept + p.value.kept, cache),
+            # and so have the value model and a reward model that was trained with the same --train_layers
+            "ppo": learner + (4 + 16 + 4) * p.trained + max(p.policy.kept + p.value.kept, cache),
             "generate": other + cache,
         }[stage]
     )

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from cli import TrainConfig, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, call_reward, clip_gradients, make_reference, due, generator_for, gold_function
 from common import last_quarter, load_model, load_reward, lr_at, note_task, pick_device, prepare_blocks, print_trace
-from common import progress, rollout_figures, sampling, save_model, shares, show_samples
+from common import progress, rollout_figures, sampling, save_model, share_frozen, shares, show_samples
 from common import train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, micro_batches, minibatches
 from data.files import read_prompts, sibling
@@ -430,7 +430,9 @@ def train(config: Config) -> dict:
     score, reward_models = load_reward(config.reward, start_from, task, device, **mix)
     gold = gold_function(config.gold, task)
     value_model = initial_value_model(policy, reward_models, config)
-    train_last_layers(value_model, config.train_layers, policy)
+    train_last_layers(value_model, min(config.train_layers, len(value_model.gpt.h)))
+    for model in (value_model, *reward_models):
+        share_frozen(model.gpt, policy)
     block_size = policy.config.block_size
     room = block_size - config.max_new_tokens
     check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")

@@ -602,6 +602,18 @@ def run_and_die(tmp_path: Path, monkeypatch, policy, after: int, **changes) -> N
             run_ppo(tmp_path, patch, policy, **changes)
 
 
+@pytest.mark.parametrize(("n_layer", "trained"), [(1, {"0"}), (2, {"0", "1"}), (3, {"1", "2"})])
+def test_a_value_model_of_fewer_blocks_is_trained_as_far_as_it_goes(tmp_path, monkeypatch, n_layer, trained):
+    """--train_layers 2 with a small reward model: not the user's mistake. And what is frozen in it doesn't move."""
+    scorer = make_scalar(3, n_layer=n_layer, block_size=24)
+    changes = {"train_layers": 2, "reward": checkpoint(tmp_path / "scorer", scorer), "iterations": 1, "value_lr": 1e-2}
+    _, _, _, calls = run_ppo(tmp_path, monkeypatch, make_gpt(5, block_size=24, n_layer=3), **changes)
+    after, before = calls[0]["value_model"], calls[0]["value_start"]
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[2] for name in moved if ".h." in name} == trained
+    assert not any("wte" in name for name in moved)
+
+
 def test_a_resumed_run_with_a_common_trunk_ends_as_the_unbroken_one(tmp_path, monkeypatch):
     """--train_layers: what policy, reference and value model have in common is in common after --resume too, to the
     bit."""
