@@ -550,6 +550,46 @@ def test_imports_point_one_way(module):
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 
 
+# ------------------------------------------------------------------------------------------------ the runs
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+@pytest.mark.parametrize(
+    ("run", "setting"),
+    [("tiny", {}), ("tiny", {"LONG": "1"}), ("smollm2", {}), ("smollm2", {"FULL": "1", "SEED": "7"})],
+)
+def test_the_commands_of_a_run_fit_the_scripts_and_each_other(tmp_path, run, setting):
+    """A flag that was renamed, a value out of its range, a file that no earlier command has written: found after half
+    an hour, or only on the GPU that nobody here has. A stand-in for python writes the commands down."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\nIFS='\t'\nprintf '%s\\n' \"$*\" >> {tmp_path}/log\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "out").mkdir()  # a python that writes nothing makes no folders either
+    env = {**ENV, **setting, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"}
+    env |= {"START": f"{tmp_path}/start.gguf", "DATA": f"{tmp_path}/data.json"}
+    done = subprocess.run(["bash", ROOT / "runs" / f"{run}.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(commands) > 8
+    written: list[str] = []
+    for script, *flags in commands:
+        if script == "-m":
+            script, *flags = flags
+        if script == "data.prepare":  # has a parser of its own
+            written.append(flags[flags.index("--out_dir") + 1])
+            continue
+        config = parse_config(config_of(script), "", flags)
+        check_ranges(config)
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            for path in value if isinstance(value, list) else [value]:
+                if str(path).startswith(env["OUT"]) and f.name not in ("out", "out_dir"):
+                    assert any(path.startswith(place) for place in written), f"{script} --{f.name} {path}"
+        written += [getattr(config, name) for name in ("out", "out_dir") if hasattr(config, name)]
+        if "SEED" in setting:
+            assert config.seed % 100 == 7, script
+
+
 # ------------------------------------------------------------------------------------------------ sizes
 
 
