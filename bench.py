@@ -48,6 +48,7 @@ import dpo
 import ppo
 import reward_model
 import sft
+from blocks import LLAMA
 from cli import check, check_ranges, flag, run_main
 from common import autocast, clip_gradients, compile_blocks, generator_for, pick_device, progress, score_rollout
 from common import write_json
@@ -105,8 +106,8 @@ def tokens_of(stage: str, texts: Texts) -> int:
 
 def gpt_config(config: Config) -> GPTConfig:
     block_size = config.prompt + max(config.completion_high, config.new_tokens)
-    llama = {"norm": "rms", "mlp": "swiglu", "bias": "none"} if config.block == "llama" else {}
-    more = {"rope_base": config.rope_base, "n_kv_head": config.n_kv_head, "n_inner": config.n_inner, **llama}
+    more = {"rope_base": config.rope_base, "n_kv_head": config.n_kv_head, "n_inner": config.n_inner}
+    more |= LLAMA if config.block == "llama" else {}
     return GPTConfig(config.vocab_size, block_size, config.n_layer, config.n_head, config.n_embd, **more)
 
 

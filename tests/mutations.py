@@ -2814,14 +2814,14 @@ MUTATIONS = [
     ),
     Mutation(
         "sft.py",
-        right="config.dropout, rope_base=config.rope_base)",
-        wrong="config.dropout)",
+        right="config.dropout, rope_base=config.rope_base, **llama)",
+        wrong="config.dropout, **llama)",
         effect="--rope_base is ignored: positions are learned, as in GPT-2",
         tests="tests/test_sft.py::test_positions_are_those_of_the_flag",
     ),
     Mutation(
         "sft.py",
-        right='for name in ("n_layer", "n_head", "n_embd", "rope_base"):',
+        right='for name in ("n_layer", "n_head", "n_embd", "block", "rope_base"):',
         wrong='for name in ("n_layer", "n_head", "n_embd"):',
         effect="--rope_base with --init is ignored, and nobody notices",
         tests="tests/test_sft.py::test_sizes_are_refused_where_the_weights_have_their_own",
@@ -4219,6 +4219,13 @@ MUTATIONS = [
         wrong='load_model(config.reward, device, "scalar")',
         effect="sample.py shows scores of another vocabulary's ids",
         tests="tests/test_evaluate.py::test_a_reward_model_must_read_what_the_policy_writes",
+    ),
+    Mutation(
+        "sft.py",
+        right='if config.block == "llama" else {}',
+        wrong="if False else {}",
+        effect="--block llama is ignored, and seems to learn exactly as well",
+        tests="tests/test_sft.py::test_a_llama_from_scratch_has_llama_s_blocks_and_about_as_many_weights",
     ),
     # ------------------------------------------------------------ what --train_layers leaves alone, dtypes, plan.py
     Mutation(

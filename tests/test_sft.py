@@ -540,11 +540,22 @@ def test_block_size_is_honoured_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["folder", "checkpoint"])
-@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "rope_base"])
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block", "rope_base"])
 def test_sizes_are_refused_where_the_weights_have_their_own(tmp_path, start, name):
     """--n_layer 12 --init FOLDER trains the folder's two layers, and nobody notices."""
     with pytest.raises(UserError, match=f"--{name} is for a model from scratch"):
         sft.initial_model(Config(init=starts(tmp_path)[start], **{name: 8}), 23, CPU)
+
+
+def test_a_llama_from_scratch_has_llama_s_blocks_and_about_as_many_weights():
+    """--block that is ignored, or that changes the MLP alone; a comparison with a network of another size."""
+    plain, llama = (sft.initial_model(Config(block=block), 930, CPU) for block in ("gpt2", "llama"))
+    c = llama.config
+    assert (c.norm, c.mlp, c.bias, c.n_inner, c.rope_base) == ("rms", "swiglu", "none", 344, 1e4)
+    assert (plain.config.norm, plain.config.mlp, plain.config.bias) == ("layer", "gelu", "all")
+    assert not any("bias" in name for name, _ in llama.named_parameters())
+    weights = [sum(p.numel() for p in model.parameters()) for model in (plain, llama)]
+    assert abs(weights[1] / weights[0] - 1) < 0.01
 
 
 def test_positions_are_those_of_the_flag(tmp_path, monkeypatch):
