@@ -71,7 +71,7 @@ class Config:
     ppo_epochs: int = flag(2, "passes over each iteration's rollouts", low=1)
     train_layers: int = flag(0, "train only the last N blocks (0: all)", low=0)
     recompute: bool = flag(False, "--recompute of the stages")
-    compile = False
+    compile = False  # no flag here, but prepare_blocks asks
     dtype: str = flag("bfloat16", "of the matrix products", choices=("float32", "bfloat16"))
 
 
