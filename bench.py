@@ -49,7 +49,7 @@ import ppo
 import reward_model
 import sft
 from blocks import LLAMA
-from cli import check, check_ranges, flag, run_main
+from cli import DTYPES, check, check_ranges, flag, run_main
 from common import autocast, clip_gradients, compile_blocks, generator_for, pick_device, progress, score_rollout
 from common import write_json
 from data.batches import Example, RankedExamples, make_batch, micro_batches, ranked_batch
@@ -84,15 +84,14 @@ class Config:
     json: str = flag("", "file for the results (empty: none)")
     seed: int = flag(1, "seed of weights and tokens", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("float32", "of the matrix products while training", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "of the matrix products while training", choices=DTYPES)
     compile: bool = flag(False, "compile the blocks with torch.compile")
 
 
-GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "batch_size": 8}
+TEXTS = {"prompt": 128, "completion_low": 128, "completion_high": 128, "new_tokens": 128, "batch_size": 8}
+GPT2 = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, **TEXTS}
 SMOLLM2 = {"n_layer": 30, "n_embd": 576, "n_head": 9, "n_kv_head": 3, "n_inner": 1536, "vocab_size": 49152}
-SMOLLM2 |= {"rope_base": 1e5, "block": "llama", "batch_size": 8}
-for size in (GPT2, SMOLLM2):
-    size |= {"prompt": 128, "completion_low": 128, "completion_high": 128, "new_tokens": 128}
+SMOLLM2 |= {"rope_base": 1e5, "block": "llama", **TEXTS}
 EOS, PPO_EPOCHS, WARM_UP = 0, 4, 2
 
 # -------------------------------------------------------------------------------- what a step needs, what there is
@@ -114,17 +113,17 @@ def gpt_config(config: Config) -> GPTConfig:
 def needed_flops(stage: str, texts: Texts, config: Config) -> float:
     """Operations of the products with weights in one step, of real tokens and where the result is used. The prompt of a
     pair is read once."""
-    c, rows = gpt_config(config), len(texts)
-    C = c.n_embd
+    net, rows = gpt_config(config), len(texts)
+    C = net.n_embd
     # weights of a block: up to keys and values, and behind them (GPT-2: 3 C^2 and 9 C^2)
-    upper = C * C + C * c.n_inner * (3 if c.mlp == "swiglu" else 2)
-    lower = C * (c.n_head + 2 * c.n_kv_head) * (C // c.n_head)
+    lower = C * (net.n_head + 2 * net.n_kv_head) * (C // net.n_head)
+    upper = C * C + C * net.n_inner * (3 if net.mlp == "swiglu" else 2)
     read, acted = sum(p + c for p, c in texts), sum(c for _, c in texts)
 
     def forward(read: int, used: int, outputs: int) -> int:
         """All blocks for the tokens read; but the last one behind its keys and values, and the head, for the `used`
         positions alone."""
-        return 2 * (((c.n_layer - 1) * (lower + upper) + lower) * read + (upper + outputs * C) * used)
+        return 2 * (((net.n_layer - 1) * (lower + upper) + lower) * read + (upper + outputs * C) * used)
 
     read -= sum(p for p, _ in texts) // 2 if stage in ("reward_model", "dpo") else 0
     policy, value, score = forward(read, acted, config.vocab_size), forward(read, acted, 1), forward(read, rows, 1)
@@ -137,9 +136,7 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
 def decode_bytes(policy: GPT, config: Config) -> float:
     """What a step of `generate` reads: every weight once, and the keys and values of all tokens so far, on average."""
     weights = sum(p.numel() for name, p in policy.named_parameters() if name != "wpe.weight")
-    c = policy.config
-    of_token = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)
-    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * of_token
+    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * policy.config.numbers_cached
     return 4 * (weights + cached)
 
 

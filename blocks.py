@@ -65,6 +65,11 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
+    @property
+    def numbers_cached(self) -> int:
+        """Keys and values of one token, in all blocks."""
+        return 2 * self.n_layer * self.n_kv_head * (self.n_embd // self.n_head)
+
 
 # What makes a Llama of a GPTConfig, beside a rope_base and an n_inner of 8/3 n_embd: as many weights as GPT-2's MLP has
 LLAMA = {"norm": "rms", "mlp": "swiglu", "bias": "none"}

@@ -42,6 +42,9 @@ def flag(default, help: str, *, choices: tuple | None = None, low=None, high=Non
     return dataclasses.field(default=default, metadata=metadata)
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 @dataclass
 class TrainConfig:
     """The flags that the training scripts share; each script's Config adds its own."""
@@ -53,7 +56,7 @@ class TrainConfig:
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "of the matrix products", choices=DTYPES)
     compile: bool = flag(False, "compile the blocks with torch.compile")
     recompute: bool = flag(False, "keep no activations inside blocks, compute them again for the backward pass")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import UserError, check, check_ranges, flag, run_main
+from cli import DTYPES, UserError, check, check_ranges, flag, run_main
 from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device, sampling
 from data.annotate import Sample, Session, in_browser, in_terminal
 from data.batches import encode_prompts
@@ -60,7 +60,7 @@ class Config:
     batch_size: int = flag(64, "prompts sampled at a time", low=1)
     seed: int = flag(1, "seed of samples and annotators", low=0)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "of the matrix products", choices=DTYPES)
 
 
 def rank_simulated(completions: list[str], rewards: list[float], temperature: float, rng: random.Random) -> list[int]:

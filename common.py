@@ -55,7 +55,7 @@ def autocast(device: torch.device, dtype: str):
 def sampling(model: GPT, dtype: str) -> Iterator[None]:
     """autocast for `generate`. It keeps its bfloat16 copy of a weight from one step to the next only if the weight asks
     for a gradient, and would cast what --train_layers has frozen at every step: so while this lasts all weights ask."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad] if dtype != "float32" else []
     try:
         for p in frozen:
             p.requires_grad_(True)

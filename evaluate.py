@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError, check, check_ranges, flag, run_main
+from cli import DTYPES, UserError, check, check_ranges, flag, run_main
 from common import call_reward, check_task, gate, generator_for, gold_function, load_model, load_scorer, note_task
 from common import pick_device, sampling, score_rollout, write_json
 from data.batches import by_length, encode_prompts, load_examples, load_rankings
@@ -55,11 +55,7 @@ class Config:
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of the samples", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag(
-        "float32",
-        "of the matrix products of sampling and scoring; KL and losses: float32",
-        choices=("float32", "bfloat16"),
-    )
+    dtype: str = flag("float32", "of the products in sampling and scoring; KL and losses: float32", choices=DTYPES)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -362,8 +362,7 @@ def generate(
     S, c, device = longest + max_new_tokens, model.config, model.device
     if S > c.block_size:
         raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
-    of_row = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * S  # its keys and values
-    fit = max(1, CACHE_NUMBERS // of_row)  # rows whose keys and values may exist at a time
+    fit = max(1, CACHE_NUMBERS // (c.numbers_cached * S))  # rows whose keys and values may exist at a time
     if fit < B:
         options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]

@@ -22,7 +22,6 @@ would be no surprise.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -33,15 +32,17 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
+from bench import GPT2, SMOLLM2, STAGES, gpt_config
 from blocks import LLAMA
-from cli import check, check_ranges, flag, run_main
-from common import prepare_blocks, train_last_layers
+from cli import DTYPES, check, check_ranges, flag, run_main
+from common import autocast, prepare_blocks, train_last_layers
 from model import CACHE_NUMBERS, GPT, GPTConfig, ScalarModel
 
 SIZES = {  # token ids, block size, blocks, heads, channels
     "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),
-    "gpt2": GPTConfig(50257, 1024, 12, 12, 768),
-    "smollm2": GPTConfig(49152, 2048, 30, 9, 576, n_kv_head=3, n_inner=1536, rope_base=1e5, **LLAMA),  # SmolLM2-135M
+    "gpt2": replace(gpt_config(bench.Config(**GPT2)), block_size=1024),
+    "smollm2": replace(gpt_config(bench.Config(**SMOLLM2)), block_size=2048),  # SmolLM2-135M
     "360m": GPTConfig(49152, 2048, 32, 15, 960, n_kv_head=5, n_inner=2560, rope_base=1e5, **LLAMA),  # SmolLM2-360M
     "1.7b": GPTConfig(49152, 2048, 24, 32, 2048, n_inner=8192, rope_base=1e5, **LLAMA),  # SmolLM2-1.7B
 }
@@ -57,7 +58,6 @@ GPUS = {"RTX 4090": GPU(24, 165, 1008), "A100 80GB": GPU(80, 312, 2039), "H100 S
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
 SLACK = 1.25  # for what comes and goes within a step, and for gaps: what measured runs took on top of what is kept
 A_CALL = 5e-6  # seconds that PyTorch takes to start an operation: small networks wait for that, not for the GPU
-STAGES = ("sft", "reward_model", "dpo", "ppo", "generate")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Config:
     train_layers: int = flag(0, "train only the last N blocks (0: all)", low=0)
     recompute: bool = flag(False, "--recompute of the stages")
     compile = False  # no flag here, but prepare_blocks asks
-    dtype: str = flag("bfloat16", "of the matrix products", choices=("float32", "bfloat16"))
+    dtype: str = flag("bfloat16", "of the matrix products", choices=DTYPES)
 
 
 class Pass(NamedTuple):
@@ -108,7 +108,6 @@ def one_pass(c: GPTConfig, scalar: bool, paired: bool, config: Config) -> Pass:
     the last of each of two that a reward model compares."""
     T = config.prompt + (2 if paired else 1) * config.completion
     used = 2 if scalar and paired else T - config.prompt
-    half = torch.autocast("cpu", torch.bfloat16) if config.dtype == "bfloat16" else contextlib.nullcontext()
     kept: dict[int, int] = {}
     with FakeTensorMode():
         model = build(replace(c, block_size=max(T, c.block_size)), scalar, config)  # a row of two texts may be longer
@@ -124,7 +123,7 @@ def one_pass(c: GPTConfig, scalar: bool, paired: bool, config: Config) -> Pass:
         where = torch.zeros(config.micro_batch * used, dtype=torch.long)  # flat positions
         with FlopCounterMode(display=False) as flops, Calls() as calls:
             with saved_tensors_hooks(pack, lambda x: x):
-                with half:
+                with autocast(torch.device("cpu"), config.dtype):
                     out = model(tokens, where)  # (n,) or (n, V)
                 loss = out.sum() if scalar else F.cross_entropy(out, where)
             forward = flops.get_total_flops(), calls.n
@@ -155,8 +154,8 @@ def all_passes(c: GPTConfig, config: Config) -> Passes:
 
 def cache_bytes(c: GPTConfig, config: Config) -> int:
     """Keys and values of the rollouts that `generate` holds at a time."""
-    of_row = 2 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head) * (config.prompt + config.completion)
-    return min(config.rollouts * of_row, CACHE_NUMBERS) * (2 if config.dtype == "bfloat16" else 4)
+    numbers = config.rollouts * (config.prompt + config.completion) * c.numbers_cached
+    return min(numbers, CACHE_NUMBERS) * (2 if config.dtype == "bfloat16" else 4)
 
 
 def memory(c: GPTConfig, p: Passes, stage: str, config: Config) -> float:

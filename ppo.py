@@ -431,7 +431,7 @@ def train(config: Config) -> dict:
     gold = gold_function(config.gold, task)
     value_model = initial_value_model(policy, reward_models, config)
     train_last_layers(value_model, min(config.train_layers, len(value_model.gpt.h)))
-    for model in (value_model, *reward_models):
+    for model in (value_model, *reward_models):  # those that were trained alike have these blocks in common
         share_frozen(model.gpt, policy)
     block_size = policy.config.block_size
     room = block_size - config.max_new_tokens

@@ -19,7 +19,7 @@ fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
 D=$OUT/data
 SAMPLE="--temperatures 0.7 --max_new_tokens 64 --gold data/wishes.py:wishes --annotator_temperature 0.25"
-# The upper 10 of 30 blocks: the 20 below are then the same in policy, reference, reward model and value model, and run once for all.
+# The upper 10 of 30 blocks: the 20 below are then the same in all networks, and run once for policy, reference and value model.
 # Parts of 2 rankings or 4 rollouts are enough to keep a CPU busy.
 PART="--train_layers 10 --warmup 4 --micro_batch 2 --batch_size 8" DTYPE=float32
 RANKED=256 TEST="--n_prompts 240" PPO="--train_layers 10 --iterations 16 --rollouts 48 --minibatch 24 --micro_batch 4"

@@ -525,7 +525,8 @@ LAYERS = [
     {"common"},
     {"sft"},
     {"reward_model", "ppo", "dpo"},
-    {"evaluate", "sample", "collect", "bench", "plan"},
+    {"evaluate", "sample", "collect", "bench"},
+    {"plan"},
 ]
 
 
