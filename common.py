@@ -294,6 +294,9 @@ def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tenso
     return scores
 
 
+COMBINES = ("sum", "mean", "min", "mean-std")  # one reward from several
+
+
 def load_reward(
     specs: list[str],
     policy: Checkpoint,
@@ -306,12 +309,14 @@ def load_reward(
     """Checkpoints of reward models and file.py:function, one or several -> (score, the reward models among them).
 
     score(rollout, prompts, completions) -> (B,): the weighted "sum" of all, their "mean" (divided by the sum of the
-    weights) or their "min". Weights are 1 if not given. A reward model reads the very ids that the policy wrote; a
-    function reads text. task: what the prompts belong to ("tiny": the embedded task)."""
+    weights), their "min", or "mean-std", the mean less the standard deviation: these two doubt what an ensemble doesn't
+    agree on (Coste et al. 2023, arXiv:2310.02743). Weights are 1 if not given. A reward model reads the very ids that
+    the policy wrote; a function reads text. task: what the prompts belong to ("tiny": the embedded task)."""
     weights = weights or [1.0] * len(specs)
     check(bool(specs), "--reward needs a reward model's checkpoint or file.py:function")
     check(len(weights) == len(specs), f"--reward_weights has {len(weights)} values for {len(specs)} rewards")
     check(combine != "mean" or sum(weights) > 0, "--reward_combine mean needs --reward_weights with a sum above 0")
+    check(combine != "mean-std" or len(set(weights)) == 1, "--reward_combine mean-std takes no --reward_weights")
     loaded: list[tuple[str, Callable | ScalarModel]] = []
     for spec in specs:
         if ":" in spec and ".py" in spec:
@@ -333,6 +338,8 @@ def load_reward(
         parts = torch.stack(rewards)  # (parts, B)
         if combine == "min":
             return parts.amin(0)
+        if combine == "mean-std":
+            return parts.mean(0) - parts.std(0, correction=0)
         return parts.sum(0) / (sum(weights) if combine == "mean" else 1.0)
 
     return score, [part for _, part in loaded if isinstance(part, ScalarModel)]

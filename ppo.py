@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, call_reward, clip_gradients, make_reference, due, generator_for, gold_function
-from common import last_quarter, load_model, load_reward, lr_at, note_task, pick_device, prepare_blocks, print_trace
-from common import progress, rollout_figures, sampling, save_model, share_frozen, shares, show_samples
+from common import COMBINES, RunFolder, autocast, call_reward, clip_gradients, due, generator_for, gold_function
+from common import last_quarter, load_model, load_reward, lr_at, make_reference, note_task, pick_device, prepare_blocks
+from common import print_trace, progress, rollout_figures, sampling, save_model, share_frozen, shares, show_samples
 from common import train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, micro_batches, minibatches
 from data.files import read_prompts, sibling
@@ -47,7 +47,7 @@ class Config(TrainConfig):
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     reward: list[str] = flag(["out/reward_model"], "reward models' checkpoints or file.py:function, one or several")
     reward_weights: list[float] = flag([], "factor of each reward (none: 1 each)")
-    reward_combine: str = flag("sum", "one reward from several, after weighting", choices=("sum", "mean", "min"))
+    reward_combine: str = flag("sum", "one reward from several, after weighting", choices=COMBINES)
     out_dir: str = flag("out/ppo", "folder for the checkpoint and the logs")
     iterations: int = flag(21, "rollout-and-update rounds", low=1)
     rollouts: int = flag(192, "completions sampled each iteration", low=1)
@@ -502,7 +502,7 @@ def initial_value_model(policy: GPT, reward_models: list[ScalarModel], config: C
     """It starts as the reward model, which knows what a good text looks like, in the units of its weight. A function's
     units are not known: with one in the reward the head starts at 0, so the first advantages are just the rewards."""
     weights = config.reward_weights or [1.0] * len(config.reward)
-    scale = {"sum": sum(weights), "mean": 1.0, "min": weights[0]}[config.reward_combine]
+    scale = {"sum": sum(weights), "mean": 1.0, "mean-std": 1.0, "min": weights[0]}[config.reward_combine]
     if reward_models and len(reward_models) == len(config.reward) and scale:
         value_model = copy.deepcopy(reward_models[0])
         value_model.std /= scale

@@ -461,6 +461,7 @@ def test_score_rollout_equals_each_row_alone(float64):
         ([1.0, 2.0, 5.0], "mean", lambda a, b, c: (a + 2 * b + 5 * c) / 8),
         (None, "min", min),
         ([1.0, 2.0, -1.0], "min", lambda a, b, c: min(a, 2 * b, -c)),
+        (None, "mean-std", lambda *x: sum(x) / 3 - (sum(v * v for v in x) / 3 - (sum(x) / 3) ** 2) ** 0.5),
     ],
 )
 def test_rewards_are_combined_as_the_flags_say(tmp_path, float64, weights, combine, expected):
@@ -491,7 +492,8 @@ def test_rewards_that_do_not_fit_are_refused(tmp_path):
     for arguments, says in (
         (([], policy, "tiny", CPU), "--reward needs"),
         (([rm], policy, "tiny", CPU, [1.0, 2.0]), "--reward_weights has 2 values for 1"),
-        (([rm, rm], policy, "tiny", CPU, [1.0, -1.0], "mean"), "--reward_combine mean"),
+        (([rm, rm], policy, "tiny", CPU, [1.0, -1.0], "mean"), "--reward_combine mean needs"),
+        (([rm, rm], policy, "tiny", CPU, [1.0, 2.0], "mean-std"), "--reward_combine mean-std takes no"),
         (([rm], policy, "", CPU), "embedded task"),
     ):
         with pytest.raises(UserError, match=says):

@@ -357,6 +357,7 @@ def test_with_a_function_in_the_mix_values_start_at_0(tmp_path, monkeypatch, flo
         ("sum", [0.5, 1.5], 2.0),
         ("mean", [0.5, 1.5], 1.0),
         ("mean", [3.0], 1.0),
+        ("mean-std", [], 1.0),
         ("min", [3.0], 3.0),
         ("sum", [1.0, -1.0], 0.0),
     ],

@@ -1,0 +1,133 @@
+"""Best of n as far as it goes: reward and KL of the sample that a reward model likes best, out of up to 256.
+
+    python -m study.best_of_n --policy out/sft --reward_models out/reward_model --out out/best_of_n.json
+
+N samples of each prompt (twice the largest n) give every smaller n without another sample: evaluate.expected_best
+averages over all subsets. For several reward models also their minimum and their mean less standard deviation.
+
+The KL of best-of-n to the policy it samples from is usually quoted as log n - (n - 1)/n. That is an upper bound, met
+when no two samples are ever the same. Here they often are, and the KL can be measured: with F(y) the policy's
+probability of a completion that scores at most as much as y, and F-(y) of one that scores less, best-of-n says y with
+probability F(y)^n - F-(y)^n, and F(y) - F-(y) is pi(y) (or that of all texts with y's very score, which are taken as
+one). So only F- has to be estimated, by the share of the N samples that score less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import check, check_ranges, flag, run_main
+from common import call_reward, check_task, generator_for, gold_function, load_model, load_scorer, pick_device
+from common import write_json
+from data.batches import encode_prompts
+from data.files import read_prompts
+from data.tiny import task_of
+from data.tokenizer import load_tokenizer
+from evaluate import expected_best, mean
+from model import GPT, Rollout, generate, token_logprobs
+
+
+@dataclass
+class Config:
+    policy: str = flag("out/sft", "checkpoint to sample from")
+    reward_models: list[str] = flag(["out/reward_model"], "one picks by itself; the rest, if any, are an ensemble")
+    prompts: str = flag("out/data/prompts_test.jsonl", "prompts")
+    n_prompts: int = flag(64, "prompts to use (0: all)", low=0)
+    best_of: list[int] = flag([1, 2, 4, 8, 16, 32, 64, 128, 256], "values of n", low=1)
+    max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
+    gold: str = flag("auto", "true reward, file.py:function (auto: the embedded task's; empty: none)")
+    out: str = flag("out/best_of_n.json", "file to write")
+    seed: int = flag(1, "seed of the samples", low=0)
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+
+
+def best_log_ratio(scores: Tensor, logprobs: Tensor, n: int) -> Tensor:
+    """log of (probability under best-of-n / under the policy) of each sample, nats: scores, logprobs (P, N) -> (P, N).
+
+    logprobs: of the policy. Averaged over what best-of-n says, this is its KL to the policy."""
+    N = scores.size(1)
+    worse = torch.searchsorted(scores.sort(1).values.contiguous(), scores.contiguous())  # (P, N) how many score less
+    below = worse.double() / N  # F-
+    # F^n - F-^n with F = F- + p, over p. As p goes to 0 this is n F-^(n-1): written so that nothing is lost there
+    p = torch.minimum(logprobs.double().exp(), 1 - below).clamp(min=1e-300)
+    x = n * torch.log1p(p / below.clamp(min=1e-12))
+    ratio = n * below.clamp(min=1e-12).log() + torch.log(torch.expm1(x.clamp(max=500.0))) - p.log()
+    return torch.where(below > 0, ratio, (n - 1) * p.log())
+
+
+@torch.no_grad()
+def unique_rows(rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """The different rows of a rollout, and where each row went: the same text needs no second score."""
+    keys = torch.cat([rollout.tokens, rollout.lens[:, None]], 1)  # (B, S+1); filler is EOS everywhere
+    _, index = keys.unique(dim=0, return_inverse=True)  # (B,)
+    first = torch.full((int(index.max()) + 1,), len(index)).scatter_reduce(0, index, torch.arange(len(index)), "amin")
+    rows = [x[first] for x in (rollout.tokens, rollout.prompt_lens, rollout.lens, rollout.ended)]
+    return Rollout(*rows), index
+
+
+def run(config: Config) -> dict:
+    check_ranges(config)
+    check(bool(config.reward_models) and bool(config.best_of), "--reward_models and --best_of need a value each")
+    device = pick_device(config.device)
+    start = load_model(config.policy, device, made_by="python sft.py")
+    policy, tokenizer, task = start.model, load_tokenizer(start.tokenizer), task_of(config.prompts)
+    scorers = []
+    for path in config.reward_models:
+        scorers.append(load_scorer(path, start, device))
+        check_task(scorers[-1], path, task)
+    gold = gold_function(config.gold, task)
+    prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
+    ids = encode_prompts(prompts, tokenizer, policy.config.block_size - config.max_new_tokens, config.prompts)
+    N = 2 * max(config.best_of)
+    parts = (policy, scorers, gold, tokenizer, N, config)
+    columns = [sample(*parts, k, text, p) for k, (text, p) in enumerate(zip(prompts, ids, strict=True))]
+    logprobs, golds, scores = (torch.stack(x) for x in zip(*columns, strict=True))  # (P, N), (P, N), (P, models, N)
+    judges = {Path(path).name: scores[:, m] for m, path in enumerate(config.reward_models)}
+    if len(scorers) > 2:
+        ensemble = scores[:, 1:]
+        judges |= {"min": ensemble.amin(1), "mean-std": ensemble.mean(1) - ensemble.std(1, correction=0)}
+    results = {name: curve(found, golds, logprobs, config.best_of) for name, found in judges.items()}
+    for name, points in results.items():
+        print(name)
+        for p in points:
+            print("  n {n:4}  score {score:6.3f}  gold {gold:6.3f}  KL {kl:.3f} <= {bound:.3f}".format(**p))
+    write_json(results, Path(config.out))
+    return results
+
+
+@torch.no_grad()
+def sample(policy: GPT, scorers: list, gold, tokenizer, N: int, config: Config, k: int, prompt: str, ids: list[int]):
+    """N samples of the k-th prompt -> log-probs (N,), gold rewards (N,), scores (models, N)."""
+    rng = generator_for(policy.device, config.seed, 7, k)
+    rollout = generate(policy, [ids] * N, config.max_new_tokens, eos_id=tokenizer.eos_id, generator=rng)
+    rows, index = unique_rows(rollout)
+    logprobs = token_logprobs(policy, rows.tokens, mask=rows.action_mask).sum(1)  # (rows,)
+    scores = torch.stack([s.model.score(rows.tokens, rows.lens) for s in scorers])  # (models, rows)
+    golds = torch.zeros(len(rows.lens))
+    if gold:
+        texts = [tokenizer.decode(c) for c in rows.completions()]
+        golds = torch.tensor(call_reward(gold, [prompt] * len(texts), texts, rows.ended.tolist(), "the gold reward"))
+    return logprobs.cpu()[index], golds[index], scores.cpu()[:, index]
+
+
+def curve(scores: Tensor, golds: Tensor, logprobs: Tensor, best_of: list[int]) -> list[dict]:
+    """For each n: score, gold reward and KL of the best of n, and the bound of the KL. All (P, N)."""
+    points = []
+    for n in best_of:
+        score, gold = (mean(expected_best(scores, x, n).tolist()) for x in (scores, golds))
+        kl = mean(expected_best(scores, best_log_ratio(scores, logprobs, n), n).tolist())
+        points.append({"n": n, "score": score, "gold": gold, "kl": kl, "bound": math.log(n) - (n - 1) / n})
+    return points
+
+
+def main() -> None:
+    run_main(run, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A policy trained by DPO *is* a reward model: r(x, y) = beta log(pi(y|x) / pi_ref(y|x)) + a constant of the prompt.
+
+    python -m study.implicit --dpo out/dpo --out out/implicit.json                       # how good a judge is it?
+    IMPLICIT=out/dpo python ppo.py --reward study/implicit.py:reward --out_dir out/x     # and as something to maximise?
+
+Reference and beta are those that the run's config.json names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from cli import check, flag, run_main
+from common import load_model, model_file, pick_device, write_json
+from data.batches import RankedExamples, by_length, contrast_rankings, encode_example, make_batch, pair_accuracy
+from data.batches import ranked_batch
+from data.files import read_prompts
+from data.tokenizer import Tokenizer, load_tokenizer
+from dpo import ranking_logprobs, sequence_logprobs
+from model import GPT, completion_mask
+
+
+@dataclass
+class Config:
+    dpo: str = flag("out/dpo", "folder of the policy")
+    prompts: str = flag("out/data/prompts_held_out.jsonl", "prompts of the embedded task")
+    n_prompts: int = flag(400, "prompts to use (0: all)", low=0)
+    out: str = flag("out/implicit.json", "file to write")
+
+
+@lru_cache(maxsize=1)
+def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
+    """policy, reference, tokenizer, beta"""
+    file = model_file(folder).with_name("config.json")
+    check(file.exists(), f"{file}: no such file; it names the reference and beta")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    check("beta" in config, f"{folder} is not a run of dpo.py")
+    policy, tokenizer, _ = load_model(folder, pick_device("auto"))
+    reference = load_model(config["policy"], policy.device).model
+    return policy, reference, load_tokenizer(tokenizer), config["beta"]
+
+
+@torch.no_grad()
+def reward(prompts: list[str], completions: list[str], ended: list[bool]) -> list[float]:
+    """The implicit reward of completions; EOS counts where a completion ended by itself."""
+    policy, reference, tokenizer, beta = load(os.environ.get("IMPLICIT", "out/dpo"))
+    texts = zip(prompts, completions, ended, strict=True)
+    block_size = policy.config.block_size
+    examples = [encode_example(tokenizer, p, c, block_size, e, allow_empty=True) for p, c, e in texts]
+    found = [0.0] * len(examples)
+    for rows in by_length(examples, 64):
+        tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], policy.device)  # (b, T), (b,), (b,)
+        mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
+        ratio = sequence_logprobs(policy, tokens, mask) - sequence_logprobs(reference, tokens, mask)  # (b,)
+        for i, r in zip(rows, ratio.tolist(), strict=True):
+            found[i] = beta * r
+    return found
+
+
+@torch.no_grad()
+def accuracy(policy: GPT, reference: GPT, items: list[RankedExamples]) -> float:
+    """Share of pairs in the right order; pairs share their prompt, so its constant doesn't matter."""
+    batch = ranked_batch(items, policy.device)
+    ratio = ranking_logprobs(policy, batch, "float32") - ranking_logprobs(reference, batch, "float32")  # (N, K)
+    correct, gap = pair_accuracy(ratio, batch.ranks)  # (N, P)
+    return correct[gap > 0].mean().item()
+
+
+def run(config: Config) -> dict:
+    policy, reference, tokenizer, _ = load(config.dpo)
+    prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
+    parts = contrast_rankings(prompts, tokenizer, policy.config.block_size)
+    results = {"by_part": {name: accuracy(policy, reference, items) for name, items in parts.items()}}
+    print("accuracy by part: " + ", ".join(f"{name} {share:.2f}" for name, share in results["by_part"].items()))
+    write_json(results, Path(config.out))
+    return results
+
+
+def main() -> None:
+    run_main(run, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
