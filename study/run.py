@@ -25,6 +25,7 @@ from cli import UserError, check, check_ranges, flag, run_main
 from common import write_json
 from study import jobs as experiments
 from study.jobs import FULL, QUICK, Job, needed
+from study.results import gather, print_results
 
 
 @dataclass
@@ -34,7 +35,8 @@ class Config:
     only: list[str] = flag([], "experiments, by their function in study/jobs.py (none: all)")
     commands: bool = flag(False, "print them and stop")
     jobs: int = flag(2, "jobs at a time", low=1)
-    assets: str = flag("auto", "folder for results.json and figures (auto: study/ and assets/, with --quick in --out)")
+    results: str = flag("auto", "file for the results (auto: study/results.json, with --quick in --out)")
+    assets: str = flag("auto", "folder for the figures (auto: assets, with --quick in --out)")
 
 
 def fingerprint(job: Job, earlier: list[Job], known: dict[str, str]) -> str:
@@ -145,6 +147,20 @@ def run(config: Config) -> dict:
             print(("" if "=" in job.command[0] else "python ") + shlex.join(job.command))
         return {}
     run_jobs(chosen, everything, out, config.jobs)
+    if not config.only:
+        from study.figures import draw  # matplotlib takes a second to import, and the jobs don't need it
+
+        results = gather(size, out)
+        print_results(results)
+        aside = Path(out) if config.quick else Path()  # what is committed is not overwritten by a quick run
+        path = (
+            Path(config.results)
+            if config.results != "auto"
+            else aside / ("" if config.quick else "study") / "results.json"
+        )
+        write_json(results, path)
+        draw(results, str(aside / "assets") if config.assets == "auto" else config.assets)
+        print(f"{path}: the numbers")
     return {"jobs": len(chosen)}
 
 

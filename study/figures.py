@@ -1,0 +1,257 @@
+"""The study's figures, from its results alone: results.json -> assets/*.svg.
+
+python -m study.figures --results study/results.json --assets assets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cli import flag, run_main
+from study.results import SHAPES, fitted, read
+from study.style import COLOURS, TEXT, line, save, style
+
+
+@dataclass
+class Config:
+    results: str = flag("study/results.json", "what study/results.py has gathered")
+    assets: str = flag("assets", "folder for the figures")
+
+
+def bars(axes: Axes, x: list, points: list[dict], **look) -> None:
+    """Means with their 95% intervals over seeds."""
+    y = [p["mean"] for p in points]
+    half = [p["mean"] - p["low"] if p["low"] is not None else 0.0 for p in points]
+    axes.errorbar(x, y, yerr=half, capsize=0, elinewidth=1.0, **look)
+
+
+def fit_line(axes: Axes, run: dict, key: str, form: str, **look) -> None:
+    """The fitted form of Gao et al. through the points."""
+    d = np.linspace(0, max(p["distance"]["mean"] for p in run["points"]), 80)
+    axes.plot(d, [fitted(run[f"{key}_fit"], x, SHAPES[form]) for x in d], linewidth=1.1, **look)
+
+
+def overoptimisation(results: dict, rl: bool) -> Figure:
+    """True reward and the reward model's opinion against the distance from SFT, by RL or by best of n."""
+    figure = Figure(figsize=(6.8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    runs = results["overoptimisation"]["rl" if rl else "best_of_n"]
+    form = "rl" if rl else "best_of_n"
+    names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
+    labels = ("300 rankings", "5,000 rankings")
+    for axes, name, label in zip((left, right), names, labels, strict=True):
+        for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
+            points = runs[name]["points"]
+            x = [p["distance"]["mean"] for p in points]
+            look = {"color": COLOURS[colour], "marker": marker, "markersize": 4, "linestyle": "none"}
+            title = {"score": "reward model's opinion", "gold": "true reward"}[key]
+            bars(axes, x, [p[key] for p in points], label=title, **look)
+            fit_line(axes, runs[name], key, form, color=COLOURS[colour])
+        if rl:  # the same with the default penalty
+            points = runs[name.replace("_0", "_0.1")]["points"]
+            x = [p["distance"]["mean"] for p in points]
+            look = {"color": COLOURS["green"], "marker": "^", "markersize": 4, "linestyle": "none"}
+            bars(axes, x, [p["gold"] for p in points], label="true reward, kl_coef 0.1", **look)
+        axes.set_title(label)
+        axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
+    left.set_ylabel("reward")
+    left.legend(loc="best", fontsize=8.5)
+    return figure
+
+
+def ensembles(results: dict) -> Figure:
+    """Against one weak reward model, and against four whose minimum, or mean less deviation, is maximised."""
+    figure = Figure(figsize=(6.8, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, family, names in zip(
+        panels, ("rl", "best_of_n"), (("weak_0", "min_0", "mean-std_0"), ("weak_0", "min", "mean-std")), strict=True
+    ):
+        for number, (name, label) in enumerate(zip(names, ("one model", "minimum", "mean - std"), strict=True)):
+            points = results["overoptimisation"][family][name]["points"]
+            x = [p["distance"]["mean"] for p in points]
+            bars(axes, x, [p["gold"] for p in points], label=label, marker="o", markersize=3.5, **line(number))
+        axes.set_title("PPO, kl_coef 0" if family == "rl" else "best of n")
+        axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
+    panels[0].set_ylabel("true reward")
+    panels[0].legend(fontsize=8.5)
+    return figure
+
+
+METHODS = {
+    "ppo": ("PPO", "blue", "o"),
+    "grpo": ("GRPO", "orange", "s"),
+    "rloo": ("RLOO", "pink", "D"),
+    "dpo": ("DPO", "green", "^"),
+    "ipo": ("IPO", "olive", "v"),
+    "sft_best": ("SFT on the best of 4", "violet", "P"),
+    "sft": ("SFT", "violet", "x"),
+}
+
+
+def frontier(results: dict) -> Figure:
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for method, (label, colour, marker) in METHODS.items():
+        points = sorted(results["frontier"][method].values(), key=lambda p: p["kl"]["mean"])
+        look = {"color": COLOURS[colour], "marker": marker, "markersize": 5, "linewidth": 1.2}
+        bars(axes, [p["kl"]["mean"] for p in points], [p["gold"] for p in points], label=label, **look)
+    points = results["overoptimisation"]["best_of_n"]["reward_model"]["points"]
+    x = [p["distance"]["mean"] ** 2 for p in points]
+    look = {"color": TEXT, "linestyle": (0, (5, 2)), "linewidth": 1.2, "marker": ".", "label": "best of n"}
+    bars(axes, x, [p["gold"] for p in points], **look)
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.6)
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50]
+    limit = max(p["kl"]["mean"] for found in results["frontier"].values() for p in found.values())
+    axes.set_xticks([t for t in ticks if t <= 1.5 * limit], [str(t) for t in ticks if t <= 1.5 * limit])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KL to SFT, nats a sequence")
+    axes.set_ylabel("true reward")
+    axes.legend(fontsize=8.5, ncols=2)
+    return figure
+
+
+def feedback(results: dict) -> Figure:
+    figure = Figure(figsize=(6.8, 6.2), layout="constrained")
+    panels = figure.subplots(2, 2)
+    groups = (("numbers", "rankings"), ("noises", "annotators' noise (temperature)"))
+    for row, (group, label) in zip(panels, groups, strict=True):
+        found = results["feedback"][group]
+        x = [float(key) for key in found]
+        parts = ("right_vs_wrong", "polite_vs_plain", "short_vs_rambling")
+        for number, part in enumerate(parts):
+            bars(
+                row[0],
+                x,
+                [p["by_part"][part] for p in found.values()],
+                label=part.replace("_", " "),
+                marker="o",
+                **line(number),
+            )
+        for number, method in enumerate(("ppo", "dpo")):
+            bars(
+                row[1], x, [p[method]["gold"] for p in found.values()], label=method.upper(), marker="o", **line(number)
+            )
+        row[1].axhline(results["feedback"]["sft"]["gold"]["mean"], color=TEXT, linestyle=(0, (1, 1.5)), label="SFT")
+        row[0].set_title("reward model's accuracy")
+        row[1].set_title("true reward")
+        for axes in row:
+            axes.set_xlabel(label)
+            if group == "numbers":
+                axes.set_xscale("log")
+                axes.set_xticks(x, [f"{n:,.0f}" for n in x])
+                axes.set_xticks([], minor=True)
+            else:
+                axes.set_xticks(x, [f"{t:g}" for t in x])
+        row[0].legend(fontsize=8.5)
+        row[1].legend(fontsize=8.5)
+    return figure
+
+
+def iterated(results: dict) -> Figure:
+    figure = Figure(figsize=(6.8, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(panels, ("right", "gold"), ("right against wrong", "true reward of PPO"), strict=True):
+        for number, (head, label) in enumerate((("plain", "scalar head"), ("told", "told expectations"))):
+            rounds = [p for name, p in results["iterated"][head].items() if name != "gain"]
+            points = [p["by_part"]["right_vs_wrong"] if key == "right" else p["gold"] for p in rounds]
+            look = line(number) | {"linestyle": "none"}
+            x = [i + 0.12 * (2 * number - 1) for i in range(len(points))]
+            bars(axes, x, points, label=label, marker="os"[number], markersize=5, **look)
+        axes.set_xticks(range(3), ["first half", "+ PPO's", "+ SFT's"])
+        axes.set_title(title)
+        axes.set_xlim(-0.5, 2.5)
+    panels[0].legend(fontsize=8.5)
+    return figure
+
+
+def secret(results: dict) -> Figure:
+    figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    judges = results["secret"]["judges"]
+    parts = list(next(iter(judges.values())))
+    for number, accuracy in enumerate(judges.values()):
+        y = [-i - 0.2 * (number - 1) for i in range(len(parts))]
+        means = [accuracy[part]["mean"] for part in parts]
+        half = [a["mean"] - a["low"] if a["low"] is not None else 0 for a in (accuracy[part] for part in parts)]
+        look = {"color": list(COLOURS.values())[number], "marker": "os^"[number], "linestyle": "none", "markersize": 4}
+        left.errorbar(means, y, xerr=half, label=("implicit", "scalar head", "told")[number], elinewidth=1, **look)
+    left.set_yticks([-i for i in range(len(parts))], [part.replace("_", " ") for part in parts])
+    left.set_xlim(-0.02, 1.02)
+    left.set_title("pairs in the right order")
+    left.legend(fontsize=8.5, loc="lower left")
+    labels = {"implicit": "implicit reward", "plain": "scalar head", "told": "told", "gold": "the truth"}
+    for number, (name, label) in enumerate(labels.items()):
+        points = results["secret"]["maximised"][name]["points"]
+        bars(
+            right,
+            [max(p["kl"]["mean"], 0.05) for p in points],
+            [p["gold"] for p in points],
+            label=label,
+            marker="o",
+            markersize=3.5,
+            **line(number),
+        )
+    right.set_xscale("log")
+    right.set_xlabel("KL to SFT, nats a sequence")
+    right.set_title("true reward when maximised")
+    right.legend(fontsize=8.5)
+    return figure
+
+
+def breaks(results: dict) -> Figure:
+    """A row a mistake: what it changes, with its interval."""
+    figure = Figure(figsize=(6.8, 5.4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    names = list(results["breaks"])
+    for axes, (key, title) in zip(
+        panels, (("gold", "true reward"), ("kl", "KL, nats"), ("length", "length")), strict=True
+    ):
+        for i, name in enumerate(names):
+            change = results["breaks"][name]["change"][key]
+            clear = change["low"] is not None and (change["low"] > 0 or change["high"] < 0)
+            half = 0 if change["low"] is None else change["mean"] - change["low"]
+            colour = COLOURS["orange"] if clear else TEXT
+            axes.errorbar([change["mean"]], [-i], xerr=[half], color=colour, marker="o", markersize=4, elinewidth=1.4)
+        axes.axvline(0, color=TEXT, linewidth=0.8)
+        axes.set_title(title)
+    panels[0].set_yticks([-i for i in range(len(names))], [name.replace("_", " ") for name in names])
+    panels[1].set_xlabel("change against the run without the mistake")
+    return figure
+
+
+FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "overoptimisation": lambda results: overoptimisation(results, rl=True),
+    "best_of_n": lambda results: overoptimisation(results, rl=False),
+    "ensembles": ensembles,
+    "frontier": frontier,
+    "feedback": feedback,
+    "iterated": iterated,
+    "secret": secret,
+    "breaks": breaks,
+}
+
+
+def draw(results: dict, folder: str) -> None:
+    with style():
+        for name, make in FIGURES.items():
+            save(make(results), Path(folder) / f"{name}.svg")
+    print(f"{len(FIGURES)} figures in {folder}")
+
+
+def run(config: Config) -> dict:
+    draw(read(config.results), config.assets)
+    return {}
+
+
+def main() -> None:
+    run_main(run, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
