@@ -1,0 +1,107 @@
+"""How the study's figures look: one set of colours and line styles on a transparent ground, so that they can be read
+on GitHub's white page and on its dark one.
+
+    with style():
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(x, y, **line(0), label="ppo")
+    save(figure, "out/figure.svg")
+
+The same data gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.figure import Figure
+
+from cli import UserError, check
+
+# All of them are neither light nor dark: at least 3 to 1 against either page (WCAG's contrast for graphics and large
+# text), which leaves no room for shades. In print without colour the line styles tell one run from another.
+PAGES = {"light": "#ffffff", "dark": "#0d1117"}
+COLOURS = {
+    "blue": "#1f83d6",
+    "orange": "#cf6a12",
+    "pink": "#c8559f",
+    "olive": "#8f8010",
+    "violet": "#8a6fe0",
+    "green": "#1a9160",  # the last: where healthy ranges are shaded, no line is green
+}
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (6, 1.6, 1.2, 1.6)))
+TEXT = "#7a828c"
+HEALTHY = COLOURS["green"]
+HEALTHY_ALPHA = 0.16  # so faint that lines on it keep their contrast
+
+SETTINGS = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, and wide: another font of the reader's fits too
+    "font.size": 10,
+    "text.color": TEXT,
+    "text.parse_math": False,  # a run may be called "$5"
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "grid.color": TEXT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.dash_capstyle": "butt",
+    "legend.frameon": False,
+    "legend.borderaxespad": 0.2,
+    "legend.handlelength": 2.8,  # long enough to tell one dash pattern from another
+    "savefig.facecolor": "none",
+    "savefig.dpi": 150,
+    "svg.fonttype": "none",  # text stays text: small, searchable, and in a font that the reader has
+    "svg.hashsalt": "figures",  # else the names inside an SVG are random
+}
+# Who made it and when would differ from one machine or day to the next.
+METADATA = {
+    ".svg": {"Date": None, "Creator": None},
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+def style() -> contextlib.AbstractContextManager:
+    """matplotlib's defaults with SETTINGS, whatever the reader's own matplotlibrc says; as before afterwards."""
+    return matplotlib.style.context(SETTINGS, after_reset=True)
+
+
+def line(number: int) -> dict:
+    """Colour and line style of the number-th run of a figure, 0, 1, ...: the first 20 all differ, and without colour
+    any four in a row."""
+    colours = [colour for colour in COLOURS.values() if colour != HEALTHY]
+    return {"color": colours[number % len(colours)], "linestyle": DASHES[number % len(DASHES)]}
+
+
+def check_figure_name(path: str | Path) -> Path:
+    check(Path(path).suffix in METADATA, f"{path}: a figure's name ends in {', '.join(METADATA)}")
+    return Path(path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write .svg, .png or .pdf, whole or not at all."""
+    path = check_figure_name(path)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with style():
+            figure.savefig(unfinished, format=path.suffix[1:], metadata=METADATA[path.suffix])
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
