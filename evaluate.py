@@ -231,7 +231,7 @@ def run(config: Config) -> dict:
     check(bool(config.policies), "--policies needs at least one checkpoint")
     check(not Path(config.out_dir).is_file(), f"--out_dir {config.out_dir} is a file; name a folder")
     device = pick_device(config.device)
-    made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "dpo": "python dpo.py"}
+    made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "grpo": "python grpo.py", "dpo": "python dpo.py"}
     loaded = [load_model(p, device, made_by=made_by.get(Path(p).name, "")) for p in config.policies]
     baseline = loaded[0]
     reference, tokenizer = baseline.model, load_tokenizer(baseline.tokenizer)
@@ -377,7 +377,7 @@ def report_task(results: dict) -> list[dict]:
         found.append(gate("reward model: right against wrong, manners equal", parts["right_vs_wrong"], 0.75, 1.0))
     start = policies[baseline]
     found.append(gate(f"{baseline}: correct at temperature 1", start["correct"], 0.0, 0.5))
-    for name, closed in (("ppo", 0.55), ("dpo", 0.50)):
+    for name, closed in (("ppo", 0.55), ("grpo", 0.50), ("dpo", 0.50)):
         if name in policies and name != baseline:
             figures = policies[name]
             found.append(gate(f"{name}: headroom closed", figures["headroom_closed"], closed, 1.0))

@@ -18,6 +18,9 @@ python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$D/pro
 python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" data/tiny.py:gold_reward --reward_weights 1 0.5 --prompts "$D/prompts.jsonl" --out_dir "$OUT/ppo_two_rewards" $SMALL
 python ppo.py --policy "$OUT/sft" --reward data/tiny.py:gold_reward --prompts "$D/prompts.jsonl" --out_dir "$OUT/ppo_gold" $SMALL --kl exact --kl_target 4 --train_layers 1 --ptx_coef 0.1 --ptx_data "$D/demonstrations.jsonl"
 python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$D/prompts.jsonl" --out_dir "$OUT/ppo" $SMALL --trace --resume # done already
+python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$D/prompts.jsonl" --out_dir "$OUT/grpo" $SMALL
+python grpo.py --kind rloo --policy "$OUT/sft" --reward data/tiny.py:gold_reward --prompts "$D/prompts.jsonl" --out_dir "$OUT/rloo" $SMALL
 python dpo.py --policy "$OUT/sft" --data "$D/rankings.jsonl" --out_dir "$OUT/dpo" --warmup 2
-python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$D/prompts_held_out.jsonl" --n_prompts 64 --best_of 1 4 --out_dir "$OUT/evaluate"
+python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$D/prompts_held_out.jsonl" --n_prompts 64 --best_of 1 4 --out_dir "$OUT/evaluate"
 python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: Add 2 and 3."
+python study/report.py --run "$OUT"

@@ -9,9 +9,9 @@ OUT=${OUT:-out}
 # Networks this small gain from a second thread, and lose from more. A thread that waits for the other spins for a short time only: by
 # default it would spin on, which costs a twentieth less on an idle machine, and makes everything 20 times slower beside any other job.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
-DATA="" SFT="" COLLECT="" DPO="" PPO=""
+DATA="" SFT="" COLLECT="" DPO="" PPO="" GRPO=""
 if [ -n "${LONG:-}" ]; then
-    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 5e-5" PPO="--iterations 40 --lr 1e-4 --kl_coef 0.2"
+    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 5e-5" PPO="--iterations 40 --lr 1e-4 --kl_coef 0.2" GRPO="--iterations 40 --lr 1e-4"
 fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
@@ -36,8 +36,12 @@ cat "$OUT/dpo.log"
 [ $status -eq 0 ] || exit $status
 # 3a. PPO against the reward model
 step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict $PPO
+# 3c. the same without a value model: groups of eight completions of a prompt
+step python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/grpo" --seed "$SEED" --strict $GRPO
 # 4. compare, on questions that nothing was trained on or chosen by
-step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
-step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
+# 5. a page about all of it, to open in a browser
+step python study/report.py --run "$OUT" --seed "$SEED"
 echo
-echo "done in $((SECONDS - start)) s; see $OUT/evaluate/results.json, or: python sample.py --policy $OUT/ppo"
+echo "done in $((SECONDS - start)) s; see $OUT/report.html, or: python sample.py --policy $OUT/ppo"

@@ -50,7 +50,7 @@ FULL = Size(
     numbers=(300, 1200, 5000),
     tests=0,
     ppo="--rollouts 128 --minibatch 32 --lr 4e-4",
-    iterations=30,
+    iterations=24,
     long=50,
     ensemble=4,
     kl_coefs=(0.8, 0.4, 0.2, 0.1, 0.05, 0.02),
@@ -157,6 +157,9 @@ def measure(size: Size, o: str, seed: int, name: str, policies: list[Job], also:
 # -------------------------------------------------------------------------------- the experiments
 
 
+WEAK_LETTERS = "bcd"
+
+
 def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     """1. Gao et al. 2022: weak and strong reward model, with and without penalty; ensembles of weak ones; best of n."""
     yield rank(size, o, seed, "rankings_weak", f"--n_prompts {size.few}")
@@ -164,6 +167,11 @@ def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     for number in range(size.ensemble):  # the same rankings, another order and another start of the head
         weak.append(f"{o}/weak_{number}")
         yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", seconds=4)
+    for letter in WEAK_LETTERS:  # and more weak ones, each with rankings of its own: how far it goes varies much
+        skip = size.few * (1 + WEAK_LETTERS.index(letter))
+        yield rank(size, o, seed, f"rankings_weak_{letter}", f"--skip {skip} --n_prompts {size.few}")
+        yield reward_model(o, seed, f"weak_{letter}", f"rankings_weak_{letter}", seconds=4)
+        yield ppo(size, o, seed, f"over_weak_{letter}_0", "--kl_coef 0", f"{o}/weak_{letter}", long=True)
     for name, reward in (("weak", weak[0]), ("strong", "")):
         for kl_coef in (0, 0.1):
             yield ppo(size, o, seed, f"over_{name}_{kl_coef}", f"--kl_coef {kl_coef}", reward, long=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from cli import UserError, check
-from study.jobs import PPO_BROKEN, PPO_FLAGS, SFT_BROKEN, Size
+from study.jobs import PPO_BROKEN, PPO_FLAGS, SFT_BROKEN, WEAK_LETTERS, Size
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 12: 2.201}  # by number of seeds or runs
 
 
 def interval(values: list[float]) -> dict:
@@ -127,6 +127,11 @@ def overoptimisation(size: Size, out: str) -> dict:
         by_seed[0][0]["start"] = start  # before the first update: SFT's own samples
         found["rl"][name] = curve(by_seed, "rl")
         found["rl"][name]["fall"] = fall(found["rl"][name])
+    # every weak reward model with rankings of its own, four a seed: how far it goes differs much from one to the next
+    names = ["over_weak_0", *(f"over_weak_{letter}_0" for letter in WEAK_LETTERS)]
+    runs = [log_of(f"{out}/{seed}/{name}") for name in names for seed in size.seeds]
+    found["all_weak"] = curve([blocks(rows, BLOCK) for rows in runs], "rl")
+    found["all_weak"]["fall"] = fall(found["all_weak"])
     judged = [read(f"{out}/{seed}/best_of_n.json") for seed in size.seeds]
     for name in judged[0]:
         found["best_of_n"][name] = curve([results[name] for results in judged], "best_of_n")
@@ -267,6 +272,10 @@ def print_results(results: dict) -> None:
                     f"      {key:5} = {f['start']:.2f} + {form}, a {f['alpha']:.3f}, b {f['beta']:.3f}; "
                     f"error {f['error']:.3f}{inside}"
                 )
+    for key in ("gold", "score"):
+        change = results["overoptimisation"]["all_weak"]["fall"][key]
+        told = ", ".join(f"{v:+.2f}" for v in change["seeds"])
+        print(f"  {len(change['seeds'])} weak reward models: {key} {show(change, 2, '+')} ({told})")
     print("\nfrontier: gold at KL")
     for points in results["frontier"].values():
         for name, p in points.items():

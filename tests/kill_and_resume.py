@@ -43,12 +43,13 @@ import torch
 import collect
 import data.tiny
 import dpo
+import grpo
 import ppo
 import reward_model
 import sft
 from cli import UserError
 
-STAGES = ["sft", "collect", "reward_model", "ppo", "dpo"]  # each reads what those before it have written
+STAGES = ["sft", "collect", "reward_model", "ppo", "grpo", "dpo"]  # each reads what those before it have written
 # Imported before the fork; torch._dynamo because making an optimiser imports it. The project's own import is quick.
 PRELOAD = ["torch", "torch._dynamo", "pytest", "tiktoken", "tqdm"]
 LONGEST = 300.0  # seconds after which an undisturbed child is taken to hang
@@ -109,6 +110,18 @@ def configs(work: Path) -> dict:
             # so that a run is also resumed amid the iterations its results are means of
             **{**training, "save_every": 1},
         ),
+        "grpo": grpo.Config(
+            policy=str(before / "sft"),
+            reward=[str(before / "reward_model")],
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(out / "grpo"),
+            iterations=8,
+            rollouts=8,
+            group=4,
+            minibatch=4,
+            max_new_tokens=12,
+            **{**training, "save_every": 1},
+        ),
         "dpo": dpo.Config(
             policy=str(before / "sft"),
             data=rankings,
@@ -122,7 +135,7 @@ def configs(work: Path) -> dict:
     }
 
 
-MODULES = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}
+MODULES = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo, "grpo": grpo, "dpo": dpo}
 
 
 def function_of(module):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import dpo
+import grpo
 import ppo
 import reward_model
 from common import generator_for, lr_at
@@ -41,6 +42,7 @@ COMPLETIONS = [[*w, EOS] for n in range(LENGTH) for w in itertools.product(LETTE
 INDEX = {tuple(c): i for i, c in enumerate(COMPLETIONS)}
 P, N = len(PROMPTS), len(COMPLETIONS)  # 3, 40
 BETAS, SEEDS = (0.7, 1.4), (0, 1, 2)
+GROUP = 10  # completions of a prompt in GRPO's runs
 CPU = torch.device("cpu")
 
 
@@ -136,6 +138,68 @@ def run_ppo(beta: float, seed: int, iterations: int = 130, rollouts: int = 510) 
     return distances(beta, reference, reward, logprobs(policy), star, best)
 
 
+def run_grpo(beta: float, seed: int, kind: str, penalty: str, iterations: int = 130, rollouts: int = 510) -> dict:
+    """grpo.py's own experience and update, on as many samples as run_ppo has; groups of ten."""
+    torch.set_num_threads(1)
+    reference, reward = world(seed)
+    star, best = optimum(reference, reward, beta)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    settings = {"lr": 3e-3, "minibatch": 102, "micro_batch": 0, "max_new_tokens": LENGTH, "rollouts": rollouts}
+    config = grpo.Config(kind=kind, kl=penalty, kl_coef=beta, group=GROUP, ppo_epochs=1, **settings)
+    optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5)
+    which = [i // GROUP % P for i in range(rollouts)]
+    for iteration in range(iterations):
+        rollout, scores = sample(policy, which, reward, generator_for(CPU, seed, iteration, 1))
+        experience = grpo.make_experience(policy, reference, rollout, scores, config)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * lr_at(iteration, iterations, 5, "linear")
+        grpo.update(policy, optimizer, experience, config, generator_for(CPU, seed, iteration, 2))
+    figures = distances(beta, reference, reward, logprobs(policy), star, best)
+    if kind == "dr_grpo":  # R is in the mean that is subtracted from it, so it counts (group - 1) / group
+        figures["elsewhere"] = kl(logprobs(policy), fixed_point(reference, reward, beta * GROUP / (GROUP - 1)))
+    return figures
+
+
+def fixed_point(reference: GPT, reward: Tensor, beta: float) -> Tensor:
+    """Where a policy stops whose loss has k3 of each sampled token as a penalty: log pi (P, N), exactly.
+
+    Its gradient pulls at each token by the divergence at that token alone, in the states that the policy comes to; that
+    a token leads to states of larger divergence costs nothing (in the reward it does). Over samples of pi, k3 has the
+    gradient of KL(ref || pi). So with Q(s, a) the expected reward after token a, and V(s) = sum pi Q, state by state
+    from the last to the first:  pi (Q - V) + beta (ref - pi) = 0,  so  pi = ref beta / (beta + V - Q), with the V that
+    makes it sum to 1."""
+    found = torch.zeros(P, N, dtype=torch.float64)
+    reference = copy.deepcopy(reference).double()
+
+    def solve(prompt: int, prefix: tuple[int, ...]) -> tuple[float, dict[tuple[int, ...], float]]:
+        """V of the state, and log pi of every completion from here on."""
+        with torch.no_grad():
+            ref = reference(torch.tensor([[*PROMPTS[prompt], *prefix]]))[0, -1].softmax(-1).tolist()
+        Q, below = [], []
+        for a in range(V):
+            end = a == EOS or len(prefix) + 1 == LENGTH
+            v, logp = (
+                (reward[prompt, INDEX[(*prefix, a)]].item(), {(*prefix, a): 0.0})
+                if end
+                else solve(prompt, (*prefix, a))
+            )
+            Q.append(v)
+            below.append(logp)
+        low, high = max(Q) - beta, max(Q)  # the sum over a falls from infinity to below 1 between these two
+        for _ in range(100):
+            value = (low + high) / 2
+            total = sum(r * beta / (beta + value - q) for r, q in zip(ref, Q, strict=True))
+            low, high = (value, high) if total > 1 else (low, value)
+        pi = [r * beta / (beta + high - q) for r, q in zip(ref, Q, strict=True)]
+        logp = {y: math.log(p) + rest for p, part in zip(pi, below, strict=True) for y, rest in part.items()}
+        return sum(p * q for p, q in zip(pi, Q, strict=True)), logp
+
+    for prompt in range(P):
+        for y, logp in solve(prompt, ())[1].items():
+            found[prompt, INDEX[y]] = logp
+    return found
+
+
 def run_dpo(beta: float, seed: int, steps: int = 900) -> dict:
     """dpo.py's log-probs and loss on all pairs of completions, each order weighted by its
     Bradley-Terry probability: the expected loss of infinitely many preferences. Its minimum is at pi*
@@ -176,11 +240,16 @@ def distances(beta: float, reference: GPT, reward: Tensor, logp: Tensor, star: T
 
 def run_job(job: tuple[str, float, int]) -> dict:
     method, beta, seed = job
-    figures = {"PPO": run_ppo, "DPO": run_dpo}[method](beta, seed)
+    if method in GROUP_METHODS:
+        figures = run_grpo(beta, seed, *GROUP_METHODS[method])
+    else:
+        figures = {"PPO": run_ppo, "DPO": run_dpo}[method](beta, seed)
     return {"method": method, "beta": beta, "seed": seed, **figures}
 
 
+GROUP_METHODS = {"RLOO": ("rloo", "k1"), "Dr. GRPO": ("dr_grpo", "k3"), "GRPO": ("grpo", "k3")}
 JOBS = [(method, beta, seed) for method in ("PPO", "DPO") for beta in BETAS for seed in SEEDS]
+JOBS += [(method, BETAS[0], seed) for method in GROUP_METHODS for seed in SEEDS]
 
 
 @functools.cache
@@ -219,6 +288,26 @@ def test_ppo_reaches_the_optimum(runs, beta, seed):
         assert r["before"] > 0.5
     assert r["after"] <= 0.03
     assert (r["j"] - r["j0"]) / (r["best"] - r["j0"]) >= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rloo_reaches_the_optimum(runs, seed):
+    """No value model and no GAE: the others of the group as baseline, the k1 penalty in the reward; the same pi*."""
+    r = runs["RLOO", BETAS[0], seed]
+    assert r["before"] > 0.5
+    assert r["after"] <= 0.03
+    assert (r["j"] - r["j0"]) / (r["best"] - r["j0"]) >= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_where_grpo_ends_instead(runs, seed):
+    """With k3 in the loss it isn't pi*: Dr. GRPO comes to a point of its own, known exactly, and GRPO, whose advantages
+    are divided by each group's std, not to pi* either."""
+    r = runs["Dr. GRPO", BETAS[0], seed]
+    assert r["elsewhere"] <= 0.03 and r["after"] > 2 * r["elsewhere"] + 0.03
+    assert 0.05 < runs["GRPO", BETAS[0], seed]["after"] < 0.5 * runs["GRPO", BETAS[0], seed]["before"]
 
 
 @pytest.mark.slow

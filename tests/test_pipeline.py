@@ -21,6 +21,7 @@ import data.prepare
 import data.tiny
 import dpo
 import evaluate
+import grpo
 import ppo
 import reward_model
 import sft
@@ -94,6 +95,18 @@ def configs(out: Path, **changed) -> dict:
             kl_target=3.0,
             device="cpu",
         ),
+        "grpo": grpo.Config(
+            policy=str(out / "sft"),
+            reward=[str(out / "reward_model")],
+            prompts=str(d / "prompts.jsonl"),
+            out_dir=str(out / "grpo"),
+            iterations=4,
+            rollouts=16,
+            minibatch=8,
+            micro_batch=4,
+            max_new_tokens=16,
+            device="cpu",
+        ),
         "dpo": dpo.Config(
             policy=str(out / "sft"),
             data=str(d / "rankings.jsonl"),
@@ -104,7 +117,7 @@ def configs(out: Path, **changed) -> dict:
             device="cpu",
         ),
         "evaluate": evaluate.Config(
-            policies=[str(out / p) for p in ("sft", "ppo", "dpo")],
+            policies=[str(out / p) for p in ("sft", "ppo", "grpo", "dpo")],
             reward=str(out / "reward_model"),
             prompts=str(d / "prompts_held_out.jsonl"),
             max_new_tokens=16,
@@ -123,11 +136,12 @@ STAGES = {
     "collect_held_out": collect,
     "reward_model": reward_model,
     "ppo": ppo,
+    "grpo": grpo,
     "dpo": dpo,
     "evaluate": evaluate,
 }
 
-TRAINED = ("sft", "reward_model", "ppo", "dpo")
+TRAINED = ("sft", "reward_model", "ppo", "grpo", "dpo")
 
 
 def run(names, made: dict) -> dict:
@@ -177,7 +191,7 @@ def test_evaluation_has_the_promised_figures(pipeline):
     results = json.loads((out / "evaluate" / "results.json").read_text(encoding="utf-8"))
     assert results["ceiling"] == pytest.approx(data.tiny.CEILING)
     assert {"accuracy", "bayes_accuracy", "longer_wins", "length_alone"} <= set(results["reward_model"])
-    assert list(results["policies"]) == ["sft", "ppo", "dpo"] and set(results["best_of_n"]) == {"1", "2"}
+    assert list(results["policies"]) == ["sft", "ppo", "grpo", "dpo"] and set(results["best_of_n"]) == {"1", "2"}
     for name, figures in results["policies"].items():
         assert {"gold", "gold_se", "rm", "kl", "win_rate", "win_low", "win_high"} <= set(figures)
         assert {"eos_rate", "length", "distinct", "headroom_closed"} <= set(figures)
@@ -198,9 +212,9 @@ def test_the_same_seed_gives_the_same_run(pipeline, tmp_path):
     shutil.copytree(out / "data", tmp_path / "data")
     (tmp_path / "data" / "rankings.jsonl").unlink()
     made = configs(tmp_path)
-    run(["sft", "collect", "reward_model", "ppo", "dpo"], made)
+    run(["sft", "collect", "reward_model", "ppo", "grpo", "dpo"], made)
     assert (tmp_path / "data" / "rankings.jsonl").read_bytes() == (out / "data" / "rankings.jsonl").read_bytes()
-    for stage in ("sft", "reward_model", "ppo", "dpo"):
+    for stage in TRAINED:
         assert metrics(tmp_path / stage) == metrics(out / stage), stage
     other = dataclasses.replace(made["dpo"], seed=2, out_dir=str(tmp_path / "other"))
     dpo.train(other)
@@ -253,7 +267,7 @@ def test_every_file_that_is_read_is_named(pipeline, tmp_path, monkeypatch, capsy
     _, made, _ = pipeline
     where = "out" if stage.startswith("collect") else "out_dir"
     config = dataclasses.replace(made[stage], **{where: str(tmp_path / "here")})
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         config.ptx_coef, config.ptx_data = 0.1, made["sft"].data
     capsys.readouterr()
     monkeypatch.setattr(sys.modules[__name__], "OPENED", opened := [])
@@ -262,7 +276,9 @@ def test_every_file_that_is_read_is_named(pipeline, tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().out
     read = {path for path in opened if path.startswith(str(tmp_path.parent)) and str(tmp_path / "here") not in path}
     # policy, data, held-out data, and what a stage needs besides
-    assert len(read) == {"tiny": 0, "sft": 2, "reward_model": 4, "ppo": 4, "dpo": 3, "evaluate": 7}.get(stage, 2)
+    assert len(read) == {"tiny": 0, "sft": 2, "reward_model": 4, "ppo": 4, "grpo": 3, "dpo": 3, "evaluate": 8}.get(
+        stage, 2
+    )
     assert not {path for path in read if path not in shown}
 
 
@@ -314,7 +330,7 @@ def test_a_state_belongs_to_its_configuration(pipeline, tmp_path, stage):
     shutil.copytree(out / stage, tmp_path / stage)
     before = contents(tmp_path / stage)
     config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True)
-    what = "prompts" if stage == "ppo" else "data"
+    what = "prompts" if stage in ("ppo", "grpo") else "data"
     other = shutil.copy(getattr(config, what), tmp_path / "other.jsonl")
     changed = {"lr": config.lr / 2, "seed": 2, "warmup": 1, "grad_clip": 0.5, what: str(other)}
     changed |= {} if stage == "sft" else {"policy": str(out / "dpo")}
@@ -342,17 +358,17 @@ def test_a_finished_run_goes_on_for_longer(pipeline, tmp_path, stage):
     the whole run: SFT's loss before training is still the one before training."""
     out, made, results = pipeline
     shutil.copytree(out / stage, tmp_path / stage)
-    more = {"iterations": 6} if stage == "ppo" else {"epochs": 2}
+    more = {"iterations": 6} if stage in ("ppo", "grpo") else {"epochs": 2}
     config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True, **more)
     longer = STAGES[stage].train(config)
     before, after = metrics(out / stage), metrics(tmp_path / stage)
     assert after[: len(before)] == before
-    assert after[-1]["step"] == before[-1]["step"] * (1.5 if stage == "ppo" else 2)
+    assert after[-1]["step"] == before[-1]["step"] * (1.5 if stage in ("ppo", "grpo") else 2)
     assert [row["step"] for row in after] == sorted(row["step"] for row in after)
     assert load_file(tmp_path / stage / "state.pt")["step"] == after[-1]["step"]
     if stage == "sft":
         assert longer["first_loss"] == results["sft"]["first_loss"] > longer["held_out_loss"]
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         assert longer["score"] == pytest.approx(after[-1]["score"], abs=1e-6)  # the last quarter of six
 
 

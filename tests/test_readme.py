@@ -1,0 +1,217 @@
+"""README.md: every command in it is run, at a small size; every link, function and test that it names is there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli import check_ranges, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+# At the end of a command, where they win over what README.md says: the same code, with next to nothing to do.
+PPO = "--iterations 1 --rollouts 8 --minibatch 8 --warmup 0 --max_new_tokens 8"
+SMALL = {
+    "sft.py": "--epochs 1 --warmup 0",
+    "collect.py": "--n_prompts 4 --max_new_tokens 8",
+    "reward_model.py": "--warmup 0 --normalise_samples 8 --max_new_tokens 8",
+    "ppo.py": PPO,
+    "grpo.py": PPO,
+    "dpo.py": "--warmup 0 --max_new_tokens 8",
+    "evaluate.py": "--n_prompts 4 --best_of 1 2 --max_new_tokens 8",
+    "sample.py": "--max_new_tokens 8",
+    "bench.py": "--size S --stages sft --repeats 1 --batch_size 2 --micro_batch 1",
+    "plan.py": "--sizes gpt2",
+    "study.run": "--commands",
+    "study.best_of_n": "--n_prompts 2 --best_of 1 2 --max_new_tokens 8",
+    "study.implicit": "--n_prompts 4",
+}
+# Not run here, but their flags are read: these need a network, or a person.
+NEEDS_MORE = ("--annotator web", "--annotator human", "gpt2", "hf:", "out/real", "--tokenizer", "annotate")
+NEEDS_TIME = ("tests/mutate.py", "tests/kill_and_resume.py", "pytest", "data.prepare", "bench.py --compare")
+
+
+def commands() -> list[str]:
+    """What starts with python in the blocks, and between single backquotes when it names a script."""
+    found = []
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", TEXT, re.DOTALL):
+        found += [line.split("  #")[0].strip() for line in block.splitlines()]
+    found += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", TEXT)
+    starts = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?python (?:-m )?\S+")
+    return list(
+        dict.fromkeys(c for c in found if starts.match(c) and "FILE" not in c and "..." not in c and "RUN" not in c)
+    )
+
+
+def script_of(command: str) -> tuple[str, list[str], dict[str, str]]:
+    """A command -> its script or module, its arguments, and what stands before it (NAME=value)."""
+    words, environment = shlex.split(command), {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    words = words[2:] if words[1] == "-m" else words[1:]
+    return words[0], words[1:], environment
+
+
+def test_there_are_commands():
+    """A pattern that finds nothing passes everything."""
+    assert len(commands()) >= 30
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_has_flags_that_its_script_knows(command):
+    """A flag that was renamed, a value out of range: the reader's first command ends in an error."""
+    script, arguments, _ = script_of(command)
+    if script == "study.broken" and arguments:
+        from study.broken import BROKEN
+
+        assert arguments[0] in BROKEN
+        script, arguments = arguments[1], arguments[2:]
+    name = script.removesuffix(".py").replace("/", ".")
+    if name.startswith("tests") or script == "pytest":
+        assert script == "pytest" or (ROOT / script).exists()
+        return
+    module = importlib.import_module(name)
+    if hasattr(module, "Config") and name not in ("study.plot", "study.broken", "data.prepare", "data.annotate"):
+        check_ranges(parse_config(module.Config, "", arguments))
+
+
+RUNNER = """
+import json, os, runpy, sys, time
+import torch, torch._dynamo, tiktoken, matplotlib.figure
+torch.set_num_threads(1)
+failed = []
+for command, words, environment in json.load(open(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(environment)
+        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        status = 0
+        try:
+            sys.argv = words[1:] if words[0] == "-m" else words
+            sys.path[0] = os.getcwd() if words[0] == "-m" else os.path.dirname(os.path.abspath(words[0]))
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            print(end.code)
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        failed.append(command + "\\n" + open("log.txt", encoding="utf-8").read()[-1500:])
+print(json.dumps(failed))
+"""
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    """A copy of the project with what the commands start from: a small run of the demo, and files of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    for source in ("data", "study", "runs", "assets", *(p.name for p in ROOT.glob("*.py"))):
+        ignored = shutil.ignore_patterns("__pycache__")
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        copy(ROOT / source, folder / source, **({"ignore": ignored} if (ROOT / source).is_dir() else {}))
+    for block in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", TEXT, re.DOTALL):
+        (folder / block[0]).write_text(block[1], encoding="utf-8")
+    prepare = [
+        "data.tiny --demonstrations 200 --held_out_demonstrations 20 --prompts 100 --held_out_prompts 20",
+        "sft.py --data out/data/demonstrations.jsonl --out_dir out/sft --n_layer 2 --n_embd 32 --warmup 0 --epochs 1",
+        "collect.py --n_prompts 32 --max_new_tokens 8",
+        "collect.py --n_prompts 16 --max_new_tokens 8 --prompts out/data/prompts_held_out.jsonl",
+        f"reward_model.py {SMALL['reward_model.py']}",
+        f"ppo.py {PPO}",
+        f"grpo.py {PPO}",
+        f"dpo.py {SMALL['dpo.py']}",
+        f"evaluate.py {SMALL['evaluate.py']}",
+    ]
+    failed = run_all([f"python {'-m ' if c.startswith('data') else ''}{c}" for c in prepare], folder, small=False)
+    assert not failed, failed[0]
+    for name in ("rm1", "rm2", "rm3"):
+        shutil.copytree(folder / "out/reward_model", folder / "out" / name)
+    return folder
+
+
+def run_all(chosen: list[str], folder: Path, small: bool = True) -> list[str]:
+    """Run commands one after the other in the folder -> those that failed, with the end of what they printed."""
+    jobs = []
+    for command in chosen:
+        script, arguments, environment = script_of(command)
+        key = arguments[1] if script == "study.broken" and arguments else script
+        extra = shlex.split(SMALL.get(key, "")) if small else []
+        if small and key == "sft.py" and "--init" not in arguments:
+            extra += ["--n_layer", "2", "--n_embd", "32"]
+        module = " -m " in command
+        jobs.append((command, [*(["-m"] if module else []), script, *arguments, *extra], environment))
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    (folder / "runner.py").write_text(RUNNER, encoding="utf-8")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", GOMP_SPINCOUNT="2000")
+    done = subprocess.run(
+        [sys.executable, "runner.py", "jobs.json"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="one process imports torch for all of them, by fork")
+def test_every_command_runs(scratch):
+    """A command that was right when it was written. Left out: what needs a network, a person or many minutes."""
+    chosen = [c for c in commands() if not any(word in c for word in (*NEEDS_MORE, *NEEDS_TIME))]
+    failed = run_all(chosen, scratch)
+    assert not failed, "\n\n".join(failed)
+    assert len(chosen) >= 20
+
+
+def test_make_targets_and_scripts_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z0-9]+)\b(?=[^\n]*[`#]|\s{2})", TEXT)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for script in re.findall(r"bash (\S+\.sh)", TEXT):
+        assert (ROOT / script).exists(), script
+
+
+def anchor(title: str) -> str:
+    """GitHub's: lower case, punctuation gone, blanks to hyphens."""
+    return re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).strip().replace(" ", "-")
+
+
+def test_links_lead_somewhere():
+    """A figure that was renamed; a section that moved."""
+    anchors = {anchor(title) for title in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_functions_and_tests_that_it_names_are_there():
+    """The table of details points at lines of code and tests: `function` in file.py, `test_x.py`."""
+    named = re.findall(r"`(\w+)` in ([\w/]+\.py)", TEXT)
+    assert len(named) >= 15
+    for function, file in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^\s*(?:def|class) {function}\b", source, re.MULTILINE), f"{function} in {file}"
+    for test in set(re.findall(r"`(test_\w+\.py)`", TEXT)):
+        assert (ROOT / "tests" / test).exists(), test
