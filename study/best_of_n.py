@@ -51,10 +51,16 @@ def best_log_ratio(scores: Tensor, logprobs: Tensor, n: int) -> Tensor:
 
     logprobs: of the policy. Averaged over what best-of-n says, this is its KL to the policy."""
     N = scores.size(1)
-    worse = torch.searchsorted(scores.sort(1).values.contiguous(), scores.contiguous())  # (P, N) how many score less
-    below = worse.double() / N  # F-
+    ordered, scores = scores.sort(1).values.contiguous(), scores.contiguous()
+    worse = torch.searchsorted(ordered, scores)  # (P, N) how many of the samples score less
+    no_better = torch.searchsorted(ordered, scores, right=True)  # (P, N) or as much
+    p = logprobs.double().exp()
+    # A text that came once: its share of the samples says nothing about p. One that came often: its middle is known
+    # better than its lower end, and if nothing was better its upper end is 1.
+    below = torch.where(no_better - worse > 1, (worse + no_better) / (2 * N) - p / 2, worse / N)
+    below = torch.where((no_better == N) & (no_better - worse > 1), 1 - p, below).clamp(0, 1)  # F-
     # F^n - F-^n with F = F- + p, over p. As p goes to 0 this is n F-^(n-1): written so that nothing is lost there
-    p = torch.minimum(logprobs.double().exp(), 1 - below).clamp(min=1e-300)
+    p = torch.minimum(p, 1 - below).clamp(min=1e-300)
     x = n * torch.log1p(p / below.clamp(min=1e-12))
     ratio = n * below.clamp(min=1e-12).log() + torch.log(torch.expm1(x.clamp(max=500.0))) - p.log()
     return torch.where(below > 0, ratio, (n - 1) * p.log())

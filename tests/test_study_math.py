@@ -1,0 +1,303 @@
+"""The study's arithmetic: best of n and its KL, intervals, fits, falls; its commands; its mistakes; its scheduler."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ToyTokenizer, checkpoint, completion_logprobs, make_gpt, speak_toy, spread
+
+from cli import UserError, check_ranges, parse_config
+from data.files import read_jsonl, write_jsonl
+from evaluate import expected_best
+from model import Rollout
+from study import best_of_n, broken, implicit, jobs, rankings, results, run
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL, QUICK = jobs.FULL, jobs.QUICK
+
+
+# -------------------------------------------------------------------------------- best of n
+
+
+def test_kl_of_best_of_n_of_few_texts():
+    """Six texts, known probabilities and scores: best-of-n says the k-th with probability F^n - F-^n, which gives its
+    KL exactly, and it is well below log n - (n - 1)/n. A KL that is the bound in other words would not be."""
+    p = torch.tensor([0.3, 0.05, 0.25, 0.1, 0.1, 0.2], dtype=torch.float64)  # in the order of their scores
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.multinomial(p.expand(200, 6), 512, replacement=True, generator=generator)  # (200, 512)
+    scores, logprobs = drawn.float(), p.log()[drawn]
+    for n in (1, 2, 4, 16, 64):
+        F = p.cumsum(0)
+        q = F**n - (F - p) ** n
+        exact = (q * (q / p).log()).sum().item()
+        ratio = best_of_n.best_log_ratio(scores, logprobs, n)
+        found = expected_best(scores, ratio, n).mean().item()
+        assert found == pytest.approx(exact, abs=0.02)
+        assert n == 1 or exact < math.log(n) - (n - 1) / n - 0.02
+
+
+def test_kl_of_best_of_n_of_texts_that_never_repeat():
+    """Where no two samples are the same the formula log n - (n - 1)/n is exact."""
+    scores = torch.rand(100, 512, generator=torch.Generator().manual_seed(2))
+    logprobs = torch.full((100, 512), -60.0)
+    for n in (1, 2, 8, 64):
+        found = expected_best(scores, best_of_n.best_log_ratio(scores, logprobs, n), n).mean().item()
+        assert found == pytest.approx(math.log(n) - (n - 1) / n, abs=0.03)
+
+
+def test_curve_equals_a_loop_over_all_subsets():
+    """The best of every subset of n of six samples, averaged."""
+    generator = torch.Generator().manual_seed(3)
+    scores, golds = torch.rand(2, 6, generator=generator), torch.rand(2, 6, generator=generator)
+    for point in best_of_n.curve(scores, golds, torch.full((2, 6), -5.0), [1, 2, 4]):
+        subsets = list(itertools.combinations(range(6), point["n"]))
+        best = [[max(s, key=lambda i: scores[p, i].item()) for s in subsets] for p in range(2)]
+        gold = sum(golds[p, i].item() for p in range(2) for i in best[p]) / (2 * len(subsets))
+        assert point["gold"] == pytest.approx(gold, abs=1e-6)
+
+
+def test_a_text_is_scored_once_and_counted_as_often_as_it_came():
+    """The same tokens with another end (cut, not ended) are another row."""
+    tokens = torch.tensor([[1, 5, 2, 2], [1, 6, 2, 2], [1, 5, 2, 2], [1, 5, 2, 2]])
+    lens = torch.tensor([3, 3, 3, 2])
+    rollout = Rollout(tokens, torch.ones(4, dtype=torch.long), lens, torch.tensor([True, True, True, False]))
+    rows, index = best_of_n.unique_rows(rollout)
+    assert len(rows.lens) == 3
+    assert torch.equal(rows.tokens[index], tokens) and torch.equal(rows.lens[index], lens)
+    assert torch.equal(rows.ended[index], rollout.ended)
+
+
+# -------------------------------------------------------------------------------- intervals, fits, falls
+
+
+def test_interval_by_hand():
+    """Student's t with n - 1 degrees of freedom, not 1.96: three seeds are few."""
+    found = results.interval([1.0, 2.0, 4.5])
+    deviation = math.sqrt(((1 - 2.5) ** 2 + (2 - 2.5) ** 2 + (4.5 - 2.5) ** 2) / 2)
+    assert found["mean"] == 2.5
+    assert found["high"] - 2.5 == pytest.approx(4.303 * deviation / math.sqrt(3), rel=1e-9)
+    assert results.interval([0.3])["low"] is None
+
+
+@pytest.mark.parametrize("form", ["rl", "best_of_n"])
+def test_a_fit_finds_the_curve_that_it_is_given(form):
+    """d (a - b log d) and d (a - b d), with the start that is known."""
+    shape = (lambda d: math.log(d)) if form == "rl" else (lambda d: d)
+    distances = [0.0, 0.3, 0.9, 1.7, 3.0]
+    values = [0.7 + (d * (1.3 - 0.4 * shape(d)) if d else 0.0) for d in distances]
+    found = results.fit(distances, values, 0.7, results.SHAPES[form])
+    assert (found["alpha"], found["beta"], found["error"]) == pytest.approx((1.3, 0.4, 0.0), abs=1e-9)
+    assert [results.fitted(found, d, results.SHAPES[form]) for d in distances] == pytest.approx(values, abs=1e-9)
+
+
+def test_blocks_and_fall_by_hand():
+    """Means over iterations; and from the block that is best on average, seed by seed: each seed's own best block would
+    make a fall of mere noise."""
+    rows = [{"kl": float(i), "score": 10.0 * i, "gold": -float(i)} for i in range(7)]
+    assert [b["kl"] for b in results.blocks(rows, 3)] == [1.0, 4.0]
+    seeds = [[1.0, 3.0, 2.0], [1.0, 2.0, 2.5]]
+    points = [
+        {"gold": results.interval(list(g)), "score": results.interval([0.0, 1.0]), "distance": {"mean": 1.0}}
+        for g in zip(*seeds, strict=True)
+    ]
+    found = results.fall({"points": points})
+    assert found["peak_block"] == 1 and found["gold"]["seeds"] == [-1.0, 0.5]
+
+
+# -------------------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
+def test_every_command_fits_its_script_and_finds_its_files(size):
+    """A renamed flag, a value out of range, or a file that no earlier job makes: found after an hour, otherwise."""
+    made: list = []
+    for job in jobs.jobs(size, "out/s"):
+        words = [w for w in job.command if "=" not in w or w.startswith("--")]
+        if words[0] == "-m":
+            words = words[1:]
+        if words[0] == "study.broken":
+            assert words[1] in broken.BROKEN
+            words = words[2:]
+        module = importlib.import_module(words[0].removesuffix(".py"))
+        check_ranges(parse_config(module.Config, "", words[1:]))
+        needs = {n.makes for n in jobs.needed(job, made)}
+        for word in job.command:
+            path = word.rpartition("=")[2]
+            if path.startswith("out/s") and path != job.makes:
+                assert any(path == n or path.startswith(n + "/") for n in needs), f"{job.makes}: {path}"
+        made.append(job)
+    assert len({job.makes for job in made}) == len(made)
+
+
+def test_the_frontier_has_enough_points():
+    """Six of each method, three seeds."""
+    names = [job.makes for job in jobs.jobs(FULL, "o", ["frontier"])]
+    for method in ("ppo", "grpo", "dpo"):
+        for seed in (1, 2, 3):
+            assert sum(name.startswith(f"o/{seed}/{method}_") for name in names) >= 6
+
+
+@pytest.mark.parametrize("name", broken.BROKEN)
+def test_a_mistake_is_one_place_and_still_python(name):
+    """One that no longer fits the code would run the code as it is, and show that the mistake does no harm."""
+    mistake = broken.BROKEN[name]
+    text = (ROOT / mistake.file).read_text(encoding="utf-8")
+    assert text.count(mistake.right) == 1
+    compile(text.replace(mistake.right, mistake.wrong), mistake.file, "exec")
+    assert broken.diff(mistake, text).count("\n+") >= 1
+
+
+def test_a_broken_script_runs_the_broken_code(tmp_path):
+    """The copy's own modules must be imported, not the project's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "study.broken", "score_late", "ppo.py", "--policy", str(tmp_path / "none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "+    return rewards + F.one_hot((last + 1)" in done.stdout and "no such checkpoint" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "study.broken", "typo", "ppo.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode and "error: name one of these mistakes" in done.stderr
+
+
+# -------------------------------------------------------------------------------- implicit reward, rankings
+
+
+def test_the_implicit_reward_is_beta_times_the_log_ratio(tmp_path, monkeypatch):
+    """EOS counts where the completion ended; the reference is the run's own."""
+    speak_toy(monkeypatch, implicit)
+    reference, policy = make_gpt(0), make_gpt(0)
+    spread(policy, 3, scale=0.1)
+    start, out = checkpoint(tmp_path / "start", reference), checkpoint(tmp_path / "dpo", policy)
+    (tmp_path / "dpo" / "config.json").write_text(json.dumps({"beta": 0.3, "policy": start}), encoding="utf-8")
+    monkeypatch.setenv("IMPLICIT", out)
+    implicit.load.cache_clear()
+    prompts, completions, ended = ["ab", "c", "ab"], ["cd", "a", "cd"], [True, True, False]
+    found = implicit.reward(prompts, completions, ended)
+    tokenizer = ToyTokenizer()
+    for prompt, completion, end, r in zip(prompts, completions, ended, found, strict=True):
+        ids = tokenizer.encode(completion) + [tokenizer.eos_id] * end
+        log_ratio = [
+            completion_logprobs(m, tokenizer.encode_prompt(prompt), ids).sum().item() for m in (policy, reference)
+        ]
+        assert r == pytest.approx(0.3 * (log_ratio[0] - log_ratio[1]), abs=1e-5)
+    implicit.load.cache_clear()
+
+
+def test_joining_rankings_and_taking_the_best(tmp_path):
+    rows = [
+        {"prompt": "a", "completions": ["x", "y"], "gold": [1, 0]},
+        {"prompt": "b", "completions": [["p", "q"], "r"]},
+    ]
+    write_jsonl(tmp_path / "1.jsonl", rows[:1])
+    write_jsonl(tmp_path / "2.jsonl", rows[1:])
+    files, out = [str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")], str(tmp_path / "out.jsonl")
+    rankings.run(rankings.Config(rankings=files, out=out))
+    assert [row for _, row in read_jsonl(out)] == rows
+    rankings.run(rankings.Config(rankings=files, best=True, out=out))
+    assert [row for _, row in read_jsonl(out)] == [
+        {"prompt": "a", "completion": "x"},
+        {"prompt": "b", "completion": "p"},
+    ]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"bad\.jsonl:1"):
+        rankings.run(rankings.Config(rankings=[str(tmp_path / "bad.jsonl")], out=out))
+
+
+# -------------------------------------------------------------------------------- the scheduler
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+out = Path(sys.argv[-1])
+with open(out.parent / "log", "a") as log: log.write(out.name + " starts\\n")
+time.sleep(float(sys.argv[1]))
+if sys.argv[2] == "fails": sys.exit("it broke")
+out.write_text(sys.argv[2])
+with open(out.parent / "log", "a") as log: log.write(out.name + " ends\\n")
+"""
+
+
+def toy_jobs(tmp_path, b: str = "b", seconds: float = 0.05) -> list[jobs.Job]:
+    """a and c stand alone, b needs a, d needs b."""
+    script = tmp_path / "work.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    o = (tmp_path / "out").as_posix()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    parts = [("a", "a", ""), ("b", b, f"{o}/a"), ("c", "c", ""), ("d", "d", f"{o}/b")]
+    return [
+        jobs.make(1, f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
+    ]
+
+
+def log(tmp_path) -> list[str]:
+    return (tmp_path / "out" / "log").read_text().splitlines()
+
+
+def run_toys(tmp_path, todo: list[jobs.Job], monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run.run_jobs(todo, todo, (tmp_path / "out").as_posix(), 2)
+
+
+def test_jobs_run_once_and_after_what_they_need(tmp_path, monkeypatch):
+    todo = toy_jobs(tmp_path)
+    run_toys(tmp_path, todo, monkeypatch)
+    told = log(tmp_path)
+    assert sorted(told) == sorted(f"{x} {y}" for x in "abcd" for y in ("starts", "ends"))
+    assert told.index("a ends") < told.index("b starts") and told.index("b ends") < told.index("d starts")
+    run_toys(tmp_path, todo, monkeypatch)
+    assert log(tmp_path) == told
+
+
+def test_a_changed_command_runs_again_with_what_needs_it(tmp_path, monkeypatch):
+    """A result of the old command beside those of the new one is nobody's."""
+    run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
+    before = len(log(tmp_path))
+    run_toys(tmp_path, toy_jobs(tmp_path, b="other"), monkeypatch)
+    assert sorted(log(tmp_path)[before:]) == ["b ends", "b starts", "d ends", "d starts"]
+
+
+def test_a_failed_job_is_told_and_the_rest_stays_done(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="it broke"):
+        run_toys(tmp_path, toy_jobs(tmp_path, b="fails"), monkeypatch)
+    assert "a ends" in log(tmp_path)
+    before = len(log(tmp_path))
+    run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
+    assert "a starts" not in log(tmp_path)[before:] and "d ends" in log(tmp_path)[before:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_scheduler_leaves_no_job_behind(tmp_path, monkeypatch):
+    """Its jobs end with it, or they would write beside those of the next start; what was half done is done again."""
+    todo = toy_jobs(tmp_path, seconds=3.0)
+    program = "import pickle, sys; from study import run; run.run_jobs(*pickle.load(open(sys.argv[1], 'rb')))"
+    import pickle
+
+    (tmp_path / "jobs").write_bytes(pickle.dumps((todo, todo, (tmp_path / "out").as_posix(), 2)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "jobs")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    while not (tmp_path / "out" / "log").exists() or len(log(tmp_path)) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(3.5)  # longer than a job takes
+    assert log(tmp_path) == sorted(log(tmp_path)) and not any("ends" in line for line in log(tmp_path))
+    shutil.rmtree(tmp_path / "out")
+    run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
+    assert "d ends" in log(tmp_path)
