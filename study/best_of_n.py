@@ -59,11 +59,10 @@ def best_log_ratio(scores: Tensor, logprobs: Tensor, n: int) -> Tensor:
     # better than its lower end, and if nothing was better its upper end is 1.
     below = torch.where(no_better - worse > 1, (worse + no_better) / (2 * N) - p / 2, worse / N)
     below = torch.where((no_better == N) & (no_better - worse > 1), 1 - p, below).clamp(0, 1)  # F-
-    # F^n - F-^n with F = F- + p, over p. As p goes to 0 this is n F-^(n-1): written so that nothing is lost there
+    # (F^n - F-^n) / p with F = F- + p, as F^n (1 - (F-/F)^n) / p: exact where p is close to 0, too: n F-^(n-1)
     p = torch.minimum(p, 1 - below).clamp(min=1e-300)
-    x = n * torch.log1p(p / below.clamp(min=1e-12))
-    ratio = n * below.clamp(min=1e-12).log() + torch.log(torch.expm1(x.clamp(max=500.0))) - p.log()
-    return torch.where(below > 0, ratio, (n - 1) * p.log())
+    x = n * torch.log1p(p / below)  # n log(F/F-), infinite where nothing is worse
+    return n * (below + p).log() + torch.log(-torch.expm1(-x)) - p.log()
 
 
 @torch.no_grad()

@@ -31,6 +31,12 @@ def bars(axes: Axes, x: list, points: list[dict], **look) -> None:
     axes.errorbar(x, y, yerr=half, capsize=0, elinewidth=1.0, **look)
 
 
+def legend(figure: Figure, *panels: Axes, columns: int = 3) -> None:
+    """Below all panels, where it hides nothing; each label once."""
+    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+
+
 def fit_line(axes: Axes, run: dict, key: str, form: str, **look) -> None:
     """The fitted form of Gao et al. through the points."""
     d = np.linspace(0, max(p["distance"]["mean"] for p in run["points"]), 80)
@@ -46,13 +52,14 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
     labels = ("300 rankings", "5,000 rankings")
     for axes, name, label in zip((left, right), names, labels, strict=True):
+        run = results["overoptimisation"]["all_weak"] if rl and name == "weak_0" else runs[name]
         for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
-            points = runs[name]["points"]
+            points = run["points"]
             x = [p["distance"]["mean"] for p in points]
             look = {"color": COLOURS[colour], "marker": marker, "markersize": 4, "linestyle": "none"}
             title = {"score": "reward model's opinion", "gold": "true reward"}[key]
             bars(axes, x, [p[key] for p in points], label=title, **look)
-            fit_line(axes, runs[name], key, form, color=COLOURS[colour])
+            fit_line(axes, run, key, form, color=COLOURS[colour])
         if rl:  # the same with the default penalty
             points = runs[name.replace("_0", "_0.1")]["points"]
             x = [p["distance"]["mean"] for p in points]
@@ -61,7 +68,7 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
         axes.set_title(label)
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     left.set_ylabel("reward")
-    left.legend(loc="best", fontsize=8.5)
+    legend(figure, left)
     return figure
 
 
@@ -79,7 +86,7 @@ def ensembles(results: dict) -> Figure:
         axes.set_title("PPO, kl_coef 0" if family == "rl" else "best of n")
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     panels[0].set_ylabel("true reward")
-    panels[0].legend(fontsize=8.5)
+    legend(figure, panels[0])
     return figure
 
 
@@ -112,7 +119,7 @@ def frontier(results: dict) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("KL to SFT, nats a sequence")
     axes.set_ylabel("true reward")
-    axes.legend(fontsize=8.5, ncols=2)
+    legend(figure, axes, columns=4)
     return figure
 
 
@@ -148,8 +155,7 @@ def feedback(results: dict) -> Figure:
                 axes.set_xticks([], minor=True)
             else:
                 axes.set_xticks(x, [f"{t:g}" for t in x])
-        row[0].legend(fontsize=8.5)
-        row[1].legend(fontsize=8.5)
+    legend(figure, *panels.flat)
     return figure
 
 
@@ -166,7 +172,7 @@ def iterated(results: dict) -> Figure:
         axes.set_xticks(range(3), ["first half", "+ PPO's", "+ SFT's"])
         axes.set_title(title)
         axes.set_xlim(-0.5, 2.5)
-    panels[0].legend(fontsize=8.5)
+    legend(figure, panels[0])
     return figure
 
 
@@ -179,13 +185,22 @@ def secret(results: dict) -> Figure:
         y = [-i - 0.2 * (number - 1) for i in range(len(parts))]
         means = [accuracy[part]["mean"] for part in parts]
         half = [a["mean"] - a["low"] if a["low"] is not None else 0 for a in (accuracy[part] for part in parts)]
-        look = {"color": list(COLOURS.values())[number], "marker": "os^"[number], "linestyle": "none", "markersize": 4}
-        left.errorbar(means, y, xerr=half, label=("implicit", "scalar head", "told")[number], elinewidth=1, **look)
+        look = line(number) | {"marker": "o", "linestyle": "none", "markersize": 4}
+        left.errorbar(
+            means,
+            y,
+            xerr=half,
+            label=("DPO's implicit reward", "scalar head", "told expectations")[number],
+            elinewidth=1,
+            **look,
+        )
     left.set_yticks([-i for i in range(len(parts))], [part.replace("_", " ") for part in parts])
     left.set_xlim(-0.02, 1.02)
     left.set_title("pairs in the right order")
-    left.legend(fontsize=8.5, loc="lower left")
-    labels = {"implicit": "implicit reward", "plain": "scalar head", "told": "told", "gold": "the truth"}
+    labels = {
+        **{"implicit": "DPO's implicit reward", "plain": "scalar head", "told": "told expectations"},
+        **{"gold": "the truth"},
+    }
     for number, (name, label) in enumerate(labels.items()):
         points = results["secret"]["maximised"][name]["points"]
         bars(
@@ -200,7 +215,7 @@ def secret(results: dict) -> Figure:
     right.set_xscale("log")
     right.set_xlabel("KL to SFT, nats a sequence")
     right.set_title("true reward when maximised")
-    right.legend(fontsize=8.5)
+    legend(figure, left, right, columns=4)
     return figure
 
 

@@ -33,12 +33,32 @@ class Size(NamedTuple):
     iterations: int  # of an ordinary run
     long: int  # of a run that is to go too far
     ensemble: int  # reward models in it
+    weak: str  # names of more weak reward models, each with rankings of its own
+    breaks: tuple[str, ...]  # which mistakes, of PPO_FLAGS, PPO_BROKEN and SFT_BROKEN
     kl_coefs: tuple[float, ...]
     betas: tuple[float, ...]
     ipo_betas: tuple[float, ...]
     noises: tuple[float, ...]  # annotators' temperatures beside 0.5
     best_of_prompts: int
     best_of: tuple[int, ...]
+
+
+# What is wrong -> flags of ppo.py; baseline: ppo_0.1
+PPO_FLAGS = {
+    "no_kl": "--kl_coef 0",
+    "kl_k2": "--kl k2",
+    "kl_k3": "--kl k3",
+    "kl_exact": "--kl exact",
+    "no_value_clip": "--value_clip 0",
+    "no_whitening": "--no-whiten_advantages",
+    "no_eos_penalty": "--eos_penalty 0",
+    "train_layers_1": "--train_layers 1",
+    "train_layers_2": "--train_layers 2",
+    "ptx": "--ptx_coef 0.5",
+}
+# names in study/broken.py, by script
+PPO_BROKEN = ("score_late", "raw_reward", "other_temperature")
+SFT_BROKEN = ("length_buckets", "prompt_loss")
 
 
 FULL = Size(
@@ -53,6 +73,8 @@ FULL = Size(
     iterations=24,
     long=50,
     ensemble=4,
+    weak="bcd",
+    breaks=(*PPO_FLAGS, *PPO_BROKEN, *SFT_BROKEN),
     kl_coefs=(0.8, 0.4, 0.2, 0.1, 0.05, 0.02),
     betas=(1.6, 0.8, 0.4, 0.2, 0.1, 0.05),
     ipo_betas=(0.4, 0.1, 0.025),
@@ -72,8 +94,10 @@ QUICK = Size(
     iterations=1,
     long=1,
     ensemble=2,
+    weak="b",
+    breaks=("ptx", *PPO_BROKEN, *SFT_BROKEN),
     kl_coefs=(0.4, 0.1),
-    betas=(0.4, 0.2),
+    betas=(0.2,),
     ipo_betas=(0.1,),
     noises=(1.0,),
     best_of_prompts=4,
@@ -136,7 +160,8 @@ def ppo(
     value_lr = "" if "grpo.py" in script else "--value_lr 1e-3 "
     files = f"--policy {o}/sft --prompts {o}/data/prompts.jsonl --reward {reward or f'{o}/reward_model'}"
     command = f"{script} {files} {size.ppo} {value_lr}--iterations {iterations} {flags} --seed {seed} --out_dir"
-    return make(5 + 1.1 * iterations, command, f"{o}/{name}")
+    seconds = 4 + (0.4 if "grpo.py" in script else 1.1) * iterations
+    return make(seconds, command, f"{o}/{name}")
 
 
 def dpo(
@@ -157,9 +182,6 @@ def measure(size: Size, o: str, seed: int, name: str, policies: list[Job], also:
 # -------------------------------------------------------------------------------- the experiments
 
 
-WEAK_LETTERS = "bcd"
-
-
 def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     """1. Gao et al. 2022: weak and strong reward model, with and without penalty; ensembles of weak ones; best of n."""
     yield rank(size, o, seed, "rankings_weak", f"--n_prompts {size.few}")
@@ -167,8 +189,10 @@ def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     for number in range(size.ensemble):  # the same rankings, another order and another start of the head
         weak.append(f"{o}/weak_{number}")
         yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", seconds=4)
-    for letter in WEAK_LETTERS:  # and more weak ones, each with rankings of its own: how far it goes varies much
-        skip = size.few * (1 + WEAK_LETTERS.index(letter))
+    for number, letter in enumerate(
+        size.weak
+    ):  # and more weak ones, each with rankings of its own: how far it goes varies much
+        skip = size.few * (1 + number)
         yield rank(size, o, seed, f"rankings_weak_{letter}", f"--skip {skip} --n_prompts {size.few}")
         yield reward_model(o, seed, f"weak_{letter}", f"rankings_weak_{letter}", seconds=4)
         yield ppo(size, o, seed, f"over_weak_{letter}_0", "--kl_coef 0", f"{o}/weak_{letter}", long=True)
@@ -251,27 +275,10 @@ def secret(size: Size, o: str, seed: int) -> Iterator[Job]:
     yield implicit._replace(command=[f"IMPLICIT={o}/dpo_0.2", *implicit.command], seconds=2 * implicit.seconds)
 
 
-# What is wrong -> flags of ppo.py; baseline: ppo_0.1
-PPO_FLAGS = {
-    "no_kl": "--kl_coef 0",
-    "kl_k2": "--kl k2",
-    "kl_k3": "--kl k3",
-    "kl_exact": "--kl exact",
-    "no_value_clip": "--value_clip 0",
-    "no_whitening": "--no-whiten_advantages",
-    "no_eos_penalty": "--eos_penalty 0",
-    "train_layers_1": "--train_layers 1",
-    "train_layers_2": "--train_layers 2",
-    "ptx": "--ptx_coef 0.5",
-}
-# names in study/broken.py, by script
-PPO_BROKEN = ("score_late", "raw_reward", "other_temperature")
-SFT_BROKEN = ("length_buckets", "prompt_loss")
-
-
 def breaks(size: Size, o: str, seed: int) -> Iterator[Job]:
     """6. One thing wrong at a time, by a flag or by a small diff (study/broken.py)."""
-    runs = [ppo(size, o, seed, f"break_{name}", flags) for name, flags in PPO_FLAGS.items()]
+    chosen = {name: flags for name, flags in PPO_FLAGS.items() if name in size.breaks}
+    runs = [ppo(size, o, seed, f"break_{name}", flags) for name, flags in chosen.items()]
     runs += [ppo(size, o, seed, f"break_{name}", script=f"-m study.broken {name} ppo.py") for name in PPO_BROKEN]
     runs.append(dpo(o, seed, "break_dpo_mean", script="-m study.broken dpo_mean dpo.py"))
     flags = f"--data {o}/data/demonstrations.jsonl --epochs 1 --seed {seed} {size.sft} --out_dir"

@@ -1,7 +1,5 @@
 """What the study's runs say: means over seeds with 95% intervals, fitted curves -> results.json, and the same in print.
 
-    python -m study.results --out out/study            # study/run.py calls this at its end
-
 An interval is mean +- t * s / sqrt(n) over the n seeds, each with its own data, SFT policy, annotators and reward
 models (Student's t: with three seeds 4.30 standard errors, so what is called an effect here is a large one).
 """
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cli import UserError, check
-from study.jobs import PPO_BROKEN, PPO_FLAGS, SFT_BROKEN, WEAK_LETTERS, Size
+from study.jobs import SFT_BROKEN, Size
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 12: 2.201}  # by number of seeds or runs
 
@@ -128,9 +126,11 @@ def overoptimisation(size: Size, out: str) -> dict:
         found["rl"][name] = curve(by_seed, "rl")
         found["rl"][name]["fall"] = fall(found["rl"][name])
     # every weak reward model with rankings of its own, four a seed: how far it goes differs much from one to the next
-    names = ["over_weak_0", *(f"over_weak_{letter}_0" for letter in WEAK_LETTERS)]
+    names = ["over_weak_0", *(f"over_weak_{letter}_0" for letter in size.weak)]
     runs = [log_of(f"{out}/{seed}/{name}") for name in names for seed in size.seeds]
-    found["all_weak"] = curve([blocks(rows, BLOCK) for rows in runs], "rl")
+    by_seed = [blocks(rows, BLOCK) for rows in runs]
+    by_seed[0][0]["start"] = {key: sum(rows[0][key] for rows in runs) / len(runs) for key in ("score", "gold")}
+    found["all_weak"] = curve(by_seed, "rl")
     found["all_weak"]["fall"] = fall(found["all_weak"])
     judged = [read(f"{out}/{seed}/best_of_n.json") for seed in size.seeds]
     for name in judged[0]:
@@ -226,7 +226,7 @@ def secret(size: Size, out: str) -> dict:
 def breaks(size: Size, out: str) -> dict:
     """What each mistake changes, against the same run without it: paired by seed."""
     usual = policies(size, out, "evaluate_frontier", ["ppo_0.1", "dpo_0.2"])
-    names = [*PPO_FLAGS, *PPO_BROKEN, "dpo_mean", *SFT_BROKEN]
+    names = [*(name for name in size.breaks if name not in SFT_BROKEN), "dpo_mean", *SFT_BROKEN]
     told = policies(size, out, "evaluate_breaks", ["break_sft_as_it_is", *(f"break_{name}" for name in names)])
     found = {}
     for name in names:

@@ -2,7 +2,7 @@
 
     python -m study.run                  # all experiments, three seeds, two cores: about 75 minutes, then the figures
     python -m study.run --quick          # tiny networks, one seed: do the commands fit together?
-    python -m study.run --list           # every command; each can be run by hand
+    python -m study.run --commands       # every command; each can be run by hand
     python -m study.run --only frontier  # one experiment, and what it needs
 
 Two jobs at a time, a thread each. What is done is remembered by its command: stopped or killed at any moment and
