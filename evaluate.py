@@ -377,15 +377,17 @@ def report_task(results: dict) -> list[dict]:
         found.append(gate("reward model: right against wrong, manners equal", parts["right_vs_wrong"], 0.75, 1.0))
     start = policies[baseline]
     found.append(gate(f"{baseline}: correct at temperature 1", start["correct"], 0.0, 0.5))
-    for name, closed in (("ppo", 0.55), ("grpo", 0.50), ("dpo", 0.50)):
+    # at least: headroom closed; right answers above the baseline's, sampled and at temperature 0
+    least = {"ppo": (0.55, 0.15, -0.05), "grpo": (0.45, 0.10, -0.08), "dpo": (0.50, 0.15, -0.05)}
+    for name, (closed, gained, kept) in least.items():
         if name in policies and name != baseline:
             figures = policies[name]
             found.append(gate(f"{name}: headroom closed", figures["headroom_closed"], closed, 1.0))
             found.append(gate(f"{name}: win rate over {baseline}, low end", figures["win_low"], 0.5, 1.0))
             found.append(gate(f"{name}: exact KL, nats a sequence", figures["kl"], 0.1, 20.0))
             gain, lost = (figures[k] - start[k] for k in ("correct", "correct_greedy"))
-            found.append(gate(f"{name}: correct at temperature 1, above {baseline}", gain, 0.15, 1.0))
-            found.append(gate(f"{name}: correct at temperature 0, above {baseline}", lost, -0.05, 1.0))
+            found.append(gate(f"{name}: correct at temperature 1, above {baseline}", gain, gained, 1.0))
+            found.append(gate(f"{name}: correct at temperature 0, above {baseline}", lost, kept, 1.0))
             found.append(gate(f"{name}: EOS rate", figures["eos_rate"], 0.98, 1.0))
     return found
 

@@ -5,16 +5,16 @@
 Everything is as in ppo.py, but for this: every prompt gets a group of completions, and all tokens of a completion have
 one advantage, how much better its reward R is than its group's. So no value model, no GAE.
 
-    kind      advantage              a token counts           KL penalty
-    grpo      (R - mean) / std       1 / completion's length  in the loss, k3    Shao et al. 2024, arXiv:2402.03300
-    dr_grpo   R - mean               everywhere the same      in the loss, k3    Liu et al. 2025, arXiv:2503.20783
-    rloo      R - mean of the others everywhere the same      in the reward, k1  Ahmadian et al. 2024, arXiv:2402.14740
+    kind      advantage               a token counts           KL penalty
+    grpo      (R - mean) / std        1 / completion's length  in the loss, k3    Shao et al. 2024, arXiv:2402.03300
+    dr_grpo   R - mean                everywhere the same      in the loss, k3    Liu et al. 2025, arXiv:2503.20783
+    rloo      R - mean of the others  everywhere the same      in the reward, k1  Ahmadian et al. 2024, arXiv:2402.14740
 
-Where they lead (tests/test_optimum.py shows it): rloo to PPO's optimum, pi* ~ pi_ref exp(R / kl_coef). The others stop
-elsewhere. In the loss a penalty pulls by the divergence at each token alone: the states that a token leads to cost
-nothing. And over the policy's samples k3 has the gradient of KL(pi_ref || pi), the other way round. So dr_grpo ends at
-pi = pi_ref b / (b + V - Q) at every token, with Q the expected reward after it, V before it and b = kl_coef * group /
-(group - 1), since R is in its own group's mean. And with grpo's std and lengths every group has a kl_coef of its own.
+Where they lead (tests/test_optimum.py): rloo to PPO's optimum, pi* ~ pi_ref exp(R / kl_coef), the others elsewhere. In
+the loss a penalty pulls by the divergence at each token alone: the states that it leads to cost nothing. And over
+samples of the policy k3 has the gradient of KL(pi_ref || pi), the other way round. So dr_grpo ends at pi = pi_ref b /
+(b + V - Q), with Q the expected reward after a token, V before it and b = kl_coef * group / (group - 1), since R is in
+its own group's mean; with --kl k2 at pi ~ pi_ref exp(Q / b). In grpo each group has, by its std, a kl_coef of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Config(TrainConfig):
     ppo_epochs: int = flag(1, "passes over each iteration's rollouts", low=1)
     minibatch: int = flag(48, "rollouts an optimiser step", low=1)
     micro_batch: int = flag(24, "rollouts a forward pass; changes memory and nothing else (0: the minibatch)", low=0)
-    lr: float = flag(2e-4, "peak learning rate", low=0)
+    lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup: int = flag(2, "iterations of linear warm-up, before the linear decay", low=0)
     clip: float = flag(0.2, "clip range of the probability ratio", above=0)
     kl: str = flag("auto", "estimate of the KL (auto: k1 for rloo, else k3)", choices=("auto", "k1", "k2", "k3"))
@@ -93,8 +93,8 @@ def make_experience(policy: GPT, reference: GPT, rollout: Rollout, scores: Tenso
     mask = rollout.action_mask  # (B, T-1)
     told = measure(policy, reference, None, rollout, config)
     rewards = shaped_rewards(scores, told["kl"], mask, config.kl_coef if config.kind == "rloo" else 0.0)  # (B, T-1)
-    advantages = group_advantages(rewards.sum(1), config.group, config.kind)[:, None]  # (B, 1)
-    advantages = torch.where(mask, advantages, 0.0)  # (B, T-1)
+    above = group_advantages(rewards.sum(1), config.group, config.kind)  # (B,)
+    advantages = torch.where(mask, above[:, None], 0.0)  # (B, T-1)
     shaped = {"rewards": rewards, "advantages": advantages, "returns": torch.zeros_like(rewards)}
     return Experience(rollout.tokens, rollout.lens, rollout.ended, mask, **told, **shaped)
 
@@ -102,8 +102,7 @@ def make_experience(policy: GPT, reference: GPT, rollout: Rollout, scores: Tenso
 def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience, config: Config, generator) -> dict:
     """Clipped steps on an iteration's rollouts -> means over the steps."""
     policy.eval()  # no dropout: the first ratio is exactly 1
-    lens, device = experience.lens.tolist(), experience.tokens.device
-    steps: list[Tensor] = []
+    lens, device, steps = experience.lens.tolist(), experience.tokens.device, []
     for rows in minibatches(len(lens), config.minibatch, config.ppo_epochs, generator):
         optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(3, device=device)
@@ -172,15 +171,15 @@ def train(config: Config) -> dict:
         scores = raw_scores - config.eos_penalty * (~rollout.ended)
         experience = make_experience(policy, reference, rollout, scores, config)
         clock.append(time.perf_counter())
-        factor = lr_at(iteration, config.iterations, config.warmup, "linear")
-        set_lr(optimizer, config.lr * factor)
+        lr = config.lr * lr_at(iteration, config.iterations, config.warmup, "linear")
+        set_lr(optimizer, lr)
         stats = update(policy, optimizer, experience, config, generator_for(cpu, config.seed, iteration, 2))
         clock.append(time.perf_counter())
         figures = rollout_figures(experience, completions, raw_scores, scores, config.kl_coef) | stats
         if gold is not None:
             golds = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
             figures["gold"] = sum(golds) / len(golds)
-        run.log(step=iteration + 1, **figures, lr=config.lr * factor, **shares(clock, ("rollout", "score", "update")))
+        run.log(step=iteration + 1, **figures, lr=lr, **shares(clock, ("rollout", "score", "update")))
         bar.set_postfix({k: f"{figures[k]:.2f}" for k in ("score", "kl", "gold") if k in figures})
         if iteration == 0 or due(iteration, config.log_every, config.iterations):
             show_samples(rollout, tokenizer, raw_scores)
@@ -189,7 +188,8 @@ def train(config: Config) -> dict:
 
     save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config, task)
     usual = task == "tiny" and len(reward_models) == len(config.reward) == 1 and not config.reward_weights
-    return run.finish(last_quarter(run.history("score"), EXPECTED if usual else ()))
+    expected = [(figure, name.replace("PPO", config.kind), *ends) for figure, name, *ends in EXPECTED if usual]
+    return run.finish(last_quarter(run.history("score"), expected))
 
 
 def main() -> None:

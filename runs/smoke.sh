@@ -21,6 +21,6 @@ python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$D/pro
 python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$D/prompts.jsonl" --out_dir "$OUT/grpo" $SMALL
 python grpo.py --kind rloo --policy "$OUT/sft" --reward data/tiny.py:gold_reward --prompts "$D/prompts.jsonl" --out_dir "$OUT/rloo" $SMALL
 python dpo.py --policy "$OUT/sft" --data "$D/rankings.jsonl" --out_dir "$OUT/dpo" --warmup 2
-python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$D/prompts_held_out.jsonl" --n_prompts 64 --best_of 1 4 --out_dir "$OUT/evaluate"
+python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompts "$D/prompts_held_out.jsonl" --n_prompts 64 --best_of 1 4 --out_dir "$OUT/evaluate"
 python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: Add 2 and 3."
 python study/report.py --run "$OUT"

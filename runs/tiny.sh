@@ -11,7 +11,7 @@ OUT=${OUT:-out}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-2000}
 DATA="" SFT="" COLLECT="" DPO="" PPO="" GRPO=""
 if [ -n "${LONG:-}" ]; then
-    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 5e-5" PPO="--iterations 40 --lr 1e-4 --kl_coef 0.2" GRPO="--iterations 40 --lr 1e-4"
+    DATA="--demonstrations 60000" SFT="--epochs 5" COLLECT="--n_prompts 0" DPO="--lr 5e-5" PPO="--iterations 40 --lr 1e-4 --kl_coef 0.2" GRPO="--iterations 40 --lr 2.5e-4"
 fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
@@ -39,8 +39,8 @@ step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$
 # 3c. the same without a value model: groups of eight completions of a prompt
 step python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/grpo" --seed "$SEED" --strict $GRPO
 # 4. compare, on questions that nothing was trained on or chosen by
-step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
-step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/grpo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
 # 5. a page about all of it, to open in a browser
 step python study/report.py --run "$OUT" --seed "$SEED"
 echo

@@ -55,10 +55,11 @@ def best_log_ratio(scores: Tensor, logprobs: Tensor, n: int) -> Tensor:
     worse = torch.searchsorted(ordered, scores)  # (P, N) how many of the samples score less
     no_better = torch.searchsorted(ordered, scores, right=True)  # (P, N) or as much
     p = logprobs.double().exp()
-    # A text that came once: its share of the samples says nothing about p. One that came often: its middle is known
-    # better than its lower end, and if nothing was better its upper end is 1.
-    below = torch.where(no_better - worse > 1, (worse + no_better) / (2 * N) - p / 2, worse / N)
-    below = torch.where((no_better == N) & (no_better - worse > 1), 1 - p, below).clamp(0, 1)  # F-
+    # Of a text that came often the middle is known better than the lower end, and if nothing was better its upper end
+    # is 1. Of a text that came once or twice the share of the samples says nothing about p.
+    often = no_better - worse >= 10
+    below = torch.where(often, (worse + no_better) / (2 * N) - p / 2, worse / N)
+    below = torch.where(often & (no_better == N), 1 - p, below).clamp(0, 1)  # F-
     # (F^n - F-^n) / p with F = F- + p, as F^n (1 - (F-/F)^n) / p: exact where p is close to 0, too: n F-^(n-1)
     p = torch.minimum(p, 1 - below).clamp(min=1e-300)
     x = n * torch.log1p(p / below)  # n log(F/F-), infinite where nothing is worse

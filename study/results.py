@@ -244,8 +244,18 @@ def breaks(size: Size, out: str) -> dict:
 SECTIONS = (overoptimisation, frontier, feedback, iterated, secret, breaks)
 
 
+def rounded(obj):
+    """Four digits are more than three seeds can tell."""
+    if isinstance(obj, dict):
+        return {k: rounded(v) for k, v in obj.items()}
+    if isinstance(obj, list):
+        return [rounded(v) for v in obj]
+    return round(obj, 4) if isinstance(obj, float) else obj
+
+
 def gather(size: Size, out: str) -> dict:
-    return {"seeds": list(size.seeds), **{section.__name__: section(size, out) for section in SECTIONS}}
+    found = {section.__name__: rounded(section(size, out)) for section in SECTIONS}
+    return {"seeds": list(size.seeds), **found}
 
 
 # -------------------------------------------------------------------------------- in print

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from helpers import (
     checkpoint,
     completion_logprobs,
     descend,
+    distance,
     make_gpt,
+    plain_sgd,
     random_prompts,
     randn,
     read_lines,
+    record_dtypes,
     rng,
     speak_toy,
     spread,
@@ -24,8 +28,9 @@ from helpers import (
 )
 
 import grpo
+from blocks import Block
 from cli import UserError
-from common import load_model
+from common import load_model, make_reference, train_last_layers, trainable
 from grpo import Config, group_advantages, make_experience, token_weights
 from model import GPT, GPTConfig, generate
 
@@ -205,6 +210,132 @@ def test_a_cut_completion_loses_the_penalty(tmp_path, monkeypatch):
     ended, scores = seen[0]
     assert not all(ended)
     assert all((score < -3) == (not end) for end, score in zip(ended, scores, strict=True))
+
+
+def calls_of(monkeypatch, name: str) -> list[dict]:
+    """What grpo's function of this name is called with, by parameter, from now on."""
+    original, seen = getattr(grpo, name), []
+    parameters = list(inspect.signature(original).parameters)
+
+    def record(*args):
+        seen.append(dict(zip(parameters, args, strict=True)))
+        return original(*args)
+
+    monkeypatch.setattr(grpo, name, record)
+    return seen
+
+
+def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
+    """A score shown with the penalty in it, a KL that is not the one trained on, --reward_weights that are forgotten,
+    gates of the embedded task for data of one's own."""
+    calls = calls_of(monkeypatch, "update")
+    changes = {"reward_weights": [3.0], "eos_penalty": 2.0, "iterations": 4, "max_new_tokens": 2, "lr": 5e-2}
+    results, log = run_grpo(tmp_path, monkeypatch, **changes)
+    assert results["gates"] == []
+    for row, call in zip(log, calls, strict=True):
+        e = call["experience"]
+        written = [e.tokens[i, 1:][mask].tolist() for i, mask in enumerate(e.action_mask)]
+        scores = [3.0 * ids.count(0) for ids in written]
+        penalised = [s - 2.0 * (EOS not in ids) for s, ids in zip(scores, written, strict=True)]
+        assert e.rewards.sum(1).tolist() == pytest.approx(penalised, abs=1e-9)
+        assert row["score"] == pytest.approx(sum(scores) / 32, abs=1e-6)
+        d = torch.where(e.action_mask, e.ref_logprobs - e.logprobs, 0.0)
+        assert row["kl"] == pytest.approx((d.exp() - 1 - d).sum().item() / 32, abs=1e-6)
+    assert results["score"] == pytest.approx(log[-1]["score"], abs=1e-6)  # the last quarter of four
+    assert log[0]["kl"] == 0 < log[-1]["kl"]
+
+
+def test_every_iteration_has_prompts_samples_and_an_order_of_its_own(tmp_path, monkeypatch):
+    """A generator that is made anew from the same seed: the same prompts, the same luck or the same minibatches."""
+    calls = calls_of(monkeypatch, "update")
+    run_grpo(tmp_path, monkeypatch, iterations=2, lr=0.0, ppo_epochs=1)
+    first, second = (call["experience"].tokens.tolist() for call in calls)
+    prompts = [[(row[0], len(row)) for row in rows[::8]] for rows in (first, second)]
+    assert prompts[0] != prompts[1]
+    orders = [torch.randperm(32, generator=call["generator"]).tolist() for call in calls]
+    assert orders[0] != orders[1]
+    same = [{"prompts": write_lines(tmp_path / "one.jsonl", [{"prompt": "a"}]), "seed": s} for s in (1, 1, 2)]
+    calls.clear()
+    for changes in same:
+        run_grpo(tmp_path, monkeypatch, iterations=2, lr=0.0, **changes)
+    texts = [call["experience"].tokens.tolist() for call in calls]
+    assert texts[:2] == texts[2:4] and texts[0] != texts[1] and texts[0] != texts[4]
+
+
+def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(tmp_path, monkeypatch, float64):
+    """A schedule that is logged and not used; --grad_clip that is ignored, or comes after the step: with plain SGD no
+    step is longer than its learning rate times --grad_clip, and the first is as long."""
+    plain_sgd(monkeypatch)
+    lengths: list[float] = []
+    original = grpo.make_optimizer
+
+    def record(policy, *others):
+        optimizer = original(policy, *others)
+        kept = {}
+        optimizer.register_step_pre_hook(lambda *_: kept.update(before=copy.deepcopy(policy)))
+        optimizer.register_step_post_hook(lambda *_: lengths.append(distance(policy, kept["before"])))
+        return optimizer
+
+    monkeypatch.setattr(grpo, "make_optimizer", record)
+    changes = {"iterations": 6, "warmup": 2, "minibatch": 32, "ppo_epochs": 1, "grad_clip": 1e-3, "lr": 4e-2}
+    _, log = run_grpo(tmp_path, monkeypatch, **changes)
+    factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]  # up in two iterations, then down towards 0 after the last
+    assert [row["lr"] for row in log] == pytest.approx([4e-2 * f for f in factors], abs=1e-6)
+    assert lengths == pytest.approx([4e-2 * f * 1e-3 for f in factors], rel=1e-3)
+    assert all(row["grad_norm"] > 1e-3 for row in log)  # as it was before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_frozen_blocks_it_takes_the_steps_of_a_network_that_computes_them(float64, kind):
+    """--train_layers: rows of another micro-batch's trunk, frozen weights that move, blocks that run again in the
+    update."""
+    found = []
+    for shared in (True, False):
+        policy, reference, rollout = world()
+        train_last_layers(policy, 1)
+        if shared:
+            reference = make_reference(policy)
+        else:
+            policy.frozen, reference = 0, copy.deepcopy(policy).requires_grad_(False)
+        before = copy.deepcopy(policy)
+        with torch.no_grad():  # away from the reference
+            for p in trainable(policy):
+                p.add_(0.02 * randn(*p.shape, seed=7))
+        start = copy.deepcopy(policy)
+        runs: list[int] = []
+        settings = {"kind": kind, "group": 4, "minibatch": 6, "micro_batch": 4, "ppo_epochs": 2, "temperature": 0.7}
+        config = Config(**settings, max_new_tokens=6, kl_coef=0.3, device="cpu", grad_clip=0.0)
+        experience = make_experience(policy, reference, rollout, randn(12, seed=2), config)
+        assert (experience.below is not None) == shared
+        policy.h[0].register_forward_hook(lambda *_, runs=runs: runs.append(0))
+        grpo.update(policy, torch.optim.SGD(trainable(policy), 0.02), experience, config, rng())
+        assert bool(runs) != shared
+        frozen = [n for n, p in policy.named_parameters() if not p.requires_grad]
+        assert frozen and all(torch.equal(policy.get_parameter(n), before.get_parameter(n)) for n in frozen)
+        found.append(policy)
+    assert_same_weights(found[0], found[1], start)
+
+
+def test_the_flags_of_memory_and_speed_reach_the_networks(tmp_path, monkeypatch):
+    """--train_layers, --dtype, --compile or --recompute that is accepted and ignored."""
+    compiled: list[int] = []
+    monkeypatch.setattr(Block, "compile", lambda self, *_, **__: compiled.append(id(self)))
+    seen = record_dtypes(monkeypatch, grpo, "token_logprobs", "generate")
+    made, steps = calls_of(monkeypatch, "make_experience"), calls_of(monkeypatch, "update")
+    run_grpo(tmp_path, monkeypatch, iterations=1)
+    networks = made[0]["policy"], made[0]["reference"]
+    assert seen == {"token_logprobs": {"float32"}, "generate": {"float32"}} and not compiled
+    assert not any(block.recompute for network in networks for block in network.h)
+    assert all(p.requires_grad for p in networks[0].parameters())
+    for dtypes in seen.values():
+        dtypes.clear()
+    flags = {"dtype": "bfloat16", "compile": True, "recompute": True, "train_layers": 1}
+    run_grpo(tmp_path, monkeypatch, iterations=1, **flags)
+    networks = made[1]["policy"], made[1]["reference"]
+    assert seen == {"token_logprobs": {"bfloat16"}, "generate": {"bfloat16"}}
+    assert sorted(compiled) == sorted(id(block) for network in networks for block in network.h)
+    assert all(block.recompute for network in networks for block in network.h)
+    assert steps[1]["policy"].wte.weight.requires_grad is False and len(steps) == 2
 
 
 @pytest.mark.parametrize(

@@ -156,18 +156,23 @@ def run_grpo(beta: float, seed: int, kind: str, penalty: str, iterations: int = 
         grpo.update(policy, optimizer, experience, config, generator_for(CPU, seed, iteration, 2))
     figures = distances(beta, reference, reward, logprobs(policy), star, best)
     if kind == "dr_grpo":  # R is in the mean that is subtracted from it, so it counts (group - 1) / group
-        figures["elsewhere"] = kl(logprobs(policy), fixed_point(reference, reward, beta * GROUP / (GROUP - 1)))
+        point = fixed_point(reference, reward, beta * GROUP / (GROUP - 1), penalty)
+        figures["elsewhere"] = kl(logprobs(policy), point)
     return figures
 
 
-def fixed_point(reference: GPT, reward: Tensor, beta: float) -> Tensor:
-    """Where a policy stops whose loss has k3 of each sampled token as a penalty: log pi (P, N), exactly.
+def fixed_point(reference: GPT, reward: Tensor, beta: float, penalty: str) -> Tensor:
+    """Where a policy stops whose loss has k2 or k3 of each sampled token as a penalty: log pi (P, N), exactly.
 
-    Its gradient pulls at each token by the divergence at that token alone, in the states that the policy comes to; that
-    a token leads to states of larger divergence costs nothing (in the reward it does). Over samples of pi, k3 has the
-    gradient of KL(ref || pi). So with Q(s, a) the expected reward after token a, and V(s) = sum pi Q, state by state
-    from the last to the first:  pi (Q - V) + beta (ref - pi) = 0,  so  pi = ref beta / (beta + V - Q), with the V that
-    makes it sum to 1."""
+    The gradient pulls at each token by the divergence at that token alone, in the states that the policy comes to; that
+    a token leads to states of larger divergence costs nothing (in the reward it does). Over samples of pi, k2 has the
+    gradient of KL(pi || ref), and k3 that of KL(ref || pi). So with Q(s, a) the expected reward after token a, and V(s)
+    = sum pi Q, state by state from the last to the first:
+
+    k2:  pi (Q - V - beta (log pi/ref - KL)) = 0,  so  pi ~ ref exp(Q / beta)
+    k3:  pi (Q - V) + beta (ref - pi) = 0,         so  pi = ref beta / (beta + V - Q), with the V that makes it sum to 1
+
+    pi* is like k2's, but with V = beta log sum ref exp(Q / beta): what is still to be paid is in it."""
     found = torch.zeros(P, N, dtype=torch.float64)
     reference = copy.deepcopy(reference).double()
 
@@ -177,20 +182,21 @@ def fixed_point(reference: GPT, reward: Tensor, beta: float) -> Tensor:
             ref = reference(torch.tensor([[*PROMPTS[prompt], *prefix]]))[0, -1].softmax(-1).tolist()
         Q, below = [], []
         for a in range(V):
-            end = a == EOS or len(prefix) + 1 == LENGTH
-            v, logp = (
-                (reward[prompt, INDEX[(*prefix, a)]].item(), {(*prefix, a): 0.0})
-                if end
-                else solve(prompt, (*prefix, a))
-            )
-            Q.append(v)
+            y = (*prefix, a)
+            last = a == EOS or len(y) == LENGTH
+            value, logp = (reward[prompt, INDEX[y]].item(), {y: 0.0}) if last else solve(prompt, y)
+            Q.append(value)
             below.append(logp)
-        low, high = max(Q) - beta, max(Q)  # the sum over a falls from infinity to below 1 between these two
-        for _ in range(100):
-            value = (low + high) / 2
-            total = sum(r * beta / (beta + value - q) for r, q in zip(ref, Q, strict=True))
-            low, high = (value, high) if total > 1 else (low, value)
-        pi = [r * beta / (beta + high - q) for r, q in zip(ref, Q, strict=True)]
+        if penalty == "k2":
+            tilted = [r * math.exp(q / beta) for r, q in zip(ref, Q, strict=True)]
+            pi = [x / sum(tilted) for x in tilted]
+        else:
+            low, high = max(Q) - beta, max(Q)  # the sum over a falls from infinity to below 1 between these two
+            for _ in range(100):
+                value = (low + high) / 2
+                total = sum(r * beta / (beta + value - q) for r, q in zip(ref, Q, strict=True))
+                low, high = (value, high) if total > 1 else (low, value)
+            pi = [r * beta / (beta + high - q) for r, q in zip(ref, Q, strict=True)]
         logp = {y: math.log(p) + rest for p, part in zip(pi, below, strict=True) for y, rest in part.items()}
         return sum(p * q for p, q in zip(pi, Q, strict=True)), logp
 
@@ -247,7 +253,10 @@ def run_job(job: tuple[str, float, int]) -> dict:
     return {"method": method, "beta": beta, "seed": seed, **figures}
 
 
-GROUP_METHODS = {"RLOO": ("rloo", "k1"), "Dr. GRPO": ("dr_grpo", "k3"), "GRPO": ("grpo", "k3")}
+GROUP_METHODS = {
+    **{"RLOO": ("rloo", "k1"), "Dr. GRPO": ("dr_grpo", "k3"), "Dr. GRPO, k2": ("dr_grpo", "k2")},
+    **{"GRPO": ("grpo", "k3")},
+}
 JOBS = [(method, beta, seed) for method in ("PPO", "DPO") for beta in BETAS for seed in SEEDS]
 JOBS += [(method, BETAS[0], seed) for method in GROUP_METHODS for seed in SEEDS]
 
@@ -266,12 +275,13 @@ def runs() -> dict:
     pool, started = start_runs()
     results = started.get()
     pool.terminate()
-    print("\nmethod  beta  seed   KL(pi || pi*) before -> after    J before -> after (maximum)    share of gap closed")
+    print("\nmethod        beta  seed   KL(pi || pi*) before -> after    J before -> after (maximum)    gap closed")
     for r in results:
         closed = (r["j"] - r["j0"]) / (r["best"] - r["j0"])
+        own = f"      {r['elsewhere']:.4f} from its own point" if "elsewhere" in r else ""
         print(
-            f"{r['method']:6} {r['beta']:5} {r['seed']:5}   {r['before']:13.4f} -> {r['after']:.4f}      "
-            f"{r['j0']:9.4f} -> {r['j']:.4f} ({r['best']:.4f})      {closed:9.2%}"
+            f"{r['method']:12} {r['beta']:5} {r['seed']:5}   {r['before']:13.4f} -> {r['after']:.4f}      "
+            f"{r['j0']:9.4f} -> {r['j']:.4f} ({r['best']:.4f})      {closed:9.2%}{own}"
         )
     return dict(zip(JOBS, results, strict=True))
 
@@ -303,10 +313,12 @@ def test_rloo_reaches_the_optimum(runs, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_where_grpo_ends_instead(runs, seed):
-    """With k3 in the loss it isn't pi*: Dr. GRPO comes to a point of its own, known exactly, and GRPO, whose advantages
-    are divided by each group's std, not to pi* either."""
+    """With the penalty in the loss it isn't pi*: Dr. GRPO comes to a point of its own for k3 and for k2, known exactly,
+    and GRPO, whose advantages are divided by each group's std, not to pi* either."""
     r = runs["Dr. GRPO", BETAS[0], seed]
     assert r["elsewhere"] <= 0.03 and r["after"] > 2 * r["elsewhere"] + 0.03
+    r = runs["Dr. GRPO, k2", BETAS[0], seed]  # on its way more slowly: k2 of a rare token is large, and noisy
+    assert r["elsewhere"] <= 0.06 and r["after"] > 2 * r["elsewhere"]
     assert 0.05 < runs["GRPO", BETAS[0], seed]["after"] < 0.5 * runs["GRPO", BETAS[0], seed]["before"]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cli import check_ranges, parse_config
+from study.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ SMALL = {
     "dpo.py": "--warmup 0 --max_new_tokens 8",
     "evaluate.py": "--n_prompts 4 --best_of 1 2 --max_new_tokens 8",
     "sample.py": "--max_new_tokens 8",
-    "bench.py": "--size S --stages sft --repeats 1 --batch_size 2 --micro_batch 1",
+    "bench.py": "--size tiny --stages sft --repeats 1 --batch_size 2 --micro_batch 1",
     "plan.py": "--sizes gpt2",
     "study.run": "--commands",
     "study.best_of_n": "--n_prompts 2 --best_of 1 2 --max_new_tokens 8",
@@ -204,6 +205,18 @@ def test_links_lead_somewhere():
             assert target[1:] in anchors, target
         elif not target.startswith("http"):
             assert (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_the_table_of_metrics_is_that_of_the_figures():
+    """A healthy range in README.md and another one shaded in the plots and the report."""
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| (.+) \|$", TEXT, re.MULTILINE)
+    told = {name: (unit, healthy, text) for name, unit, healthy, text in rows if name in METRICS}
+    assert list(told) == list(METRICS)
+    for name, metric in METRICS.items():
+        unit, healthy, text = told[name]
+        assert unit == (metric.unit or "-") and text == metric.explanation
+        limits = [x for x in (metric.low, metric.high) if x is not None]
+        assert [float(x) for x in re.findall(r"[\d.]+", healthy)] == limits
 
 
 def test_functions_and_tests_that_it_names_are_there():
