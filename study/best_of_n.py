@@ -8,8 +8,8 @@ averages over all subsets. For several reward models also their minimum and thei
 The KL of best-of-n to the policy it samples from is usually quoted as log n - (n - 1)/n. That is an upper bound, met
 when no two samples are ever the same. Here they often are, and the KL can be measured: with F(y) the policy's
 probability of a completion that scores at most as much as y, and F-(y) of one that scores less, best-of-n says y with
-probability F(y)^n - F-(y)^n, and F(y) - F-(y) is pi(y) (or that of all texts with y's very score, which are taken as
-one). So only F- has to be estimated, by the share of the N samples that score less.
+probability F(y)^n - F-(y)^n, and F(y) - F-(y) is pi(y). So only F- has to be estimated, by the share of the N samples
+that score less.
 """
 
 from __future__ import annotations

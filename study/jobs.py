@@ -189,9 +189,8 @@ def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     for number in range(size.ensemble):  # the same rankings, another order and another start of the head
         weak.append(f"{o}/weak_{number}")
         yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", seconds=4)
-    for number, letter in enumerate(
-        size.weak
-    ):  # and more weak ones, each with rankings of its own: how far it goes varies much
+    # and more weak ones, each with rankings of its own: how far it goes varies much
+    for number, letter in enumerate(size.weak):
         skip = size.few * (1 + number)
         yield rank(size, o, seed, f"rankings_weak_{letter}", f"--skip {skip} --n_prompts {size.few}")
         yield reward_model(o, seed, f"weak_{letter}", f"rankings_weak_{letter}", seconds=4)

@@ -30,7 +30,7 @@ SMALL = {
     "dpo.py": "--warmup 0 --max_new_tokens 8",
     "evaluate.py": "--n_prompts 4 --best_of 1 2 --max_new_tokens 8",
     "sample.py": "--max_new_tokens 8",
-    "bench.py": "--size tiny --stages sft --repeats 1 --batch_size 2 --micro_batch 1",
+    "bench.py": "--size tiny --stages sft --repeats 1 --batch_size 4 --micro_batch 2",
     "plan.py": "--sizes gpt2",
     "study.run": "--commands",
     "study.best_of_n": "--n_prompts 2 --best_of 1 2 --max_new_tokens 8",
