@@ -84,6 +84,7 @@ def ensembles(results: dict) -> Figure:
             x = [p["distance"]["mean"] for p in points]
             bars(axes, x, [p["gold"] for p in points], label=label, marker="o", markersize=3.5, **line(number))
         axes.set_title("PPO, kl_coef 0" if family == "rl" else "best of n")
+        axes.set_ylim(-1.7, 2.9)  # some of one model's intervals go on
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     panels[0].set_ylabel("true reward")
     legend(figure, panels[0])
@@ -113,9 +114,9 @@ def frontier(results: dict) -> Figure:
     look = {"color": TEXT, "linestyle": (0, (5, 2)), "linewidth": 1.2, "marker": ".", "label": "best of n"}
     bars(axes, x, [p["gold"] for p in points], **look)
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.6)
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50]
-    limit = max(p["kl"]["mean"] for found in results["frontier"].values() for p in found.values())
-    axes.set_xticks([t for t in ticks if t <= 1.5 * limit], [str(t) for t in ticks if t <= 1.5 * limit])
+    ticks = [0, 0.5, 1, 2, 3, 4, 5, 10, 20, 50]
+    limit = max(x[-1], *(p["kl"]["mean"] for found in results["frontier"].values() for p in found.values()))
+    axes.set_xticks([t for t in ticks if t <= 1.1 * limit], [str(t) for t in ticks if t <= 1.1 * limit])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("KL to SFT, nats a sequence")
     axes.set_ylabel("true reward")
@@ -213,6 +214,9 @@ def secret(results: dict) -> Figure:
             **line(number),
         )
     right.set_xscale("log")
+    right.set_xticks([0.3, 1, 3, 10, 30, 100], ["0.3", "1", "3", "10", "30", "100"])
+    right.set_xticks([], minor=True)
+    right.set_ylim(-3.4, 3.1)  # two of the intervals go on
     right.set_xlabel("KL to SFT, nats a sequence")
     right.set_title("true reward when maximised")
     legend(figure, left, right, columns=4)
@@ -224,14 +228,18 @@ def breaks(results: dict) -> Figure:
     figure = Figure(figsize=(6.8, 5.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     names = list(results["breaks"])
-    for axes, (key, title) in zip(
-        panels, (("gold", "true reward"), ("kl", "KL, nats"), ("length", "length")), strict=True
-    ):
+    # wide enough for all but what has collapsed: that stands at the edge, with its number
+    columns = (("gold", "true reward", (-2.0, 0.8)), ("kl", "KL, nats", (-2.6, 3.6)), ("length", "length", (-2.2, 2.2)))
+    for axes, (key, title, limits) in zip(panels, columns, strict=True):
+        axes.set_xlim(*limits)
         for i, name in enumerate(names):
             change = results["breaks"][name]["change"][key]
             clear = change["low"] is not None and (change["low"] > 0 or change["high"] < 0)
             half = 0 if change["low"] is None else change["mean"] - change["low"]
             colour = COLOURS["orange"] if clear else TEXT
+            if change["mean"] > limits[1]:
+                axes.text(limits[1], -i, f"{change['mean']:+.1f} \u2192", color=colour, ha="right", va="center")
+                continue
             axes.errorbar([change["mean"]], [-i], xerr=[half], color=colour, marker="o", markersize=4, elinewidth=1.4)
         axes.axvline(0, color=TEXT, linewidth=0.8)
         axes.set_title(title)
