@@ -6,12 +6,8 @@ import importlib
 import itertools
 import json
 import math
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -278,26 +274,3 @@ def test_a_failed_job_is_told_and_the_rest_stays_done(tmp_path, monkeypatch):
     before = len(log(tmp_path))
     run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
     assert "a starts" not in log(tmp_path)[before:] and "d ends" in log(tmp_path)[before:]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_scheduler_leaves_no_job_behind(tmp_path, monkeypatch):
-    """Its jobs end with it, or they would write beside those of the next start; what was half done is done again."""
-    todo = toy_jobs(tmp_path, seconds=3.0)
-    program = "import pickle, sys; from study import run; run.run_jobs(*pickle.load(open(sys.argv[1], 'rb')))"
-    import pickle
-
-    (tmp_path / "jobs").write_bytes(pickle.dumps((todo, todo, (tmp_path / "out").as_posix(), 2)))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "jobs")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    while not (tmp_path / "out" / "log").exists() or len(log(tmp_path)) < 2:
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(3.5)  # longer than a job takes
-    assert log(tmp_path) == sorted(log(tmp_path)) and not any("ends" in line for line in log(tmp_path))
-    shutil.rmtree(tmp_path / "out")
-    run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
-    assert "d ends" in log(tmp_path)
