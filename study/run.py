@@ -81,7 +81,13 @@ def finish(job: Job, out: str, mark: str, seconds: float) -> None:
 def failed(job: Job, out: str) -> UserError:
     log = Path(out) / "logs" / (done_file(out, job).stem + ".log")
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-    return UserError("\n  ".join([f"python {shlex.join(job.command)} failed; the end of {log}:", *last]))
+    return UserError("\n  ".join([f"{typed(job)} failed; the end of {log}:", *last]))
+
+
+def typed(job: Job) -> str:
+    """As one types it: what stands before a command comes before `python`."""
+    words = shlex.join(job.command)
+    return f"{job.command[0]} python {shlex.join(job.command[1:])}" if "=" in job.command[0] else f"python {words}"
 
 
 def run_jobs(todo: list[Job], everything: list[Job], out: str, at_a_time: int) -> None:
@@ -113,10 +119,10 @@ def run_jobs(todo: list[Job], everything: list[Job], out: str, at_a_time: int) -
                 finished.add(makes)
                 guessed += job.seconds
                 passed = time.perf_counter() - begin
-                left = passed * (total - guessed) / guessed
+                left = max(0.0, passed * (total - guessed) / guessed)
                 number = len(todo) - len(waiting) - len(running)
                 text = f"[{number}/{len(todo)}, {passed / 60:.0f} min, about {left / 60:.0f} left]"
-                print(f"{text} {spent:.0f} s: python {shlex.join(job.command)}", flush=True)
+                print(f"{text} {spent:.0f} s: {typed(job)}", flush=True)
     finally:
         for _, process, _ in running.values():
             process.kill()
@@ -144,7 +150,7 @@ def run(config: Config) -> dict:
         chosen = with_needs(experiments.jobs(size, out, config.only), everything)
     if config.commands:
         for job in chosen:
-            print(("" if "=" in job.command[0] else "python ") + shlex.join(job.command))
+            print(typed(job))
         return {}
     run_jobs(chosen, everything, out, config.jobs)
     if not config.only:
