@@ -78,8 +78,9 @@ def fitted(curve: dict, d: float, shape: Callable[[Tensor], Tensor]) -> float:
 SHAPES = {"rl": torch.log, "best_of_n": lambda d: d}
 
 
-def curve(by_seed: list[list[dict]], form: str) -> dict:
-    """Points (distance, score, gold with intervals) of one run or one judge, over seeds, and both curves' fits."""
+def curve(by_seed: list[list[dict]], form: str, start: dict[str, float] | None = None) -> dict:
+    """Points (distance, score, gold with intervals) of one run or judge, over seeds, both curves' fits and the fall.
+    start: score and gold at distance 0 (none: the first point's)."""
     points = []
     for same in zip(*by_seed, strict=True):  # the same block, or the same n, of every seed
         distance = interval([math.sqrt(max(0.0, p["kl"])) for p in same])
@@ -87,9 +88,8 @@ def curve(by_seed: list[list[dict]], form: str) -> dict:
     found = {"points": points}
     distances = [p["distance"]["mean"] for p in points]
     for key in ("score", "gold"):
-        start = points[0][key]["mean"] if form == "best_of_n" else by_seed[0][0].get("start", {}).get(key)
-        start = points[0][key]["mean"] if start is None else start
-        found[f"{key}_fit"] = fit(distances, [p[key]["mean"] for p in points], start, SHAPES[form])
+        means = [p[key]["mean"] for p in points]
+        found[f"{key}_fit"] = fit(distances, means, start[key] if start else means[0], SHAPES[form])
         curve_at = [fitted(found[f"{key}_fit"], d, SHAPES[form]) for d in distances]
         inside = [
             p[key]["low"] <= v <= p[key]["high"]
@@ -97,7 +97,7 @@ def curve(by_seed: list[list[dict]], form: str) -> dict:
             if p[key]["low"] is not None
         ]
         found[f"{key}_fit"]["inside"] = sum(inside) / len(inside) if inside else None
-    return found
+    return found | {"fall": fall(found)}
 
 
 def fall(found: dict) -> dict:
@@ -116,28 +116,24 @@ RL_RUNS = ("weak_0", "weak_0.1", "strong_0", "strong_0.1", "min_0", "mean-std_0"
 BLOCK = 5  # iterations
 
 
+def rl_curve(runs: list[list[dict]]) -> dict:
+    """The curve of some logs; it starts with what was there before the first update, SFT's own samples."""
+    start = {key: sum(rows[0][key] for rows in runs) / len(runs) for key in ("score", "gold")}
+    return curve([blocks(rows, BLOCK) for rows in runs], "rl", start)
+
+
 def overoptimisation(size: Size, out: str) -> dict:
     found: dict = {"rl": {}, "best_of_n": {}}
     for name in RL_RUNS:
-        runs = [log_of(f"{out}/{seed}/over_{name}") for seed in size.seeds]
-        by_seed = [blocks(rows, BLOCK) for rows in runs]
-        start = {key: sum(rows[0][key] for rows in runs) / len(runs) for key in ("score", "gold")}
-        by_seed[0][0]["start"] = start  # before the first update: SFT's own samples
-        found["rl"][name] = curve(by_seed, "rl")
-        found["rl"][name]["fall"] = fall(found["rl"][name])
+        found["rl"][name] = rl_curve([log_of(f"{out}/{seed}/over_{name}") for seed in size.seeds])
     # every weak reward model with rankings of its own, four a seed: how far it goes differs much from one to the next
     names = ["over_weak_0", *(f"over_weak_{letter}_0" for letter in size.weak)]
-    runs = [log_of(f"{out}/{seed}/{name}") for name in names for seed in size.seeds]
-    by_seed = [blocks(rows, BLOCK) for rows in runs]
-    by_seed[0][0]["start"] = {key: sum(rows[0][key] for rows in runs) / len(runs) for key in ("score", "gold")}
-    found["all_weak"] = curve(by_seed, "rl")
-    found["all_weak"]["fall"] = fall(found["all_weak"])
+    found["all_weak"] = rl_curve([log_of(f"{out}/{seed}/{name}") for name in names for seed in size.seeds])
     judged = [read(f"{out}/{seed}/best_of_n.json") for seed in size.seeds]
     for name in judged[0]:
         found["best_of_n"][name] = curve([results[name] for results in judged], "best_of_n")
         for k, point in enumerate(found["best_of_n"][name]["points"]):
             point |= {"n": judged[0][name][k]["n"], "bound": judged[0][name][k]["bound"]}
-        found["best_of_n"][name]["fall"] = fall(found["best_of_n"][name])
     return found
 
 

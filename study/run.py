@@ -49,6 +49,10 @@ def done_file(out: str, job: Job) -> Path:
     return Path(out) / "done" / (Path(job.makes).relative_to(out).as_posix().replace("/", "_") + ".json")
 
 
+def log_file(out: str, job: Job) -> Path:
+    return Path(out) / "logs" / (done_file(out, job).stem + ".log")
+
+
 def is_done(out: str, job: Job, mark: str) -> bool:
     try:
         return json.loads(done_file(out, job).read_text(encoding="utf-8"))["mark"] == mark and Path(job.makes).exists()
@@ -65,7 +69,7 @@ def start(job: Job, out: str) -> subprocess.Popen:
         environment[name] = value
     if Path(job.makes).suffix == ".jsonl":
         Path(job.makes).unlink(missing_ok=True)  # collect.py appends; half a file may be another command's
-    log = Path(out) / "logs" / (done_file(out, job).stem + ".log")
+    log = log_file(out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
         arguments = [sys.executable, "study/job.py", *command]
@@ -79,7 +83,7 @@ def finish(job: Job, out: str, mark: str, seconds: float) -> None:
 
 
 def failed(job: Job, out: str) -> UserError:
-    log = Path(out) / "logs" / (done_file(out, job).stem + ".log")
+    log = log_file(out, job)
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
     return UserError("\n  ".join([f"{typed(job)} failed; the end of {log}:", *last]))
 
@@ -159,11 +163,8 @@ def run(config: Config) -> dict:
         results = gather(size, out)
         print_results(results)
         aside = Path(out) if config.quick else Path()  # what is committed is not overwritten by a quick run
-        path = (
-            Path(config.results)
-            if config.results != "auto"
-            else aside / ("" if config.quick else "study") / "results.json"
-        )
+        path = aside / "results.json" if config.quick else Path("study/results.json")
+        path = path if config.results == "auto" else Path(config.results)
         write_json(results, path)
         draw(results, str(aside / "assets") if config.assets == "auto" else config.assets)
         print(f"{path}: the numbers")

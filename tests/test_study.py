@@ -131,17 +131,15 @@ def test_a_curve_starts_where_sft_is():
     `inside` is the share of points whose interval holds the curve."""
 
     def seeds(values: list[float]) -> list[list[dict]]:  # two seeds, 0.1 above and below
-        rows = [
+        return [
             [{"kl": float(i**2), "score": v + s, "gold": -v - s} for i, v in enumerate(values)] for s in (-0.1, 0.1)
         ]
-        rows[0][0]["start"] = {"score": -5.0, "gold": 5.0}
-        return rows
 
     found = results.curve(seeds([0.0, 1.0, 2.0]), "best_of_n")
     assert [p["distance"]["mean"] for p in found["points"]] == [0.0, 1.0, 2.0]
     fit = found["score_fit"]
     assert (fit["start"], fit["alpha"], fit["beta"], fit["inside"]) == pytest.approx((0.0, 1.0, 0.0, 1.0))
-    found = results.curve(seeds([0.0, 1.0, 2.0]), "rl")
+    found = results.curve(seeds([0.0, 1.0, 2.0]), "rl", {"score": -5.0, "gold": 5.0})
     assert (found["score_fit"]["start"], found["gold_fit"]["start"]) == (-5.0, 5.0)
     # the values at distance 0 miss the start by 5, and an interval is 12.7 * 0.1 wide each way
     assert found["score_fit"]["inside"] == pytest.approx(2 / 3)
