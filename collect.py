@@ -167,9 +167,8 @@ def run(config: Config) -> dict:
     gold = gold_function(config.gold, task)
     if config.annotator == "simulated" and gold is None:
         raise UserError("simulated annotators need --gold file.py:function; or rank yourself with --annotator human")
-    room = min(c.model.config.block_size for c in loaded) - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
-    ids = encode_prompts(prompts, tokenizer, room, config.prompts)
+    block_size = min(c.model.config.block_size for c in loaded)
+    ids = encode_prompts(prompts, tokenizer, block_size, config.max_new_tokens, config.prompts)
     sources = [(c.model, t) for c in loaded for t in config.temperatures]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

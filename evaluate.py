@@ -241,8 +241,6 @@ def run(config: Config) -> dict:
         same = found.tokenizer == baseline.tokenizer
         names = vocabulary_name(found.tokenizer), vocabulary_name(baseline.tokenizer)
         check(same, f"{path} has the {names[0]} vocabulary, {config.policies[0]} has {names[1]}")
-    room = reference.config.block_size - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
     task = task_of(config.prompts)
     note_task(baseline, task, config.prompts)
@@ -253,7 +251,7 @@ def run(config: Config) -> dict:
     gold = gold_function(config.gold, task)
     if gold is None and reward_model is None:
         raise UserError("nothing to judge by: give --gold file.py:function or --reward CHECKPOINT")
-    ids = encode_prompts(prompts, tokenizer, room, config.prompts)
+    ids = encode_prompts(prompts, tokenizer, reference.config.block_size, config.max_new_tokens, config.prompts)
 
     ceiling = None
     if config.gold == "auto" and task == "tiny":

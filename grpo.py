@@ -145,9 +145,7 @@ def train(config: Config) -> dict:
     score, reward_models = load_reward(config.reward, start_from, task, device, **mix)
     gold = gold_function(config.gold, task)
     block_size = policy.config.block_size
-    room = block_size - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
-    prompts = encode_prompts(texts, tokenizer, room, config.prompts)
+    prompts = encode_prompts(texts, tokenizer, block_size, config.max_new_tokens, config.prompts)
     optimizer = make_optimizer(policy, None, config)
     prepare_blocks(config, policy, reference)
     run = RunFolder(config, config.iterations)

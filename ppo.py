@@ -434,9 +434,7 @@ def train(config: Config) -> dict:
     for model in (value_model, *reward_models):  # those that were trained alike have these blocks in common
         share_frozen(model.gpt, policy)
     block_size = policy.config.block_size
-    room = block_size - config.max_new_tokens
-    check(room > 0, f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in block_size {block_size}")
-    prompts = encode_prompts(texts, tokenizer, room, config.prompts)
+    prompts = encode_prompts(texts, tokenizer, block_size, config.max_new_tokens, config.prompts)
     ptx_data = sibling(config.prompts, "demonstrations.jsonl") if config.ptx_data == "auto" else config.ptx_data
     check(not config.ptx_coef or bool(ptx_data), f"--ptx_coef needs --ptx_data; none is beside {config.prompts}")
     demonstrations = load_examples(ptx_data if config.ptx_coef else "", tokenizer, block_size)

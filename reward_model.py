@@ -148,7 +148,7 @@ def train(config: Config) -> dict:
     path, learned = prompts_beside(config.data, config.prompts), set(read_prompts(config.data))
     # it is too sure of answers to prompts that it has learned from; where there are no others, those have to do
     texts = [p for p in read_prompts(path) if p not in learned] or read_prompts(path)
-    prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size - max_new_tokens, path)
+    prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size, max_new_tokens, path)
     batches = epoch_batches(items, config)
     adamw = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trainable(model), **adamw)

@@ -40,8 +40,7 @@ class Config:
 def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: Checkpoint | None) -> list[str]:
     """Completions of one prompt, each as a line with its scores."""
     tokenizer, gold = load_tokenizer(policy.tokenizer), gold_function(config.gold, policy.task)
-    room = policy.model.config.block_size - config.max_new_tokens
-    ids = encode_prompts([prompt], tokenizer, room, "")[0]
+    ids = encode_prompts([prompt], tokenizer, policy.model.config.block_size, config.max_new_tokens, "")[0]
     rollout = generate(
         policy.model,
         [ids] * config.samples,

@@ -58,9 +58,13 @@ def encode_group(
     return [Example(kept, c[: block_size - len(kept)], len(prompt_ids) + len(c) > block_size) for c in ids]
 
 
-def encode_prompts(prompts: list[str], tokenizer: Tokenizer, room: int, what: str) -> list[list[int]]:
-    """Prompts as ids, the last `room` tokens of each (its end, the question, matters most). what: the file they are
-    from, printed with their number and with how many were cut."""
+def encode_prompts(
+    prompts: list[str], tokenizer: Tokenizer, block_size: int, max_new_tokens: int, what: str
+) -> list[list[int]]:
+    """Prompts as ids, of each as many of the last tokens (its end, the question, matters most) as leave max_new_tokens
+    of block_size for the answer. what: the file they are from, printed with their number and with how many were cut."""
+    room = block_size - max_new_tokens
+    check(room > 0, f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in block_size {block_size}")
     ids = [tokenizer.encode_prompt(p) for p in prompts]
     if what:
         print(f"{what}: {len(ids):,} prompts")

@@ -88,7 +88,7 @@ def run(config: Config) -> dict:
         check_task(scorers[-1], path, task)
     gold = gold_function(config.gold, task)
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
-    ids = encode_prompts(prompts, tokenizer, policy.config.block_size - config.max_new_tokens, config.prompts)
+    ids = encode_prompts(prompts, tokenizer, policy.config.block_size, config.max_new_tokens, config.prompts)
     N = 2 * max(config.best_of)
     parts = (policy, scorers, gold, tokenizer, N, config)
     columns = [sample(*parts, k, text, p) for k, (text, p) in enumerate(zip(prompts, ids, strict=True))]

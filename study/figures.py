@@ -52,7 +52,7 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
     labels = ("300 rankings", "5,000 rankings")
     for axes, name, label in zip((left, right), names, labels, strict=True):
-        run = results["overoptimisation"]["all_weak"] if rl and name == "weak_0" else runs[name]
+        run = runs[name]
         for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
             points = run["points"]
             x = [p["distance"]["mean"] for p in points]

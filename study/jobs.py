@@ -23,6 +23,7 @@ class Size(NamedTuple):
     """How much of everything. QUICK proves nothing about learning: do the commands fit together?"""
 
     seeds: tuple[int, ...]
+    more_seeds: tuple[int, ...]  # of the run that over-optimises: how far it goes differs much from one to the next
     data: str  # flags of data.tiny
     sft: str
     rankings: int  # the demo's number
@@ -33,7 +34,6 @@ class Size(NamedTuple):
     iterations: int  # of an ordinary run
     long: int  # of a run that is to go too far
     ensemble: int  # reward models in it
-    weak: str  # names of more weak reward models, each with rankings of its own
     breaks: tuple[str, ...]  # which mistakes, of PPO_FLAGS, PPO_BROKEN and SFT_BROKEN
     kl_coefs: tuple[float, ...]
     betas: tuple[float, ...]
@@ -63,6 +63,7 @@ SFT_BROKEN = ("length_buckets", "prompt_loss")
 
 FULL = Size(
     seeds=(1, 2, 3),
+    more_seeds=(4, 5, 6),
     data="",
     sft="",
     rankings=5000,
@@ -71,9 +72,8 @@ FULL = Size(
     tests=0,
     ppo="--rollouts 128 --minibatch 32 --lr 4e-4",
     iterations=24,
-    long=50,
+    long=40,
     ensemble=4,
-    weak="bcd",
     breaks=(*PPO_FLAGS, *PPO_BROKEN, *SFT_BROKEN),
     kl_coefs=(0.8, 0.4, 0.2, 0.1, 0.05, 0.02),
     betas=(1.6, 0.8, 0.4, 0.2, 0.1, 0.05),
@@ -84,6 +84,7 @@ FULL = Size(
 )
 QUICK = Size(
     seeds=(1,),
+    more_seeds=(),
     data="--demonstrations 600 --held_out_demonstrations 60 --prompts 300 --held_out_prompts 32",
     sft="--n_layer 2 --n_embd 32 --warmup 5",
     rankings=96,
@@ -94,7 +95,6 @@ QUICK = Size(
     iterations=1,
     long=1,
     ensemble=2,
-    weak="b",
     breaks=("ptx", *PPO_BROKEN, *SFT_BROKEN),
     kl_coefs=(0.4, 0.1),
     betas=(0.2,),
@@ -108,7 +108,8 @@ QUICK = Size(
 def jobs(size: Size, out: str, only: list[str] | None = None) -> list[Job]:
     """Everything, or the experiments of these names: one after the other, all seeds of each."""
     parts = [part for part in PARTS if not only or part.__name__ in only]
-    return [job for part in parts for seed in size.seeds for job in part(size, f"{out}/{seed}", seed)]
+    seeds = {part: size.seeds + size.more_seeds * (part in (base, overoptimisation)) for part in parts}
+    return [job for part in parts for seed in seeds[part] for job in part(size, f"{out}/{seed}", seed)]
 
 
 def needed(job: Job, earlier: list[Job]) -> list[Job]:
@@ -124,13 +125,16 @@ def make(seconds: float, command: str, out: str) -> Job:
 
 
 def base(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """The demo's pipeline up to the reward model: each seed has its own data, SFT policy and annotators."""
+    """The demo's pipeline up to the reward model: each seed has its own data, SFT policy and annotators. One of the
+    more_seeds needs no more than the policy and rankings to choose by."""
     yield make(1, f"-m data.tiny --seed {seed} {size.data} --out_dir", f"{o}/data")
     sft = f"sft.py --data {o}/data/demonstrations.jsonl --seed {seed} {size.sft} --out_dir"
     yield make(158, sft, f"{o}/sft")
-    yield rank(size, o, seed, "rankings", f"--n_prompts {size.rankings}", 10)
     held_out = f"--prompts {o}/data/prompts_held_out.jsonl --n_prompts 400"
     yield make(3, f"collect.py --policies {o}/sft {held_out} --seed {seed} --out", f"{o}/rankings_held_out.jsonl")
+    if seed in size.more_seeds:
+        return
+    yield rank(size, o, seed, "rankings", f"--n_prompts {size.rankings}", 10)
     yield reward_model(o, seed, "reward_model", "rankings")
 
 
@@ -183,18 +187,16 @@ def measure(size: Size, o: str, seed: int, name: str, policies: list[Job], also:
 
 
 def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """1. Gao et al. 2022: weak and strong reward model, with and without penalty; ensembles of weak ones; best of n."""
+    """1. Gao et al. 2022: weak and strong reward model, with and without penalty; ensembles of weak ones; best of n.
+    Weak is one from few rankings with a plain scalar head, as in the papers."""
     yield rank(size, o, seed, "rankings_weak", f"--n_prompts {size.few}")
     weak = []
-    for number in range(size.ensemble):  # the same rankings, another order and another start of the head
-        weak.append(f"{o}/weak_{number}")
-        yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", seconds=4)
-    # and more weak ones, each with rankings of its own: how far it goes varies much
-    for number, letter in enumerate(size.weak):
-        skip = size.few * (1 + number)
-        yield rank(size, o, seed, f"rankings_weak_{letter}", f"--skip {skip} --n_prompts {size.few}")
-        yield reward_model(o, seed, f"weak_{letter}", f"rankings_weak_{letter}", seconds=4)
-        yield ppo(size, o, seed, f"over_weak_{letter}_0", "--kl_coef 0", f"{o}/weak_{letter}", long=True)
+    for number in range(1 if seed in size.more_seeds else size.ensemble):
+        weak.append(f"{o}/weak_{number}")  # the same rankings, another order and another start of the head
+        yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", "--expectation no", seconds=4)
+    if seed in size.more_seeds:
+        yield ppo(size, o, seed, "over_weak_0", "--kl_coef 0", weak[0], long=True)
+        return
     for name, reward in (("weak", weak[0]), ("strong", "")):
         for kl_coef in (0, 0.1):
             yield ppo(size, o, seed, f"over_{name}_{kl_coef}", f"--kl_coef {kl_coef}", reward, long=True)

@@ -229,7 +229,7 @@ def write(policy: Checkpoint, texts: list[str], max_new_tokens: int, temperature
     """The policy's answers. The same seed draws the same random numbers for every policy."""
     tokenizer, block_size = load_tokenizer(policy.tokenizer), policy.model.config.block_size
     n = min(max_new_tokens, block_size - 1)
-    ids = encode_prompts(texts, tokenizer, block_size - n, "")
+    ids = encode_prompts(texts, tokenizer, block_size, n, "")
     rng = generator_for(policy.model.device, seed)
     return generate(policy.model, ids, n, eos_id=tokenizer.eos_id, temperature=temperature, generator=rng)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from cli import UserError, check
 from study.jobs import SFT_BROKEN, Size
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 12: 2.201}  # by number of seeds or runs
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by number of seeds
 
 
 def interval(values: list[float]) -> dict:
@@ -125,10 +125,8 @@ def rl_curve(runs: list[list[dict]]) -> dict:
 def overoptimisation(size: Size, out: str) -> dict:
     found: dict = {"rl": {}, "best_of_n": {}}
     for name in RL_RUNS:
-        found["rl"][name] = rl_curve([log_of(f"{out}/{seed}/over_{name}") for seed in size.seeds])
-    # every weak reward model with rankings of its own, four a seed: how far it goes differs much from one to the next
-    names = ["over_weak_0", *(f"over_weak_{letter}_0" for letter in size.weak)]
-    found["all_weak"] = rl_curve([log_of(f"{out}/{seed}/{name}") for name in names for seed in size.seeds])
+        seeds = size.seeds + size.more_seeds * (name == "weak_0")
+        found["rl"][name] = rl_curve([log_of(f"{out}/{seed}/over_{name}") for seed in seeds])
     judged = [read(f"{out}/{seed}/best_of_n.json") for seed in size.seeds]
     for name in judged[0]:
         found["best_of_n"][name] = curve([results[name] for results in judged], "best_of_n")
@@ -278,10 +276,6 @@ def print_results(results: dict) -> None:
                     f"      {key:5} = {f['start']:.2f} + {form}, a {f['alpha']:.3f}, b {f['beta']:.3f}; "
                     f"error {f['error']:.3f}{inside}"
                 )
-    for key in ("gold", "score"):
-        change = results["overoptimisation"]["all_weak"]["fall"][key]
-        told = ", ".join(f"{v:+.2f}" for v in change["seeds"])
-        print(f"  {len(change['seeds'])} weak reward models: {key} {show(change, 2, '+')} ({told})")
     print("\nfrontier: gold at KL")
     for points in results["frontier"].values():
         for name, p in points.items():

@@ -1379,6 +1379,13 @@ MUTATIONS = [
     ),
     Mutation(
         "data/batches.py",
+        right="    check(room > 0, f",
+        wrong="    check(room >= 0, f",
+        effect="p[-0:] is the whole prompt: generate() stops later with a less helpful message",
+        tests="tests/test_data.py::test_prompts_keep_their_end_and_what_was_cut_is_counted",
+    ),
+    Mutation(
+        "data/batches.py",
         right="    note_cut(path, shortened, len(items)",
         wrong="    note_cut(path, 0, len(items)",
         effect="rankings are cut to block_size in silence",
@@ -3755,8 +3762,8 @@ MUTATIONS = [
     ),
     Mutation(
         "ppo.py",
-        right="prompts = encode_prompts(texts, tokenizer, room, config.prompts)",
-        wrong="prompts = [tokenizer.encode_prompt(p)[-room:] for p in texts]",
+        right="prompts = encode_prompts(texts, tokenizer, block_size, config.max_new_tokens, config.prompts)",
+        wrong="prompts = [tokenizer.encode_prompt(p)[-(block_size - config.max_new_tokens) :] for p in texts]",
         effect="prompts are cut in silence, to one token if need be",
         tests="tests/test_ppo.py::test_prompts_that_are_cut_are_counted",
     ),
@@ -4658,10 +4665,17 @@ MUTATIONS = [
     ),
     Mutation(
         "study/jobs.py",
-        right="skip = size.few * (1 + number)",
-        wrong="skip = size.few * number",
-        effect="two weak reward models have learned from the same rankings, and count as two",
+        right='new = f"--skip {half} --n_prompts',
+        wrong='new = f"--skip 0 --n_prompts',
+        effect="the second round asks the questions of the first again, and has fewer than it is said to have",
         tests="tests/test_study.py::test_rankings_that_are_to_be_new_are_new",
+    ),
+    Mutation(
+        "study/results.py",
+        right='seeds = size.seeds + size.more_seeds * (name == "weak_0")',
+        wrong="seeds = size.seeds",
+        effect="half of the over-optimised runs are trained and not counted",
+        tests="tests/test_study.py::test_every_result_is_of_the_run_that_it_is_named_after",
     ),
     Mutation(
         "study/jobs.py",

@@ -573,13 +573,15 @@ def test_completions_of_one_prompt_see_the_same_prompt(block_size):
 
 def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
     """Cut in silence, a run with too many --max_new_tokens trained on prompts of one token."""
-    kept = encode_prompts(["abcde", "xy", "uvw"], Letters(), 3, "my.jsonl")
+    kept = encode_prompts(["abcde", "xy", "uvw"], Letters(), 8, 5, "my.jsonl")
     assert [text_of(p) for p in kept] == ["cde", "xy", "uvw"]
     read, cut = capsys.readouterr().out.splitlines()
     assert read == "my.jsonl: 3 prompts" and cut.startswith("my.jsonl: 1 of 3 prompts cut to their last 3 tokens")
     assert "--block_size" in cut and "--max_new_tokens" in cut
-    encode_prompts(["abcde", "xy"], Letters(), 5, "my.jsonl")
+    encode_prompts(["abcde", "xy"], Letters(), 8, 3, "my.jsonl")
     assert capsys.readouterr().out == "my.jsonl: 2 prompts\n"
+    with pytest.raises(UserError, match="--max_new_tokens 8 leaves no room for a prompt in block_size 8"):
+        encode_prompts(["abcde"], Letters(), 8, 8, "my.jsonl")
 
 
 def test_what_does_not_fit_is_counted(tmp_path, capsys):
