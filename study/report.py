@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import html
 import json
-import os
 import random
 import re
 import sys
@@ -30,7 +29,7 @@ import torch
 import ppo
 from cli import UserError, check, check_ranges, flag, one_line, run_main
 from common import Checkpoint, call_reward, finite, generator_for, gold_function, is_published, load_model, load_reward
-from common import pick_device
+from common import pick_device, write_text
 from data.batches import encode_prompts
 from data.files import read_jsonl, read_prompts
 from data.tiny import gold_parts, task_of
@@ -575,11 +574,8 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 
 def write_page(text: str, out: Path) -> None:
-    tmp = out.with_name(out.name + ".tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(tmp, out)
+        write_text(text, out)
     except OSError as error:
         raise UserError(f"--out {out}: can't be written ({error.strerror})") from None
 

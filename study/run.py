@@ -24,6 +24,7 @@ from pathlib import Path
 from cli import UserError, check, check_ranges, flag, run_main
 from common import write_json
 from study import jobs as experiments
+from study import tables
 from study.jobs import FULL, QUICK, Job, needed
 from study.results import gather, print_results
 
@@ -166,6 +167,7 @@ def run(config: Config) -> dict:
         path = aside / "results.json" if config.quick else Path("study/results.json")
         path = path if config.results == "auto" else Path(config.results)
         write_json(results, path)
+        tables.write(results, f"{aside / 'docs/study.md'}", "" if config.quick else "README.md")
         draw(results, str(aside / "assets") if config.assets == "auto" else config.assets)
         print(f"{path}: the numbers")
     return {"jobs": len(chosen)}

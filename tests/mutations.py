@@ -4664,6 +4664,27 @@ MUTATIONS = [
         tests="tests/test_study_math.py::test_blocks_and_fall_by_hand",
     ),
     Mutation(
+        "study/tables.py",
+        right='for key in ("gold", "score"))]',
+        wrong='for key in ("score", "gold"))]',
+        effect="the reward model's opinion falls and the truth rises: the opposite of over-optimisation",
+        tests="tests/test_study_math.py::test_tables_say_what_the_results_say",
+    ),
+    Mutation(
+        "study/tables.py",
+        right='max(run["points"], key=lambda p: p["gold"]["mean"])',
+        wrong='max(run["points"], key=lambda p: p["kl"]["mean"])',
+        effect="the end of a run is shown as its best point",
+        tests="tests/test_study_math.py::test_tables_say_what_the_results_say",
+    ),
+    Mutation(
+        "study/tables.py",
+        right='after = rest.partition("\\n\\n")[2]',
+        wrong="after = rest",
+        effect="README.md has the table of the last study twice",
+        tests="tests/test_readme.py::test_a_table_is_replaced_where_it_stands",
+    ),
+    Mutation(
         "study/jobs.py",
         right='new = f"--skip {half} --n_prompts',
         wrong='new = f"--skip 0 --n_prompts',

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from cli import check_ranges, parse_config
+from cli import UserError, check_ranges, parse_config
+from study import tables
 from study.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 # At the end of a command, where they win over what README.md says: the same code, with next to nothing to do.
 PPO = "--iterations 1 --rollouts 8 --minibatch 8 --warmup 0 --max_new_tokens 8"
 SMALL = {
@@ -44,9 +46,10 @@ NEEDS_TIME = ("tests/mutate.py", "tests/kill_and_resume.py", "pytest", "data.pre
 def commands() -> list[str]:
     """What starts with python in the blocks, and between single backquotes when it names a script."""
     found = []
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", TEXT, re.DOTALL):
-        found += [line.split("  #")[0].strip() for line in block.splitlines()]
-    found += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", TEXT)
+    for text in (TEXT, *DOCS.values()):
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
+            found += [line.split("  #")[0].strip() for line in block.splitlines()]
+        found += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
     starts = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?python (?:-m )?\S+")
     return list(
         dict.fromkeys(c for c in found if starts.match(c) and "FILE" not in c and "..." not in c and "RUN" not in c)
@@ -199,12 +202,15 @@ def anchor(title: str) -> str:
 
 def test_links_lead_somewhere():
     """A figure that was renamed; a section that moved."""
-    anchors = {anchor(title) for title in re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target.split("#")[0]).exists(), target
+    texts = {ROOT / "README.md": TEXT, **DOCS}
+    anchors = {p: {anchor(title) for title in re.findall(r"^#+ (.+)$", t, re.MULTILINE)} for p, t in texts.items()}
+    for path, text in texts.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, place = target.partition("#")
+            if not target.startswith("http"):
+                there = (path.parent / file).resolve() if file else path
+                assert there.exists(), target
+                assert not place or place in anchors[there], target
 
 
 def test_the_table_of_metrics_is_that_of_the_figures():
@@ -228,3 +234,19 @@ def test_functions_and_tests_that_it_names_are_there():
         assert re.search(rf"^\s*(?:def|class) {function}\b", source, re.MULTILINE), f"{function} in {file}"
     for test in set(re.findall(r"`(test_\w+\.py)`", TEXT)):
         assert (ROOT / "tests" / test).exists(), test
+
+
+def test_the_tables_of_the_study_are_those_of_its_results():
+    """Numbers copied by hand go stale in silence. `python -m study.tables` brings them up to date."""
+    results = json.loads((ROOT / "study" / "results.json").read_text(encoding="utf-8"))
+    for table in tables.IN_README:
+        assert table(results) in TEXT, table.__name__
+    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == tables.document(results)
+
+
+def test_a_table_is_replaced_where_it_stands():
+    text = "before\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nafter\n\n| a | c |\n| --- | --- |\n| 5 | 6 |\n"
+    new = tables.table("| a | b |", iter([["3", "4"], ["5", "6"]]))
+    assert tables.updated(text, new) == text.replace("| 1 | 2 |", "| 3 | 4 |\n| 5 | 6 |")
+    with pytest.raises(UserError, match=r"no table .* \| a \| d \|"):
+        tables.updated(text, tables.table("| a | d |", iter([])))

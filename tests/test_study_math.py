@@ -18,7 +18,7 @@ from cli import UserError, check_ranges, parse_config
 from data.files import read_jsonl, write_jsonl
 from evaluate import expected_best
 from model import Rollout
-from study import best_of_n, broken, implicit, jobs, rankings, results, run
+from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = jobs.FULL, jobs.QUICK
@@ -274,3 +274,79 @@ def test_a_failed_job_is_told_and_the_rest_stays_done(tmp_path, monkeypatch):
     before = len(log(tmp_path))
     run_toys(tmp_path, toy_jobs(tmp_path), monkeypatch)
     assert "a starts" not in log(tmp_path)[before:] and "d ends" in log(tmp_path)[before:]
+
+
+# -------------------------------------------------------------------------------- tables
+
+
+def cells(table: str, label: str) -> dict[str, str]:
+    """One row of a table, by the titles of its columns; of columns of one title the last."""
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    (row,) = (row for row in rows if row[0] == label)
+    return dict(zip(titles, row, strict=True))
+
+
+def test_tables_say_what_the_results_say():
+    """A cell under another title, or another run's, would be believed."""
+    found = json.loads((ROOT / "study" / "results.json").read_text(encoding="utf-8"))
+
+    def says(cell: str, x: dict, digits: int = 2, sign: str = "") -> None:
+        assert cell == f"{x['mean']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
+
+    over = found["overoptimisation"]
+    for label, line in (
+        ("PPO, 300 rankings, kl_coef 0", over["rl"]["weak_0"]),
+        ("the same, 0.1 (the defaults)", over["rl"]["strong_0.1"]),
+        ("best of n, 5,000 rankings", over["best_of_n"]["reward_model"]),
+    ):
+        row = cells(tables.overoptimisation(found), label)
+        says(row["true reward, peak to end"], line["fall"]["gold"], sign="+")
+        says(row["opinion, meanwhile"], line["fall"]["score"], sign="+")
+        fits = [line[f"{key}_fit"] for key in ("gold", "score")]
+        for title, fit in zip(("the true reward", "the opinion"), fits, strict=True):
+            assert row[f"a, b of {title}"] == f"{fit['alpha']:.2f}, {fit['beta']:.2f}"
+        assert row["intervals"] == f"{100 * fits[1]['inside']:.0f}%" and row["error"] == f"{fits[1]['error']:.2f}"
+    point, row = found["frontier"]["grpo"]["grpo_0.4"], cells(tables.frontier(found), "grpo 0.4")
+    titles = {"gold": "gold", "kl": "KL", "correct": "correct", "correct_greedy": "at temperature 0"}
+    for key, title in titles.items():
+        says(row[title], point[key])
+    for label, point in (
+        ("rankings 300", found["feedback"]["numbers"]["300"]),
+        ("noise 2.0", found["feedback"]["noises"]["2.0"]),
+    ):
+        row = cells(tables.feedback(found), label)
+        says(row["accuracy"], point["accuracy"])
+        says(row["right against wrong"], point["by_part"]["right_vs_wrong"])
+        says(row["polite against plain"], point["by_part"]["polite_vs_plain"])
+        says(row["gold of PPO"], point["ppo"]["gold"])
+        says(row["gold of DPO"], point["dpo"]["gold"])
+    point = found["iterated"]["told"]["all of SFT's samples"]
+    row = cells(tables.iterated(found), "told expectations: all of SFT's samples")
+    says(row["right against wrong"], point["by_part"]["right_vs_wrong"])
+    for key, title in (("gold", "gold of PPO"), ("correct", "correct"), ("kl", "KL")):
+        says(row[title], point[key])
+    says(
+        cells(tables.judges(found), "scalar head")["once against repeated"],
+        found["secret"]["judges"]["scalar head"]["once_vs_repeated"],
+    )
+    line, row = found["secret"]["maximised"]["plain"], cells(tables.maximised(found), "scalar head")
+    golds = [p["gold"]["mean"] for p in line["points"]]
+    top = golds.index(max(golds))
+    assert row["best true reward"] == f"{golds[top]:.2f} at {line['points'][top]['kl']['mean']:.1f} nats"
+    says(row["at the end"], line["points"][-1]["gold"])
+    says(row["KL"], line["points"][-1]["kl"], 1)
+    says(row["tokens an answer"], line["length"], 1)
+    commands = {
+        "kl_k2": "python ppo.py --kl k2 --out_dir out/broken/kl_k2",
+        "score_late": "python -m study.broken score_late ppo.py --out_dir out/broken/score_late",
+        "dpo_mean": "python -m study.broken dpo_mean dpo.py --out_dir out/broken/dpo_mean",
+        "prompt_loss": "python -m study.broken prompt_loss sft.py --epochs 1 --out_dir out/broken/prompt_loss",
+    }
+    for name, command in commands.items():
+        change, row = found["breaks"][name]["change"], cells(tables.mistakes(found), f"`{command}`")
+        says(row["gold"], change["gold"], 2, "+")
+        says(row["KL"], change["kl"], 2, "+")
+        row = cells(tables.breaks(found), name.replace("_", " "))
+        titles = {"gold": ("gold", 2), "KL": ("kl", 2), "tokens": ("length", 1), "EOS rate": ("eos_rate", 3)}
+        for title, (key, digits) in (titles | {"correct": ("correct", 2)}).items():
+            says(row[title], change[key], digits, "+")
