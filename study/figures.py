@@ -51,7 +51,7 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
     runs = results["overoptimisation"]["rl" if rl else "best_of_n"]
     form = "rl" if rl else "best_of_n"
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
-    labels = ("weak: 300 rankings, scalar head", "strong: 5,000 rankings, the demo's")
+    labels = ("weak: 300 rankings", "strong: 5,000 rankings")
     for axes, name, label in zip((left, right), names, labels, strict=True):
         run = runs[name]
         for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
@@ -85,7 +85,7 @@ def ensembles(results: dict) -> Figure:
             x = [p["distance"]["mean"] for p in points]
             bars(axes, x, [p["gold"] for p in points], label=label, marker="o", markersize=3.5, **line(number))
         axes.set_title("PPO, kl_coef 0" if family == "rl" else "best of n")
-        axes.set_ylim(-1.7, 2.9)  # some of one model's intervals go on
+        axes.set_ylim(-1.7, 2.9)  # some of the minimum's intervals go on
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     panels[0].set_ylabel("true reward")
     legend(figure, panels[0])

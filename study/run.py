@@ -1,6 +1,6 @@
 """make study: what papers about RLHF argue about with judges, measured where the truth is known.
 
-    python -m study.run                  # all experiments, two cores: about 80 minutes, then the figures
+    python -m study.run                  # all experiments, two cores: about 70 minutes, then the figures
     python -m study.run --quick          # tiny networks, one seed: do the commands fit together?
     python -m study.run --commands       # every command; each can be run by hand
     python -m study.run --only frontier  # one experiment, and what it needs
