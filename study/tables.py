@@ -195,6 +195,7 @@ def updated(text: str, new: str) -> str:
 
 
 def write(results: dict, path: str, readme: str) -> None:
+    check(not readme or Path(readme).exists(), f"--readme {readme}: no such file")
     write_text(document(results), Path(path))
     if readme:
         text = Path(readme).read_text(encoding="utf-8")

@@ -127,7 +127,7 @@ print(json.dumps(failed))
 def scratch(tmp_path_factory) -> Path:
     """A copy of the project with what the commands start from: a small run of the demo, and files of one's own."""
     folder = tmp_path_factory.mktemp("readme")
-    for source in ("data", "study", "runs", "assets", *(p.name for p in ROOT.glob("*.py"))):
+    for source in ("data", "study", "runs", "assets", "README.md", *(p.name for p in ROOT.glob("*.py"))):
         ignored = shutil.ignore_patterns("__pycache__")
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
         copy(ROOT / source, folder / source, **({"ignore": ignored} if (ROOT / source).is_dir() else {}))
