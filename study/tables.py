@@ -1,4 +1,4 @@
-"""The study's results as tables: docs/study.md whole, and those of README.md in their places.
+"""The study's results as tables: docs/study.md whole, and that of the mistakes in its place in README.md.
 
 python -m study.tables --results study/results.json
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cli import check, flag, run_main
 from common import write_text
-from study.jobs import PPO_BROKEN, PPO_FLAGS, SFT_BROKEN
+from study.jobs import PPO_FLAGS, SFT_BROKEN
 from study.results import read, show
 
 
@@ -19,7 +19,7 @@ from study.results import read, show
 class Config:
     results: str = flag("study/results.json", "what study/results.py has gathered")
     document: str = flag("docs/study.md", "file for all tables")
-    readme: str = flag("README.md", "file whose tables are brought up to date (empty: none)")
+    readme: str = flag("README.md", "file whose table of mistakes is brought up to date (empty: none)")
 
 
 def table(head: str, rows: Iterator[list[str]]) -> str:
@@ -113,9 +113,11 @@ def maximised(results: dict) -> str:
 
 def command(name: str) -> str:
     """The mistake as a reader would make it, on what `make demo` has left in out/."""
-    script = f"ppo.py {PPO_FLAGS[name]}" if name in PPO_FLAGS else f"-m study.broken {name} "
-    script += "ppo.py" * (name in PPO_BROKEN) + "dpo.py" * (name == "dpo_mean")
-    script += "sft.py --epochs 1" * (name in SFT_BROKEN)
+    if name in PPO_FLAGS:
+        script = f"ppo.py {PPO_FLAGS[name]}"
+    else:
+        stage = "sft.py --epochs 1" if name in SFT_BROKEN else "dpo.py" if name == "dpo_mean" else "ppo.py"
+        script = f"-m study.broken {name} {stage}"
     return f"python {script} --out_dir out/broken/{name}"
 
 
@@ -134,8 +136,6 @@ def mistakes(results: dict) -> str:
     rows = ([f"`{typed}`", *(show(change[key], 2, "+") for key in ("gold", "kl"))] for typed, change in found)
     return table("| the mistake, as a command | gold | KL |", rows)
 
-
-IN_README = (mistakes,)
 
 DOCUMENT = """# The study in numbers
 
@@ -199,10 +199,8 @@ def write(results: dict, path: str, readme: str) -> None:
     write_text(document(results), Path(path))
     if readme:
         text = Path(readme).read_text(encoding="utf-8")
-        for f in IN_README:
-            text = updated(text, f(results))
-        write_text(text, Path(readme))
-    print(f"{path}: the tables" + (f"; those of {readme} are up to date" if readme else ""))
+        write_text(updated(text, mistakes(results)), Path(readme))
+    print(f"{path}: the tables" + (f"; that of the mistakes in {readme} is up to date" if readme else ""))
 
 
 def run(config: Config) -> dict:
