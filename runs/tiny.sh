@@ -2,6 +2,7 @@
 # The whole pipeline on the embedded task, offline, on a laptop CPU. Every line can be run by itself.
 #   SEED=2 OUT=out2 bash runs/tiny.sh
 #   LONG=1 bash runs/tiny.sh        # more of everything, about 10 minutes: how far the same recipe goes
+#   STRICT=1 bash runs/tiny.sh      # status 1 if a gate fails; without it a failed gate is named at the end, and no error
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-1}
@@ -20,28 +21,28 @@ rm -rf "$OUT/data" # rankings are appended to: start a fresh file
 # 0. the world: demonstrations of mixed quality, prompts; for training, for choosing (_held_out) and for the results (_test)
 step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED" $DATA
 # 1. SFT: imitate the demonstrations
-step python sft.py --data "$OUT/data/demonstrations.jsonl" --out_dir "$OUT/sft" --seed "$SEED" --strict $SFT
+step python sft.py --data "$OUT/data/demonstrations.jsonl" --out_dir "$OUT/sft" --seed "$SEED" $SFT
 # 2. sample and rank completions, learn to score them
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts.jsonl" --seed "$SEED" $COLLECT
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_held_out.jsonl" --n_prompts 400 --seed "$SEED"
 step python collect.py --policies "$OUT/sft" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --seed "$SEED"
 # 3b. DPO on the same rankings. It needs no reward model, so both learn side by side, a thread each; its output goes to a file
-OMP_NUM_THREADS=1 step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" --strict $DPO > "$OUT/dpo.log" 2>&1 &
+OMP_NUM_THREADS=1 step python dpo.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/dpo" --seed "$SEED" $DPO > "$OUT/dpo.log" 2>&1 &
 dpo=$!
 trap 'kill $dpo 2> /dev/null || true' EXIT # if the reward model fails
-OMP_NUM_THREADS=1 step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED" --strict
+OMP_NUM_THREADS=1 step python reward_model.py --policy "$OUT/sft" --data "$OUT/data/rankings.jsonl" --out_dir "$OUT/reward_model" --seed "$SEED"
 status=0
 wait $dpo || status=$?
 cat "$OUT/dpo.log"
 [ $status -eq 0 ] || exit $status
 # 3a. PPO against the reward model
-step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" --strict $PPO
+step python ppo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/ppo" --seed "$SEED" $PPO
 # 3c. the same without a value model: groups of eight completions of a prompt
-step python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/grpo" --seed "$SEED" --strict $GRPO
+step python grpo.py --policy "$OUT/sft" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts.jsonl" --out_dir "$OUT/grpo" --seed "$SEED" $GRPO
 # 4. compare, on questions that nothing was trained on or chosen by
-step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED" --strict
+step python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompts "$OUT/data/prompts_test.jsonl" --n_prompts 0 --out_dir "$OUT/evaluate" --seed "$SEED"
 step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompt "Anna: What is the opposite of hot?" --temperature 0
-# 5. a page about all of it, to open in a browser
-step python study/report.py --run "$OUT" --seed "$SEED"
 echo
-echo "done in $((SECONDS - start)) s; see $OUT/report.html, or: python sample.py --policy $OUT/ppo"
+echo "done in $((SECONDS - start)) s; talk to it: python sample.py --policy $OUT/ppo"
+# 5. a page about all of it, to open in a browser; and which gates failed, if any did
+step python study/report.py --run "$OUT" --seed "$SEED" ${STRICT:+--strict}

@@ -50,6 +50,7 @@ class Config:
     prompts: str = flag("auto", "prompts for that (auto: RUN/data/prompts_test.jsonl, else _held_out, else prompts)")
     max_new_tokens: int = flag(0, "longest answer, tokens (0: what the run allowed, else 48)", low=0)
     seed: int = flag(1, "seed of the prompts' choice and of the samples", low=0, high=2**63 - 1)
+    strict: bool = flag(False, "exit with status 1 if a gate of the run failed")
     device: str = flag("auto", "auto, cpu, cuda or mps")
 
 
@@ -498,16 +499,37 @@ def usual(gate: dict) -> str:
     return f"{low:g} to {high:g}"
 
 
-def gates(stages: list[Stage], evaluation: dict) -> str:
+def value_of(gate: dict) -> str:
+    return "nan" if gate["value"] is None else f"{gate['value']:.3f}"
+
+
+def find_gates(stages: list[Stage], evaluation: dict) -> list[tuple[str, dict]]:
+    """Every gate of the run, with the stage that it belongs to."""
     found = [(s.name, gate) for s in stages for gate in s.results.get("gates", [])]
-    found += [("evaluate", gate) for gate in evaluation.get("gates", [])]
+    return found + [("evaluate", gate) for gate in evaluation.get("gates", [])]
+
+
+def print_verdict(found: list[tuple[str, dict]]) -> None:
+    """Which gates failed, and what that means."""
+    failed = [(stage, gate) for stage, gate in found if not gate["ok"]]
+    if not failed:
+        print(f"all {len(found)} gates OK")
+        return
+    print(f"{len(failed)} of {len(found)} gates FAILED:")
+    for stage, gate in failed:
+        print(f"  {stage}: {gate['name']} {value_of(gate)}, usually {usual(gate)}")
+    print("A gate compares a figure with the range that it had in earlier runs. Just outside, it is most likely chance:")
+    print("another seed or another CPU. Far outside, look at that stage first: what follows stands on it.")
+
+
+def gates(found: list[tuple[str, dict]]) -> str:
     if not found:
         text = "No stage has gates: they belong to the embedded task, and data of your own has only the figures."
         return f'<p class="missing">{text}</p>'
     rows = []
     for name, gate in found:
         verdict = Cell("OK", "ok") if gate["ok"] else Cell("FAILED", "failed")
-        rows.append([name, Cell(gate["name"], "text"), f"{gate['value']:.3f}", usual(gate), verdict])
+        rows.append([name, Cell(gate["name"], "text"), value_of(gate), usual(gate), verdict])
     return table([("stage", ""), ("gate", ""), ("figure", ""), ("usual range", ""), ("verdict", "")], rows)
 
 
@@ -592,20 +614,23 @@ def run(config: Config) -> dict:
     notes = [f"no {kind}: {kind}.py has not been run here" for kind in KINDS if kind not in {s.kind for s in stages}]
     notes += [f"{s.name} is not finished" for s in stages if not s.results]
     samples, tokens = measure_answers(config, folder, stages, notes) if config.rollouts else ({}, {})
+    found = find_gates(stages, evaluation)
     shown = {"curves": curves(stages), "samples": samples, "tokens": tokens}
     parts = {
         "title": html.escape(str(config.run)),
         "headline": html.escape(headline(evaluation, stages)),
         "summary": summary(stages),
         "comparison": comparison(evaluation),
-        "gates": gates(stages, evaluation),
+        "gates": gates(found),
         "notes": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
         "data": as_json(shown),
     }
     text = fill(PAGE.read_text(encoding="utf-8"), parts)
     write_page(text, out)
     print(f"{out}: the report, {len(text.encode()) / 1e6:.2f} MB; open it in a browser")
-    return {"out": str(out), "notes": notes}
+    if found:
+        print_verdict(found)
+    return {"out": str(out), "notes": notes, "gates": [gate for _, gate in found]}
 
 
 def main() -> None:

@@ -375,6 +375,35 @@ def test_tables_show_the_results(tmp_path, monkeypatch):
     assert "ppo 81% (78% to 84%)" in said and "the true reward" in said and "ppo 1.6" in said
 
 
+def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeypatch, capsys):
+    """A newcomer's demo that misses a range by a hair: no report, and status 1 without a word on what it means."""
+    toy_run(tmp_path, monkeypatch)
+    make_report(tmp_path, rollouts=0)
+    assert "all 1 gates OK" in capsys.readouterr().out.splitlines()[-1]
+    gates = [
+        {"name": "headroom", "value": 0.2, "low": 0.55, "high": 1.0, "ok": False},
+        {"name": "KL", "value": None, "low": None, "high": 2.0, "ok": False},  # it was nan
+    ]
+    common.write_json({"gates": gates}, tmp_path / "evaluate" / "results.json")
+    argv = ["report.py", "--run", str(tmp_path), "--rollouts", "0"]
+    for strict in ([], ["--strict"]):
+        monkeypatch.setattr(sys, "argv", argv + strict)
+        if strict:
+            with pytest.raises(SystemExit) as end:
+                report.main()
+            assert end.value.code == 1
+        else:
+            report.main()
+        assert (tmp_path / "report.html").exists()
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1:4] == [
+            "2 of 3 gates FAILED:",
+            "  evaluate: headroom 0.200, usually 0.55 to 1",
+            "  evaluate: KL nan, usually at most 2",
+        ]
+        assert "A gate compares" in lines[4]
+
+
 def rows_of(table: str) -> list[list[str]]:
     """The texts of a table's cells."""
     rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
