@@ -5,7 +5,7 @@
     python collect.py --annotator web --n_prompts 20 --annotator_name anna --repeat 0.1    # or in the browser
 
 Appends to a rankings file as it goes and skips prompts that stand there already, so it can be stopped and run again.
-How people are asked is in data/annotate.py; `python -m data.annotate anna.jsonl ben.jsonl` says how far they agree.
+How people are asked is in tools/annotate.py; `python -m tools.annotate anna.jsonl ben.jsonl` says how far they agree.
 Ranking is asked for, not scoring: people agree on which of two answers is better far more than on what number one
 deserves.
 """
@@ -21,14 +21,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import DTYPES, UserError, check, check_ranges, flag, run_main
-from common import call_reward, generator_for, gold_function, load_model, note_task, pick_device, sampling
-from data.annotate import Sample, Session, in_browser, in_terminal
+from lib.cli import DTYPES, UserError, check, check_ranges, flag, run_main
+from frozen import sampling
+from lib.checkpoint import load_model, note_task
+from lib.reward import call_reward, gold_function
+from lib.train import generator_for, pick_device
+from tools.annotate import Sample, Session, in_browser, in_terminal
 from data.batches import encode_prompts
 from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
 from data.tiny import annotator_ranking, annotators_agreement, task_of
 from data.tokenizer import load_tokenizer
-from model import generate
+from sampling import generate
 
 
 @dataclass

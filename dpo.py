@@ -20,13 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, compare_samples, due, gate, keep_trunk, load_model, lr_at
-from common import make_reference, note_task, pick_device, prepare_blocks, progress, save_model, set_lr
-from common import train_last_layers, trainable
+from lib.cli import TrainConfig, check, check_ranges, flag, run_main
+from frozen import keep_trunk
+from lib.checkpoint import load_model
+from lib.run import RunFolder, gate
+from lib.show import compare_samples
+from lib.train import autocast, clip_gradients, due, lr_at
+from frozen import make_reference
+from lib.checkpoint import note_task, save_model
+from lib.train import pick_device, prepare_blocks, progress, set_lr
+from frozen import train_last_layers, trainable
 from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
 from data.tokenizer import load_tokenizer
-from model import GPT, token_logprobs
+from frame import token_logprobs
+from model import GPT
 
 
 @dataclass

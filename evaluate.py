@@ -20,14 +20,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import DTYPES, UserError, check, check_ranges, flag, run_main
-from common import call_reward, check_task, gate, generator_for, gold_function, load_model, load_scorer, note_task
-from common import pick_device, sampling, score_rollout, write_json
+from lib.cli import DTYPES, UserError, check, check_ranges, flag, run_main
+from lib.checkpoint import load_model, load_scorer, note_task
+from lib.reward import call_reward, check_task, gold_function
+from lib.run import gate
+from lib.train import generator_for
+from frozen import sampling
+from lib.reward import score_rollout
+from lib.run import write_json
+from lib.train import pick_device
 from data.batches import by_length, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
-from model import GPT, Rollout, ScalarModel, generate, put_back, rows_at_a_time
+from frame import put_back, rows_at_a_time
+from model import GPT, ScalarModel
+from sampling import Rollout, generate
 from ppo import distribution_kl
 from reward_model import accuracy_by_part
 from reward_model import evaluate as evaluate_reward_model

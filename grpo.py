@@ -25,15 +25,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import COMBINES, RunFolder, autocast, call_reward, clip_gradients, due, generator_for, gold_function
-from common import last_quarter, load_model, load_reward, lr_at, make_reference, note_task, pick_device, prepare_blocks
-from common import progress, rollout_figures, sampling, save_model, set_lr, shares, show_samples, train_last_layers
+from lib.cli import TrainConfig, check, check_ranges, flag, run_main
+from lib.reward import COMBINES, call_reward, gold_function
+from lib.run import RunFolder
+from lib.train import autocast, clip_gradients, due, generator_for
+from frozen import make_reference
+from lib.checkpoint import load_model, note_task
+from lib.reward import load_reward
+from lib.run import last_quarter
+from lib.train import lr_at, pick_device, prepare_blocks
+from frozen import sampling, train_last_layers
+from lib.checkpoint import save_model
+from lib.show import rollout_figures, shares, show_samples
+from lib.train import progress, set_lr
 from data.batches import encode_prompts, micro_batches, minibatches
 from data.files import read_prompts
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
-from model import GPT, Rollout, generate, token_logprobs
+from frame import token_logprobs
+from model import GPT
+from sampling import Rollout, generate
 from ppo import EXPECTED, Experience, kl_penalty, make_optimizer, may_cut, measure, policy_loss, shaped_rewards
 
 

@@ -1,38 +1,267 @@
-"""The network all stages share: a GPT-2 or a Llama, the scalar head of reward and value models, sampling, log-probs.
-
-The frame. Every sequence is `prompt + completion (+ EOS) + filler`, padded on the right:
-
-    index          0     1     2     3     4     5     6
-    tokens        p0    p1    p2    a0    a1   EOS   fill      (B, T)
-    logprobs[t] = log pi(tokens[t+1] | tokens[:t+1])            (B, T-1)
-    action_mask    0     0     1     1     1     0              (B, T-1)   1 where tokens[t+1] was sampled, EOS included
-
-Real tokens stand at positions 0..len-1 and attention is causal, so no real token ever sees filler: no attention mask,
-no position trick, and what the filler ids are makes no difference. (One exception: where several completions of one
-prompt are compared, they all stand behind it in one row, and the prompt is read once; see `Branches` in blocks.py.)
-
-Shapes: B rows, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary, S cache slots.
-"""
+"""The network all stages share."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from blocks import Block, Branches, GPTConfig, KVCache, Step, at_least_float32, flat_before, flat_index
-from blocks import init_weights, make_norm, rotary_turns, run_block
 
-# -------------------------------------------------------------------------------- the network
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int  # the longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    # Rows of the embedding that belong to real token ids, where a table has more (imported weights padded to a round
+    # number). Logits beyond it are cut off inside the model, so no such id can be sampled or be given probability.
+    real_vocab: int | None = None
+    # 0: learned positions, as in GPT-2. Above 0: rotary positions of this base (Su et al. 2021), and no table of them.
+    rope_base: float = 0.0
+    expectation: bool = False  # of a ScalarModel: it is told how expected each token was, see there
+    # What Llama and its like have instead of what GPT-2 has
+    norm: str = "layer"  # or "rms": no mean is subtracted and no bias added (Zhang and Sennrich 2019, arXiv:1910.07467)
+    norm_eps: float = 1e-5
+    # 0: n_head. Fewer: several queries share a key and a value (grouped queries, Ainslie et al. 2023, arXiv:2305.13245)
+    n_kv_head: int = 0
+    mlp: str = "gelu"  # or "swiglu": the hidden layer times a gate of its own (Shazeer 2020, arXiv:2002.05202)
+    n_inner: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
+    bias: str = "all"  # or "none", or "qkv": in the projection to queries, keys and values alone, as in Qwen2
+    tied: bool = True  # False: the output layer has weights of its own, not the embedding's
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.rope_base and (self.rope_base < 0 or self.n_embd // self.n_head % 2):
+            raise ValueError("rotary positions need a rope_base above 0 and an even number of channels a head")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        for name, known in (("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu")), ("bias", ("all", "qkv", "none"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+    @property
+    def numbers_cached(self) -> int:
+        """Keys and values of one token, in all blocks."""
+        return 2 * self.n_layer * self.n_kv_head * (self.n_embd // self.n_head)
+
+
+# What makes a Llama of a GPTConfig, beside a rope_base and an n_inner of 8/3 n_embd: as many weights as GPT-2's MLP has
+LLAMA = {"norm": "rms", "mlp": "swiglu", "bias": "none"}
+
+
+class KVCache:
+    """Keys and values of one layer for a batch of rows, (2, B, G, S, D), in the dtype in which they are computed. The
+    slot of a token is its position."""
+
+    def __init__(self, batch: int, slots: int, config: GPTConfig, like: Tensor):
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        self.kv = like.new_zeros(2, batch, config.n_kv_head, slots, config.n_embd // config.n_head, dtype=dtype)
+
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """k, v (B, G, T, D) of positions 0..T-1."""
+        self.kv[0, :, :, : k.size(2)], self.kv[1, :, :, : v.size(2)] = k, v
+
+    def write(self, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """k, v (B, G, 1, D) of one token a row, rows (B,) 0..B-1, at its own of positions (B,)."""
+        self.kv[:, rows, :, positions] = torch.stack([k[:, :, 0], v[:, :, 0]], 1).to(self.kv.dtype)  # (B, 2, G, D)
+
+    def keep(self, rows: Tensor) -> None:
+        """Rows (b,) in the place of all: fewer, or one of them several times."""
+        self.kv = self.kv[:, rows]
+
+    def grow(self, slots: int) -> None:
+        """`slots` more, empty."""
+        self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:3], slots, self.kv.size(4))], 3)
+
+
+class Step(NamedTuple):
+    """One new token a row, as `generate` feeds it."""
+
+    rows: Tensor  # (B,) 0..B-1
+    positions: Tensor  # (B,) where the token of each row stands
+    bias: Tensor  # (B * G, 1, S) 0 on the slots up to there, -inf on those behind
+
+
+class Branches(NamedTuple):
+    """Rows in which all completions of a prompt stand behind it, so that it is read once: p0 p1 a0 a1 b0 b1 b2. Each of
+    them is to be seen as if it stood there alone."""
+
+    positions: Tensor  # (B, T) of each token in its own text: 0 1 2 3 2 3 4
+    before: Tensor  # (B, T) column of the token before it there: 0 0 1 2 1 4 5 (the first has none)
+    visible: Tensor  # (B, 1, T, T) bool: the columns that each token looks at, the prompt's and its own completion's
+
+
+def flat_index(where: Tensor | None, T: int) -> Tensor | None:
+    """The N true positions of where (B, T) or (B, T-1) in rows of T tokens -> (N,), in reading order. What is no
+    mask is such an index already."""
+    if where is None or where.dtype != torch.bool:
+        return where
+    rows, columns = where.nonzero(as_tuple=True)  # (N,) each
+    return rows * T + columns
+
+
+def flat_before(branches: Branches) -> Tensor:
+    """(B, T) flat position of the token before each one."""
+    B, T = branches.before.shape
+    return branches.before + T * torch.arange(B, device=branches.before.device)[:, None]
+
+
+def rotary_turns(config: GPTConfig) -> Tensor:
+    """cos and sin of position * base^(-2j/D) for pair j of a head's channels: (block_size, D/2, 2)."""
+    D = config.n_embd // config.n_head
+    angles = torch.arange(config.block_size)[:, None] * config.rope_base ** (-torch.arange(0, D, 2) / D)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): channels 2j and 2j+1 of x (..., D) are one complex number,
+    which is turned by its position's angle, turns (..., D/2, 2). So query times key depends on their distance alone.
+    One complex product, because on a CPU it is the fastest way; in parts for torch.compile, which knows no complex
+    numbers."""
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1), at_least_float32(turns).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))  # (..., D/2)
+    return torch.view_as_real(pairs * torch.view_as_complex(at_least_float32(turns))).flatten(-2).to(x.dtype)
+
+
+def attend_to_slots(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention written out, for one query a row against the cache: softmax(q k' / sqrt(D) + bias) v.
+
+    q (B, H, 1, D); k, v (B, G, S, D); bias (B * G, 1, S), 0 on slots to look at and -inf on the others -> (B, H, 1, D).
+    On a CPU faster than the fused kernel, which is made for many queries."""
+    D = q.size(-1)
+    q_of_k = q.reshape(len(bias), -1, D)  # (B * G, H / G, D): the queries that share a key and a value
+    scores = torch.baddbmm(bias, q_of_k, k.flatten(0, 1).mT, alpha=D**-0.5)  # (B * G, H / G, S)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.dropout = config.dropout
+        width = (config.n_head + 2 * config.n_kv_head) * (config.n_embd // config.n_head)
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias != "none")
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias == "all")
+
+    def mix(
+        self, x: Tensor, turns: Tensor | None, cache: KVCache | None, step: Step | None, visible: Tensor | None
+    ) -> Tensor:
+        """What the heads read at every position: x (B, T, C) -> (B, T, C), before the output projection. Every token
+        looks at itself and all before it, or at what `visible` (B, 1, T, T) says."""
+        B, T, C = x.shape
+        H, G = self.n_head, self.n_kv_head
+        qk, v = self.c_attn(x).view(B, T, H + 2 * G, C // H).split([H + G, G], 2)
+        q, k = (qk if turns is None else rotate(qk, turns)).split([H, G], 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        if step is not None:
+            cache.write(k, v, step.rows, step.positions)
+            y = attend_to_slots(q, *cache.kv, step.bias)
+        else:
+            if cache is not None:
+                cache.fill(k, v)
+            dropout = self.dropout if self.training else 0.0
+            if G < H:
+                k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, visible, dropout, is_causal=visible is None)
+        return y.transpose(1, 2).reshape(B, T, C)
+
+    def project(self, y: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def init_weights(module: nn.Module, config: GPTConfig) -> None:
+    """GPT-2's N(0, 0.02) is for 768 channels; scaled so that activations have the same size at any width, and less
+    where a residual branch ends, so that depth adds no variance."""
+    for name, p in module.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 * math.sqrt(768 / config.n_embd)
+            nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout, self.gated = config.dropout, config.mlp == "swiglu"
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.gated) * config.n_inner, bias=config.bias == "all")
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias == "all")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)  # one product for both
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """x - mean(x) over std(x), times a weight, plus a bias; "rms": x over its root mean square, times a weight."""
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.n_embd, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    recompute = False  # --recompute
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        turns: Tensor | None = None,
+        cache: KVCache | None = None,
+        step: Step | None = None,
+        index: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); with index (...), flat positions b * T + t, what comes out there, (..., C)."""
+        y = self.attn.mix(self.ln_1(x), turns, cache, step, visible)
+        if index is not None:  # from here on every position is on its own, so the others need not be computed
+            # (..., C) each; `embedding` is x.flatten(0, 1)[index] with a faster backward pass
+            x, y = (F.embedding(index, part.flatten(0, 1)) for part in (x, y))
+        x = x + self.attn.project(y)
+        return x + self.mlp(self.ln_2(x))
+
+
+def run_block(block: Block, *inputs) -> Tensor:
+    """block(*inputs). With block.recompute nothing computed inside is kept for the backward pass, which computes it
+    again (Chen et al. 2016, arXiv:1604.06174): a fraction of the memory, a third more time, the same gradients."""
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, output tied to the token embedding; or Llama,
-    see blocks.py. The parameters have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to
+    see model.py. The parameters have GPT-2's own names (wte, wpe, h.0.ln_1, ...), so its weights import one to
     one."""
 
     def __init__(self, config: GPTConfig):
@@ -188,237 +417,3 @@ class ScalarModel(nn.Module):
     def score(self, tokens: Tensor, lens: Tensor) -> Tensor:
         """tokens (B, T), lens (B,) -> (B,): the output at each row's last real token."""
         return self(tokens, F.one_hot(lens - 1, tokens.size(1)).bool())
-
-
-# -------------------------------------------------------------------------------- log-probabilities
-
-
-def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...) float32."""
-    logits = at_least_float32(logits)
-    logits = logits if temperature == 1 else logits / temperature
-    losses = F.cross_entropy(logits.reshape(-1, logits.size(-1)), ids.reshape(-1), reduction="none")
-    return -losses.view(ids.shape)
-
-
-def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
-    """Rows of tokens (B, T) to send through the model at once without gradients: about 64 million logits, 256 MB."""
-    return max(1, 2**26 // (tokens.size(1) * model.config.vocab_size))
-
-
-def put_back(found: Tensor, mask: Tensor) -> Tensor:
-    """found (N,) at the N true places of mask (B, T), in reading order; 0 elsewhere -> (B, T)."""
-    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
-
-
-def token_logprobs(
-    model: GPT,
-    tokens: Tensor,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    branches: Branches | None = None,
-    below: Tensor | None = None,
-) -> Tensor:
-    """log pi(tokens[t+1] | tokens[:t+1]): tokens (B, T) -> (B, T-1) float32, at the sampling temperature. With mask (B,
-    T-1) only where it is true, and 0 elsewhere: logits are what costs most. The one function for policy, old policy and
-    reference. Without gradients it works through the rows in slices; with them, what is kept for the backward pass is
-    the caller's business (--micro_batch). branches, below: see `GPT.hidden`."""
-    mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask.bool()
-    rows = len(tokens) if torch.is_grad_enabled() else rows_at_a_time(tokens, model)
-    found = []  # (n,) each
-    for first in range(0, len(tokens), rows):
-        part, here = tokens[first : first + rows], mask[first : first + rows]
-        known = None if below is None else below[first : first + rows]
-        if branches is not None:
-            grown = Branches(*(x[first : first + rows] for x in branches))
-            logits = model(part, flat_before(grown)[:, 1:][here], grown, known)  # (n, V)
-        elif isinstance(model, GPT):
-            logits = model(part, here, below=known)  # (n, V)
-        else:  # any other function from tokens to logits (b, T, V) will do too
-            logits = model(part)[:, :-1][here]  # (n, V)
-        found.append(select_logprobs(logits, part[:, 1:][here], temperature))
-    return put_back(torch.cat(found), mask)
-
-
-# -------------------------------------------------------------------------------- masked statistics
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is 1. `where`, not a product: a masked inf or nan must not leak (0 * inf is nan)."""
-    mask = mask.bool()
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale the masked entries to (biased) variance 1 and, unless shift_mean is False, mean 0; 0 where masked out."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask.bool(), white if shift_mean else white + mean, 0.0)
-
-
-def completion_mask(prompt_lens: Tensor, lens: Tensor, T: int) -> Tensor:
-    """(B, T) bool, True on completion tokens (EOS included): positions prompt_len .. len-1. Built from lengths, never
-    from ids: the filler may be the EOS id, and a mask that hides EOS never teaches a model to stop. The action mask of
-    the frame is this mask shifted by one: completion_mask(...)[:, 1:]."""
-    where = torch.arange(T, device=lens.device)
-    return (where >= prompt_lens[:, None]) & (where < lens[:, None])
-
-
-# -------------------------------------------------------------------------------- sampling
-
-
-@dataclass
-class Rollout:
-    tokens: Tensor  # (B, S) prompt, completion, then eos_id as filler; S is the longest row's length
-    prompt_lens: Tensor  # (B,)
-    lens: Tensor  # (B,) prompt and completion, EOS included where it was sampled
-    ended: Tensor  # (B,) bool: EOS was sampled; False is a completion that was cut
-
-    @property
-    def action_mask(self) -> Tensor:
-        """(B, S-1) bool, True where tokens[t+1] was sampled."""
-        return completion_mask(self.prompt_lens, self.lens, self.tokens.size(1))[:, 1:]
-
-    def completions(self) -> list[list[int]]:
-        """Ids of each completion without its EOS."""
-        rows = zip(*(x.tolist() for x in (self.tokens, self.prompt_lens, self.lens, self.ended)), strict=True)
-        return [tokens[start : end - stop] for tokens, start, end, stop in rows]
-
-
-def join(rollouts: list[Rollout], filler: int) -> Rollout:
-    """Several rollouts as one, as wide as the widest."""
-    S = max(r.tokens.size(1) for r in rollouts)
-    tokens = torch.cat([F.pad(r.tokens, (0, S - r.tokens.size(1)), value=filler) for r in rollouts])
-    rest = [torch.cat([getattr(r, name) for r in rollouts]) for name in ("prompt_lens", "lens", "ended")]
-    return Rollout(tokens, *rest)
-
-
-def sample_token(
-    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """logits (B, V), uniforms (B,) in [0, 1) -> ids (B,). Temperature 0 takes the most likely token.
-
-    The token at which the cumulative probability first exceeds the row's uniform number: an exact draw, from one random
-    number a row instead of one for each word of the vocabulary."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = at_least_float32(logits) / temperature
-    if top_k is not None:
-        best = logits.topk(min(top_k, logits.size(-1)))  # by place, not by value: a tie must not let a k+1st token in
-        logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-    probs = logits.softmax(-1)  # (B, V)
-    if top_p is not None:  # keep the smallest set of tokens whose probability reaches top_p
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the probability of all better tokens already reaches it
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    cumulative = probs.cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]  # the last is 1, but for rounding and for what was cut off
-    # right=True: the first place above the number, so that a token of probability 0 is never taken
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
-
-
-def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
-    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of what follows.
-    Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
-    return model.lm_head(model.hidden(tokens, F.one_hot(lens - 1, tokens.size(1)).bool(), caches))
-
-
-def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache]) -> Tensor:
-    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next."""
-    B, G, S = last.size(0), model.config.n_kv_head, caches[0].kv.size(3)
-    behind = torch.arange(S, device=last.device) > positions[:, None]  # (B, S)
-    bias = caches[0].kv.new_zeros(B, G, S).masked_fill_(behind[:, None], -math.inf).view(B * G, 1, S)
-    step = Step(torch.arange(B, device=last.device), positions, bias)
-    return model.lm_head(model.hidden(last[:, None], None, caches, step)[:, 0])
-
-
-CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    eos_id: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Rollout:
-    """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
-
-    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right
-    behind its own prompt. A prompt that occurs several times is read once. If the cache would exceed CACHE_NUMBERS, the
-    rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size."""
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and no prompt may be empty")
-    bad_cut = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
-    if max_new_tokens < 1 or temperature < 0 or bad_cut:
-        raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-    B, longest = len(prompts), max(map(len, prompts))
-    S, c, device = longest + max_new_tokens, model.config, model.device
-    if S > c.block_size:
-        raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
-    fit = max(1, CACHE_NUMBERS // (c.numbers_cached * S))  # rows whose keys and values may exist at a time
-    if fit < B:
-        options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]
-        return join(parts, eos_id)
-    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
-    distinct = torch.full((len(number), S), eos_id)
-    for prompt, n in number.items():
-        distinct[n, : len(prompt)] = torch.tensor(prompt)
-    distinct, distinct_lens = distinct.to(device), torch.tensor([len(p) for p in number], device=device)
-    source = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,)
-    tokens, prompt_lens = distinct[source], distinct_lens[source]  # (B, S), (B,)
-    # one number a step for every row, also for those that will have left: what a row draws doesn't depend on the others
-    uniforms = torch.zeros(max_new_tokens, B, device=device)
-    if temperature:
-        uniforms.uniform_(generator=generator)
-    on_gpu = device.type == "cuda"
-    training = model.training
-    model.eval()  # dropout off
-    try:
-        # a GPU wants constant shapes; a CPU has less to do with a cache that grows 16 slots at a time
-        slots = S if on_gpu else min(S, longest + 16)
-        caches = [KVCache(len(number), slots, c, model.wte.weight) for _ in model.h]
-        logits = prefill(model, distinct[:, :longest], distinct_lens, caches)[source]  # (B, V)
-        if logits.isnan().any():
-            raise ValueError("the model's logits are nan")
-        if len(number) < B:
-            for cache in caches:
-                cache.keep(source)
-        # the rows that are still computed, at first all of them; where each goes on; whether it does: (b,) each
-        rows, positions = torch.arange(B, device=device), prompt_lens.clone()
-        going = torch.ones(B, dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
-            drawn = uniforms[step] if len(rows) == B else uniforms[step, rows]
-            # a row that has ended goes on with filler
-            new = torch.where(going, sample_token(logits, drawn, temperature, top_k, top_p), eos_id)  # (b,)
-            tokens[rows, positions] = new
-            going &= new != eos_id
-            # To look at `going` makes the CPU wait for the GPU, so there only every 8th step.
-            if not on_gpu or step % 8 == 7:
-                alive = int(going.sum())
-                if alive == 0:
-                    break
-                if not on_gpu and alive <= 0.8 * len(rows):  # leave the rows that have ended behind
-                    for cache in caches:
-                        cache.keep(going)
-                    rows, new, positions, going = (x[going] for x in (rows, new, positions, going))
-            if step + 1 == max_new_tokens:
-                break
-            if longest + step >= caches[0].kv.size(3):
-                for cache in caches:
-                    cache.grow(min(16, S - cache.kv.size(3)))
-            logits = decode_one_token(model, new, positions, caches)  # (b, V)
-            positions += 1
-    finally:
-        model.train(training)
-    stops = completion_mask(prompt_lens, prompt_lens + max_new_tokens, S) & (tokens == eos_id)  # (B, S) EOS and filler
-    ended = stops.any(1)
-    lens = torch.where(ended, stops.int().argmax(1) + 1, prompt_lens + max_new_tokens)
-    return Rollout(tokens[:, : int(lens.max())], prompt_lens, lens, ended)

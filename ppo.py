@@ -25,17 +25,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import COMBINES, RunFolder, autocast, call_reward, clip_gradients, due, generator_for, gold_function
-from common import last_quarter, load_model, load_reward, lr_at, make_reference, note_task, pick_device, prepare_blocks
-from common import print_trace, progress, rollout_figures, sampling, save_model, share_frozen, shares, show_samples
-from common import train_last_layers, trainable
+from lib.cli import TrainConfig, check, check_ranges, flag, run_main
+from lib.reward import COMBINES, call_reward, gold_function
+from lib.run import RunFolder
+from lib.train import autocast, clip_gradients, due, generator_for
+from frozen import make_reference
+from lib.checkpoint import load_model, note_task
+from lib.reward import load_reward
+from lib.run import last_quarter
+from lib.train import lr_at, pick_device, prepare_blocks
+from frozen import sampling, share_frozen
+from lib.checkpoint import save_model
+from lib.show import print_trace, rollout_figures, shares, show_samples
+from lib.train import progress
+from frozen import train_last_layers, trainable
 from data.batches import Example, encode_prompts, load_examples, micro_batches, minibatches
 from data.files import read_prompts, sibling
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
-from model import GPT, Rollout, ScalarModel, at_least_float32, generate, put_back, select_logprobs
-from model import token_logprobs, whiten
+from frame import put_back, select_logprobs
+from model import GPT, ScalarModel, at_least_float32
+from sampling import Rollout, generate
+from frame import token_logprobs, whiten
 from sft import demonstration_loss
 
 KL_KINDS = ("k1", "k2", "k3")  # estimates from the sampled token alone: kl_penalty

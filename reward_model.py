@@ -23,16 +23,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cli import TrainConfig, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, due, gate, generator_for, load_model, lr_at, note_task
-from common import pick_device, prepare_blocks, progress, save_model, score_rollout, set_lr, train_last_layers
-from common import trainable
+from lib.cli import TrainConfig, check, check_ranges, flag, run_main
+from lib.checkpoint import load_model, note_task
+from lib.run import RunFolder, gate
+from lib.train import autocast, clip_gradients, due, generator_for, lr_at
+from frozen import train_last_layers
+from lib.checkpoint import save_model
+from lib.reward import score_rollout
+from lib.train import pick_device, prepare_blocks, progress, set_lr
+from frozen import trainable
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
 from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
 from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, ScalarModel, generate
+from model import GPT, ScalarModel
+from sampling import generate
 
 
 @dataclass

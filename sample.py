@@ -12,13 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, check, check_ranges, flag, run_main
-from common import Checkpoint, call_reward, check_scorer, generator_for, gold_function, load_model, load_scorer
-from common import pick_device
-from common import score_rollout
+from lib.cli import UserError, check, check_ranges, flag, run_main
+from lib.checkpoint import Checkpoint, check_scorer, load_model, load_scorer
+from lib.reward import call_reward, gold_function
+from lib.train import generator_for
+from lib.train import pick_device
+from lib.reward import score_rollout
 from data.batches import encode_prompts
 from data.tokenizer import load_tokenizer
-from model import generate
+from sampling import generate
 
 
 @dataclass

@@ -21,16 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks import LLAMA
-from cli import TrainConfig, UserError, check, check_ranges, flag, run_main
-from common import RunFolder, autocast, clip_gradients, due, gate, is_published, load_model, load_published, lr_at
-from common import pick_device, prepare_blocks, progress, sample_prompts, save_model, set_lr, show_samples
-from common import start_vocabulary, train_last_layers, trainable
+from model import LLAMA
+from lib.cli import TrainConfig, UserError, check, check_ranges, flag, run_main
+from lib.checkpoint import is_published, load_model, load_published
+from lib.run import RunFolder, gate
+from lib.train import autocast, clip_gradients, due, lr_at
+from lib.checkpoint import save_model
+from lib.show import sample_prompts, show_samples
+from lib.train import pick_device, prepare_blocks, progress, set_lr
+from frozen import train_last_layers, trainable
+from lib.checkpoint import start_vocabulary
 from data.batches import Example, epoch_batches, load_examples, make_batch, micro_batches
 from data.files import held_out_twin
 from data.tiny import task_of
 from data.tokenizer import TEMPLATES, load_tokenizer, vocabulary_name
-from model import GPT, GPTConfig, at_least_float32, completion_mask
+from frame import completion_mask
+from model import GPT, GPTConfig, at_least_float32
 
 
 @dataclass

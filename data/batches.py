@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from blocks import Branches
-from cli import check
+from model import Branches
+from lib.cli import check
 from data.files import Ranking, held_out_twin, read_demonstrations, read_rankings
 from data.tiny import contrasts, task_of
 from data.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError
+from lib.cli import UserError
 
 
 @dataclass

@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import base64
 import random
-import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import regex  # comes with tiktoken, which cuts text by the same pattern
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.tiny import NOUNS, demonstrate, sample_prompt
 from data.tokenizer import TINY_PATTERN, TINY_RANKS, format_prompt

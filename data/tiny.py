@@ -17,17 +17,13 @@ import itertools
 import math
 import random
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as `python data/tiny.py`: make the project's root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cli import UserError, check_ranges, flag, run_main
+from lib.cli import UserError, check_ranges, flag, run_main
 from data.files import read_jsonl, write_jsonl
 
 # -------------------------------------------------------------------------------- the words of the world

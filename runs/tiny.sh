@@ -45,4 +45,4 @@ step python sample.py --compare "$OUT/sft" "$OUT/ppo" "$OUT/dpo" "$OUT/grpo" --r
 echo
 echo "done in $((SECONDS - start)) s; talk to it: python sample.py --policy $OUT/ppo"
 # 5. a page about all of it, to open in a browser; and which gates failed, if any did
-step python study/report.py --run "$OUT" --seed "$SEED" ${STRICT:+--strict}
+step python -m study.report --run "$OUT" --seed "$SEED" ${STRICT:+--strict}

@@ -21,15 +21,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import check, check_ranges, flag, run_main
-from common import call_reward, check_task, generator_for, gold_function, load_model, load_scorer, pick_device
-from common import write_json
+from lib.cli import check, check_ranges, flag, run_main
+from lib.checkpoint import load_model, load_scorer
+from lib.reward import call_reward, check_task, gold_function
+from lib.train import generator_for, pick_device
+from lib.run import write_json
 from data.batches import encode_prompts
 from data.files import read_prompts
 from data.tiny import task_of
 from data.tokenizer import load_tokenizer
 from evaluate import expected_best, mean
-from model import GPT, Rollout, generate, token_logprobs
+from frame import token_logprobs
+from model import GPT
+from sampling import Rollout, generate
 
 
 @dataclass

@@ -34,7 +34,7 @@ BROKEN = {
         "the score lands one slot late, on filler, where only the longest row of the batch notices it",
     ),
     "raw_reward": Mistake(
-        "common.py",
+        "lib/reward.py",
         "        loaded.append((spec, scorer.model))",
         "        loaded.append((spec, scorer.model))\n        scorer.model.mean.zero_(), scorer.model.std.fill_(1.0)",
         "the reward model's raw output, whose mean and scale are accidents of its training",
@@ -87,7 +87,7 @@ def main() -> None:
         return
     mistake, script = BROKEN[sys.argv[1]], sys.argv[2]
     with tempfile.TemporaryDirectory() as folder:
-        for source in [*ROOT.glob("*.py"), *ROOT.glob("data/*")]:
+        for source in [*ROOT.glob("*.py"), *ROOT.glob("data/*"), *ROOT.glob("lib/*")]:
             if source.is_file():
                 (copy := Path(folder) / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
                 shutil.copy(source, copy)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cli import flag, run_main
+from lib.cli import flag, run_main
 from study.results import SHAPES, fitted, read
 from study.style import COLOURS, TEXT, line, save, style
 from study.tables import MAXIMISED

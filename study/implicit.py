@@ -16,14 +16,17 @@ from pathlib import Path
 
 import torch
 
-from cli import check, flag, run_main
-from common import load_model, model_file, pick_device, write_json
+from lib.cli import check, flag, run_main
+from lib.checkpoint import load_model, model_file
+from lib.run import write_json
+from lib.train import pick_device
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_example, make_batch, pair_accuracy
 from data.batches import ranked_batch
 from data.files import read_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
 from dpo import ranking_logprobs, sequence_logprobs
-from model import GPT, completion_mask
+from frame import completion_mask
+from model import GPT
 
 
 @dataclass

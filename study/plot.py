@@ -1,9 +1,9 @@
 """A figure of every metric of one or several runs, with the healthy range shaded.
 
-    python study/plot.py out/ppo                                     # -> out/ppo/curves.svg
-    python study/plot.py out                                         # all stages below out, one section a kind
-    python study/plot.py out/ppo out/grpo --out both.png --metrics score kl gold
-    python study/plot.py out/1/ppo out/2/ppo out/3/ppo --mean        # seeds: their mean, and from lowest to highest
+    python -m study.plot out/ppo                                     # -> out/ppo/curves.svg
+    python -m study.plot out                                         # all stages below out, one section a kind
+    python -m study.plot out/ppo out/grpo --out both.png --metrics score kl gold
+    python -m study.plot out/1/ppo out/2/ppo out/3/ppo --mean        # seeds: their mean, and from lowest to highest
 
 What comes before the first flag are runs: folders that hold a metrics.jsonl, or in which there are such folders. Runs
 of one kind (SFT, reward model, reinforcement learning, DPO) share a section, and in it each metric has a panel. How to
@@ -19,15 +19,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-if __package__ in (None, ""):  # run as `python study/plot.py`: make the project's root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cli import check, flag, run_main
+from lib.cli import check, flag, run_main
 from data.files import read_jsonl
 from study.metrics import METRICS, Metric, bounded
 from study.style import HEALTHY, HEALTHY_ALPHA, check_figure_name, line, save, style
@@ -250,7 +247,7 @@ def plot_runs(runs: list[str], out: str | Path, metrics: list[str] | None = None
 
 
 def run(config: Config) -> dict:
-    check(bool(config.runs), "name a run, as in `python study/plot.py out/ppo`")
+    check(bool(config.runs), "name a run, as in `python -m study.plot out/ppo`")
     out = Path(config.runs[0]) / "curves.svg" if config.out == "auto" else Path(config.out)
     plot_runs(config.runs, out, config.metrics, config.mean)
     return {}

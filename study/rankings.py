@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cli import check, flag, run_main
+from lib.cli import check, flag, run_main
 from data.files import parse_ranking, prompt_json, read_jsonl, write_jsonl
 
 

@@ -1,7 +1,7 @@
 """One page about a run: curves, tables, answers before and after, and rollouts token by token.
 
-    python study/report.py                                  # out/ -> out/report.html
-    python study/report.py --run out/real --out page.html   # any folder that holds sft/, ppo/, ... or some of them
+    python -m study.report                                  # out/ -> out/report.html
+    python -m study.report --run out/real --out page.html   # any folder that holds sft/, ppo/, ... or some of them
 
 The page is one file that loads nothing, so it can be opened from the disk, sent and kept. report_page.html is its text,
 style and script; here is what it shows. What a run doesn't have is left out, and the page says so.
@@ -14,28 +14,29 @@ import html
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-if __package__ in (None, ""):  # run as `python study/report.py`: make the project's root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 import ppo
-from cli import UserError, check, check_ranges, flag, one_line, run_main
-from common import Checkpoint, call_reward, finite, generator_for, gold_function, is_published, load_model, load_reward
-from common import pick_device, write_text
+from lib.cli import UserError, check, check_ranges, flag, one_line, run_main
+from lib.checkpoint import Checkpoint, is_published, load_model
+from lib.reward import call_reward, gold_function, load_reward
+from lib.run import finite
+from lib.train import generator_for
+from lib.run import write_text
+from lib.train import pick_device
 from data.batches import encode_prompts
 from data.files import read_jsonl, read_prompts
 from data.tiny import gold_parts, task_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from evaluate import COLUMNS
-from model import Rollout, ScalarModel, generate
+from model import ScalarModel
+from sampling import Rollout, generate
 from study.metrics import METRICS, Metric
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -518,8 +519,8 @@ def print_verdict(found: list[tuple[str, dict]]) -> None:
     print(f"{len(failed)} of {len(found)} gates FAILED:")
     for stage, gate in failed:
         print(f"  {stage}: {gate['name']} {value_of(gate)}, usually {usual(gate)}")
-    print("A gate compares a figure with the range that it had in earlier runs. Just outside, it is most likely chance:")
-    print("another seed or another CPU. Far outside, look at that stage first: what follows stands on it.")
+    print("A gate compares a figure with its range in earlier runs. Just outside, it is most likely chance: another")
+    print("seed or another CPU. Far outside, look at that stage first: what follows stands on it.")
 
 
 def gates(found: list[tuple[str, dict]]) -> str:

@@ -21,8 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, check, check_ranges, flag, run_main
-from common import write_json
+from lib.cli import UserError, check, check_ranges, flag, run_main
+from lib.run import write_json
 from study import jobs as experiments
 from study import tables
 from study.jobs import FULL, QUICK, Job, needed

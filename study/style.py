@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from cli import UserError, check
+from lib.cli import UserError, check
 
 # All of them are neither light nor dark: at least 3 to 1 against either page (WCAG's contrast for graphics and large
 # text), which leaves no room for shades. In print without colour the line styles tell one run from another.

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import check, flag, run_main
-from common import write_text
+from lib.cli import check, flag, run_main
+from lib.run import write_text
 from study.jobs import PPO_FLAGS, SFT_BROKEN
 from study.results import read, show
 

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 import sft
-from common import save_model
+from lib.checkpoint import save_model
 from data import tiny
 from data.batches import Example, RankedExamples
-from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask
+from frame import completion_mask
+from model import GPT, GPTConfig, ScalarModel
+from sampling import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real data; the tests that need it skip where it is absent

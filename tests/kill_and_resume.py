@@ -47,7 +47,7 @@ import grpo
 import ppo
 import reward_model
 import sft
-from cli import UserError
+from lib.cli import UserError
 
 STAGES = ["sft", "collect", "reward_model", "ppo", "grpo", "dpo"]  # each reads what those before it have written
 # Imported before the fork; torch._dynamo because making an optimiser imports it. The project's own import is quick.

@@ -24,9 +24,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from cli import UserError
-from data import annotate
-from data.annotate import Item, Sample, Session, agreement, comes_again, kendall_tau_b, parse_order
+from lib.cli import UserError
+from tools import annotate
+from tools.annotate import Item, Sample, Session, agreement, comes_again, kendall_tau_b, parse_order
 from data.files import Prompt, read_jsonl, read_rankings, write_jsonl
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
@@ -203,12 +203,12 @@ def test_a_conversation_stays_one(person, tmp_path, capsys):
 
 # A person whose answers follow from what is on the screen and from a notebook that outlives the program: mistaken about
 # p7, which she notices at the next item. The program ends, with nothing flushed and nobody told, after argv[2] lines of
-# data/annotate.py.
+# tools/annotate.py.
 KILLED = """
 import builtins, json, os, random, sys, zlib
 from pathlib import Path
-from data import annotate
-from data.annotate import Sample, Session
+from tools import annotate
+from tools.annotate import Sample, Session
 folder, lines_left = Path(sys.argv[1]), int(sys.argv[2])
 log = open(folder / "notebook", "a", buffering=1)
 notes = [json.loads(line) for line in open(folder / "notebook")]
@@ -669,11 +669,10 @@ def test_the_command_shows_self_agreement(tmp_path, monkeypatch, capsys):
 
 
 def test_no_torch_is_needed():
-    program = "import sys, data.annotate; sys.exit('torch' in sys.modules)"
+    program = "import sys, tools.annotate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENV).returncode == 0
-    script = subprocess.run(
-        [sys.executable, str(ROOT / "data" / "annotate.py"), "--help"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tools.annotate", "--help"]
+    script = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert script.returncode == 0 and "merged.jsonl" in script.stdout
 
 
@@ -926,7 +925,7 @@ def test_texts_of_the_model_come_as_text(tmp_path):
 
 SERVING = """
 import signal, sys
-from data.annotate import Sample, Session, in_browser
+from tools.annotate import Sample, Session, in_browser
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started to ignore it
 session = Session(sys.argv[1], ["p0", "p1"], "anna")
 text = sys.argv[3] if len(sys.argv) > 3 else "a"

@@ -1,4 +1,4 @@
-"""bench.py: that it counts right, measures what the scripts run, and says what is missing."""
+"""tools/bench.py: that it counts right, measures what the scripts run, and says what is missing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from cli import UserError
+from tools import bench
+from lib.cli import UserError
 from helpers import ROOT, strict_json
 
 TINY = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "batch_size": 8, "prompt": 6, "new_tokens": 7}
@@ -128,7 +128,9 @@ def test_rates_and_shares(monkeypatch):
 def test_memory_is_measured_in_a_process_of_its_own():
     """The whole script, with one stage: what a larger network takes shows, though little of it is needed here."""
     flags = "--stages sft --n_layer 2 --n_embd 512 --batch_size 8 --repeats 1 --completion_high 8 --device cpu"
-    done = subprocess.run([sys.executable, ROOT / "bench.py", *flags.split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench", *flags.split()], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     peak = done.stdout.splitlines()[4].split()[-1]
     state = 4 * 4 * 2 * 12 * 512**2 / 2**20  # weights, gradients, two moments: 96 MB

@@ -1,5 +1,4 @@
-"""cli.py and the scripts from outside: flags and their ranges, errors that users see, exit statuses, imports, and the
-sizes and layers of the sources."""
+"""lib/cli.py and the scripts from outside: flags and ranges, errors that users see, exit statuses, imports, layers."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, make_gpt, make_scalar
 
-import cli
-from cli import TrainConfig, UserError, check, check_ranges, flag, one_line, parse_config
-from common import save_model
+from lib import cli
+from lib.cli import TrainConfig, UserError, check, check_ranges, flag, one_line, parse_config
+from lib.checkpoint import save_model
 from data.files import write_jsonl
 from data.tokenizer import load_tokenizer
 
@@ -363,7 +362,7 @@ MISTAKES = [
     ([*COLLECT, "--skip", "4"], ["good.jsonl", "--skip 4"]),
     ([*COLLECT, "--out", "policy"], ["--out policy", "folder"]),
     ([*COLLECT, "--temperatures", "1", "inf"], ["--temperatures", "finite"]),
-    (["data.prepare", "half.json", "--out_dir", "o"], ["half.json: record 1", "surrogate"]),
+    (["tools.prepare", "half.json", "--out_dir", "o"], ["half.json: record 1", "surrogate"]),
     ([*TINY, "--held_out_prompts", "-1"], ["--held_out_prompts"]),
     ([*TINY, "--prompts", "0"], ["--prompts"]),
     ([*TINY, "--out_dir", "good.jsonl"], ["good.jsonl", "folder"]),
@@ -419,15 +418,6 @@ def test_a_real_process_in_another_folder(tmp_path):
     run = from_outside("collect.py", "--policies", "nowhere", cwd=tmp_path)
     message = f"collect.py: error: {Path('nowhere') / 'model.pt'}: no such checkpoint; run `python sft.py` first\n"
     assert (run.returncode, run.stdout, run.stderr) == (2, "", message)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_scripts_in_data_find_the_project_by_themselves(tmp_path):
-    """`python data/tiny.py` from any folder, not only `python -m data.tiny` from the root."""
-    run = from_outside("data/tiny.py", "--prompts", "0", cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (2, "") and run.stderr.startswith("tiny.py: error: --prompts")
-    run = from_outside("data/prepare.py", "nowhere.json", cwd=tmp_path)
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", "prepare.py: error: nowhere.json: no such file\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -496,7 +486,9 @@ sys.stderr.write(json.dumps([key for key in before if before[key] != after[key]]
 def sources() -> dict[str, Path]:
     """{module: file} of the project, the tests excepted."""
     found = {p.stem: p for p in sorted(ROOT.glob("*.py"))}
-    return found | {f"data.{p.stem}": p for p in sorted((ROOT / "data").glob("*.py")) if p.stem != "__init__"}
+    for folder in ("lib", "data", "tools", "study"):
+        found |= {f"{folder}.{p.stem}": p for p in sorted((ROOT / folder).glob("*.py")) if p.stem != "__init__"}
+    return found
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -512,45 +504,53 @@ def test_importing_has_no_side_effect(tmp_path):
 def test_text_is_read_and_written_without_torch():
     """The command line, the file formats, the embedded task and the preparation of data: a second, not five, and where
     there is no torch at all."""
-    program = "import sys, cli, data.files, data.tiny, data.prepare; sys.exit('torch' in sys.modules)"
+    program = "import sys, lib.cli, data.files, data.tiny, tools.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENV).returncode == 0
 
 
-# Each may import from those above it, and none from beside or below; PPO mixes in the loss of sft.py, and GRPO is told
-# by its difference from PPO.
+# Each may import from those above it and, within a folder, from its neighbours. PPO mixes in the loss of sft.py, and
+# GRPO is told by its difference from PPO.
 LAYERS = [
-    {"cli", "blocks"},
+    {"lib.cli"},
+    {"lib.vocabulary"},
     {"data"},
     {"model"},
-    {"weights"},
-    {"common"},
+    {"frame"},
+    {"sampling", "frozen"},
+    {"lib"},
+    {"tools.records", "tools.annotate"},
     {"sft"},
-    {"reward_model", "ppo", "dpo"},
+    {"reward_model", "ppo", "dpo", "collect"},
     {"grpo"},
-    {"evaluate", "sample", "collect", "bench"},
-    {"plan"},
+    {"evaluate", "sample"},
+    {"tools"},
     {"study"},
 ]
+LAYER_OF = {name: n for n, names in enumerate(LAYERS) for name in names}
+
+
+def room(module: str) -> str:
+    """The entry of LAYERS that a module belongs to: its own, or its folder's."""
+    return module if module in LAYER_OF else module.split(".")[0]
 
 
 def imported(file: Path) -> set[str]:
-    """The modules that a file imports, at its top or within a function; of those in data, data alone."""
+    """The modules of the project that a file imports, at its top or within a function."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-    assert not any(node.level for node in nodes if isinstance(node, ast.ImportFrom)), f"{file}: a relative import"
-    return {name.split(".")[0] for name in names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+    return {name for name in names if name in sources()}
 
 
 @pytest.mark.parametrize("module", sources())
 def test_imports_point_one_way(module):
     """So that a file can be read, tested and reused without those that build on it."""
-    layer_of = {name: n for n, names in enumerate(LAYERS) for name in names}
-    package = module.split(".")[0]
-    assert package in layer_of, f"{module} stands in no layer"
-    ours = {name for name in imported(sources()[module]) if name in layer_of}
-    ours -= {"data"} if package == "data" else set()
-    wrong = {name for name in ours if layer_of[name] >= layer_of[package]}
+    assert room(module) in LAYER_OF, f"{module} stands in no layer"
+    theirs = {room(name) for name in imported(sources()[module])} - {room(module)}
+    wrong = {name for name in theirs if LAYER_OF[name] >= LAYER_OF[room(module)]}
     assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 
 
@@ -579,7 +579,7 @@ def test_the_commands_of_a_run_fit_the_scripts_and_each_other(tmp_path, run, set
     for script, *flags in commands:
         if script == "-m":
             script, *flags = flags
-        if script == "data.prepare":  # has a parser of its own
+        if script == "tools.prepare":  # has a parser of its own
             written.append(flags[flags.index("--out_dir") + 1])
             continue
         config = parse_config(config_of(script), "", flags)
@@ -608,26 +608,3 @@ def test_no_line_is_wider_than_120_columns():
         if len(line) > 120
     ]
     assert not wide
-
-
-def test_every_stage_can_be_read_in_one_sitting():
-    """The sizes that the files and their main functions may have: what has to grow beyond them gets a file or a
-    function of its own, or replaces something."""
-    most = {
-        "ppo": (520, {"train": 95, "update": 60}),
-        "model": (430, {}),
-        "sft": (225, {"train": 70}),
-        "reward_model": (225, {"train": 70}),
-        "dpo": (225, {"train": 70}),
-        "grpo": (200, {"train": 75, "update": 40}),
-    }
-    for module, (lines, functions) in most.items():
-        text = sources()[module].read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= lines, module
-        sizes = {
-            node.name: node.end_lineno - node.lineno + 1
-            for node in ast.parse(text).body
-            if isinstance(node, ast.FunctionDef)
-        }
-        for name, limit in functions.items():
-            assert sizes[name] <= limit, f"{module}.{name}"

@@ -24,14 +24,14 @@ from helpers import (
 )
 
 import collect
-from cli import UserError
-from common import load_model, save_model
+from lib.cli import UserError
+from lib.checkpoint import load_model, save_model
 from data import tiny
-from data.annotate import Sample
+from tools.annotate import Sample
 from data.batches import load_rankings
 from data.files import read_jsonl, read_prompts, read_rankings, write_jsonl
 from data.tokenizer import load_tokenizer
-from model import generate
+from sampling import generate
 
 TINY = load_tokenizer("tiny")
 

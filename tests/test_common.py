@@ -1,4 +1,4 @@
-"""common.py: checkpoints, run folders and resuming, the user's own functions, seeds, schedule, gates."""
+"""lib/: checkpoints, run folders and resuming, the user's own functions, seeds, schedule, gates."""
 
 from __future__ import annotations
 
@@ -28,22 +28,18 @@ from helpers import (
     strict_json,
 )
 
-import common
-from cli import TrainConfig, UserError
-from common import (
-    Checkpoint,
-    RunFolder,
-    call_reward,
-    clip_gradients,
-    gate,
-    generator_for,
-    load_function,
-    load_model,
-    load_scorer,
-    lr_at,
-    save_model,
-)
-from model import Rollout, generate
+import frozen
+import lib.checkpoint
+import lib.reward
+import lib.run
+import lib.show
+import lib.train
+from lib.cli import TrainConfig, UserError
+from lib.checkpoint import Checkpoint, load_model, load_scorer, save_model
+from lib.reward import call_reward, load_function
+from lib.run import RunFolder, gate
+from lib.train import clip_gradients, generator_for, lr_at
+from sampling import Rollout, generate
 
 CPU = torch.device("cpu")
 
@@ -133,7 +129,7 @@ def test_checkpoints_hold_tensors_and_plain_python(tmp_path):
 def test_atomic_save_leaves_no_half_file(tmp_path, monkeypatch):
     """A crash in the middle of a save leaves the old checkpoint as it was."""
     path = tmp_path / "deep" / "model.pt"
-    common.atomic_save({"a": 1}, path)
+    lib.checkpoint.atomic_save({"a": 1}, path)
     assert torch.load(path, weights_only=True) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["model.pt"]
     before, save = path.read_bytes(), torch.save
 
@@ -144,17 +140,17 @@ def test_atomic_save_leaves_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError):
-        common.atomic_save({"a": 2}, path)
+        lib.checkpoint.atomic_save({"a": 2}, path)
     assert path.read_bytes() == before
 
 
 def test_write_json_leaves_no_half_file(tmp_path):
     """The same for results.json and config.json."""
     path = tmp_path / "deep" / "x.json"
-    common.write_json({"ü": [1, None]}, path)
+    lib.run.write_json({"ü": [1, None]}, path)
     assert json.loads(path.read_text(encoding="utf-8")) == {"ü": [1, None]}
     with pytest.raises(TypeError):
-        common.write_json({"a": object()}, path)
+        lib.run.write_json({"a": object()}, path)
     assert json.loads(path.read_text(encoding="utf-8")) == {"ü": [1, None]}
 
 
@@ -307,9 +303,9 @@ def test_a_scorer_reads_what_the_policy_writes(tmp_path):
 def test_the_demo_s_policy_on_one_s_own_data_is_noted(capsys):
     """It is rarely meant, and nothing else would show it. In all other cases: silence."""
     for of_policy, of_data in (("tiny", "tiny"), ("", "tiny"), ("", "")):
-        common.note_task(Checkpoint(None, "tiny", of_policy), of_data, "mine.jsonl")
+        lib.checkpoint.note_task(Checkpoint(None, "tiny", of_policy), of_data, "mine.jsonl")
     assert capsys.readouterr().out == ""
-    common.note_task(Checkpoint(None, "tiny", "tiny"), "", "mine.jsonl")
+    lib.checkpoint.note_task(Checkpoint(None, "tiny", "tiny"), "", "mine.jsonl")
     assert "mine.jsonl" in capsys.readouterr().out
 
 
@@ -338,7 +334,7 @@ def test_a_user_s_file_may_have_any_name(tmp_path, monkeypatch):
 
     for module in (colorsys, evaluate):  # as if they had not been imported yet
         monkeypatch.delitem(sys.modules, module.__name__)
-    for name in ("model", "common", "json", "evaluate", "colorsys"):
+    for name in ("model", "ppo", "json", "evaluate", "colorsys"):
         (tmp_path / f"{name}.py").write_text("def f(p, c):\n    return [3.0]\n", encoding="utf-8")
         assert load_function(f"{tmp_path / name}.py:f")(["p"], ["c"]) == [3.0]
         assert not hasattr(importlib.import_module(name), "f"), name
@@ -429,11 +425,11 @@ def test_a_bug_in_a_reward_function_is_not_blamed_on_its_result():
 
 def test_gold_function(tmp_path):
     """auto: the embedded task's truth on the embedded task's prompts, none otherwise; empty: none; a name: that."""
-    assert common.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [2.0]
-    assert common.gold_function("auto", "") is None and common.gold_function("", "tiny") is None
+    assert lib.reward.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [2.0]
+    assert lib.reward.gold_function("auto", "") is None and lib.reward.gold_function("", "tiny") is None
     (tmp_path / "mine.py").write_text("def f(p, c):\n    return [7.0]\n", encoding="utf-8")
     for task in ("", "tiny"):
-        assert common.gold_function(f"{tmp_path / 'mine.py'}:f", task)(["p"], ["c"]) == [7.0]
+        assert lib.reward.gold_function(f"{tmp_path / 'mine.py'}:f", task)(["p"], ["c"]) == [7.0]
 
 
 # ------------------------------------------------------------------------------------------------ several rewards
@@ -449,7 +445,7 @@ def test_score_rollout_equals_each_row_alone(float64):
     model, rollout = make_scalar(4), a_rollout(3, B=7)
     alone = [model(rollout.tokens[i : i + 1, : int(n)])[0, -1].item() for i, n in enumerate(rollout.lens)]
     for rows in (1, 2, 3, 7, 64):
-        assert common.score_rollout(model, rollout, rows).tolist() == pytest.approx(alone, abs=1e-9)
+        assert lib.reward.score_rollout(model, rollout, rows).tolist() == pytest.approx(alone, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +471,7 @@ def test_rewards_are_combined_as_the_flags_say(tmp_path, float64, weights, combi
     mine = f"{tmp_path / 'mine.py'}"
     policy = Checkpoint(make_gpt(), "toy", "")
     specs = [f"{mine}:length", str(tmp_path / "rm"), f"{mine}:whole"]
-    score, models = common.load_reward(specs, policy, "", CPU, weights, combine)
+    score, models = lib.reward.load_reward(specs, policy, "", CPU, weights, combine)
     completions = ["a" * n for n in range(5)]
     found = score(rollout, ["p"] * 5, completions).tolist()
     scores = model.score(rollout.tokens, rollout.lens).tolist()
@@ -497,8 +493,8 @@ def test_rewards_that_do_not_fit_are_refused(tmp_path):
         (([rm], policy, "", CPU), "embedded task"),
     ):
         with pytest.raises(UserError, match=says):
-            common.load_reward(*arguments)
-    assert len(common.load_reward([rm], policy, "tiny", CPU)[1]) == 1
+            lib.reward.load_reward(*arguments)
+    assert len(lib.reward.load_reward([rm], policy, "tiny", CPU)[1]) == 1
 
 
 # ------------------------------------------------------------------------------------------------ run folder
@@ -814,12 +810,12 @@ def test_pick_device():
     """auto takes what is there; what isn't there is a one-line message with the flag."""
     precision = torch.get_float32_matmul_precision()
     try:
-        assert common.pick_device("cpu") == CPU
+        assert lib.train.pick_device("cpu") == CPU
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        assert common.pick_device("auto").type == best
+        assert lib.train.pick_device("auto").type == best
         for name in ["quantum", "cpu:x", ""] + ([] if torch.cuda.is_available() else ["cuda"]):
             with pytest.raises(UserError, match="--device") as error:
-                common.pick_device(name)
+                lib.train.pick_device(name)
             assert "\n" not in str(error.value)
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -828,9 +824,9 @@ def test_pick_device():
 def test_autocast():
     """float32 leaves everything alone; bfloat16 makes matrix products of half precision from float32 weights."""
     layer = torch.nn.Linear(4, 4)
-    with common.autocast(CPU, "float32"):
+    with lib.train.autocast(CPU, "float32"):
         assert layer(torch.ones(1, 4)).dtype == torch.float32
-    with common.autocast(CPU, "bfloat16"):
+    with lib.train.autocast(CPU, "bfloat16"):
         assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
     assert layer.weight.dtype == torch.float32
 
@@ -884,7 +880,7 @@ def test_lr_at_edges():
 
 def test_set_lr():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 3.0}, {"params": [torch.zeros(1)]}], lr=1.0)
-    common.set_lr(optimizer, 0.125)
+    lib.train.set_lr(optimizer, 0.125)
     assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
 
 
@@ -919,10 +915,10 @@ def test_a_gate_shows_its_note(capsys):
 
 def test_shares_of_the_time_by_hand():
     """The seconds from the first time to the last, and what part of them each step took: together 1."""
-    found = common.shares([10.0, 12.0, 15.0, 20.0], ("rollout", "score", "update"))
+    found = lib.show.shares([10.0, 12.0, 15.0, 20.0], ("rollout", "score", "update"))
     assert found == {"seconds": 10.0, "share_rollout": 0.2, "share_score": 0.3, "share_update": 0.5}
     with pytest.raises(ValueError):
-        common.shares([10.0, 12.0, 15.0], ("rollout", "score", "update"))
+        lib.show.shares([10.0, 12.0, 15.0], ("rollout", "score", "update"))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -976,23 +972,23 @@ def test_train_last_layers(make):
     above = r"|head\.|block\.|ln\.|direction$"
     for n, kept in ((0, r""), (1, rf"(gpt\.)?(h\.2|ln_f)\.{above}"), (2, rf"(gpt\.)?(h\.[12]|ln_f)\.{above}")):
         model = make(n_layer=3)
-        common.train_last_layers(model, n)
+        frozen.train_last_layers(model, n)
         expected = [name for name, _ in model.named_parameters() if re.match(kept, name)]
         assert [name for name, p in model.named_parameters() if p.requires_grad] == expected
-        assert len(common.trainable(model)) == len(expected) > 0
+        assert len(frozen.trainable(model)) == len(expected) > 0
     with pytest.raises(UserError, match="--train_layers 4: the model has 3 blocks"):
-        common.train_last_layers(make(n_layer=3), 4)
+        frozen.train_last_layers(make(n_layer=3), 4)
 
 
 def test_due_is_every_n_steps_and_at_the_end():
-    assert [step for step in range(7) if common.due(step, 3, 7)] == [2, 5, 6]
-    assert [step for step in range(6) if common.due(step, 3, 6)] == [2, 5]
-    assert [step for step in range(3) if common.due(step, 1, 3)] == [0, 1, 2]
-    assert [step for step in range(7) if common.due(step, 0, 7)] == [6]
+    assert [step for step in range(7) if lib.train.due(step, 3, 7)] == [2, 5, 6]
+    assert [step for step in range(6) if lib.train.due(step, 3, 6)] == [2, 5]
+    assert [step for step in range(3) if lib.train.due(step, 1, 3)] == [0, 1, 2]
+    assert [step for step in range(7) if lib.train.due(step, 0, 7)] == [6]
 
 
 def test_the_bar_starts_where_the_run_goes_on():
-    bar = common.progress(2, 5, "name")
+    bar = lib.train.progress(2, 5, "name")
     assert (bar.n, bar.total, list(bar)) == (2, 5, [2, 3, 4])
 
 
@@ -1002,7 +998,7 @@ def test_every_block_is_compiled_and_no_name_changes(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     policy, scorer = make_gpt(), make_told()
     names = [*policy.state_dict(), *scorer.state_dict()]
-    common.compile_blocks(policy, scorer)
+    lib.train.compile_blocks(policy, scorer)
     assert len(compiled) == len(set(compiled)) and set(compiled) == {*policy.h, *scorer.gpt.h, scorer.block}
     assert [*policy.state_dict(), *scorer.state_dict()] == names
 
@@ -1013,9 +1009,9 @@ def test_blocks_are_recomputed_where_asked_for(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     policy, scorer, other = make_gpt(), make_told(), make_gpt()
     blocks = [*policy.h, *scorer.gpt.h, scorer.block]
-    common.prepare_blocks(TrainConfig(recompute=True), policy, scorer)
+    lib.train.prepare_blocks(TrainConfig(recompute=True), policy, scorer)
     assert all(block.recompute for block in blocks) and not any(block.recompute for block in other.h)
-    common.prepare_blocks(TrainConfig(compile=True), policy, scorer, other)
+    lib.train.prepare_blocks(TrainConfig(compile=True), policy, scorer, other)
     assert not any(block.recompute for block in blocks) and len(compiled) == len(blocks) + len(other.h)
 
 
@@ -1032,10 +1028,10 @@ def test_sample_prompts_leaves_room_for_an_answer(monkeypatch):
         seen.append((prompts, max_new_tokens, options["eos_id"], options.get("temperature", 1.0)))
         return generate(policy, prompts, max_new_tokens, **options)
 
-    monkeypatch.setattr(common, "generate", record)
+    monkeypatch.setattr(lib.show, "generate", record)
     prompts = [list(range(20)), [1, 2, 3]]
-    common.sample_prompts(policy, prompts, TOY, 6, seed=1)
-    common.sample_prompts(policy, prompts, TOY, 99, seed=1)
+    lib.show.sample_prompts(policy, prompts, TOY, 6, seed=1)
+    lib.show.sample_prompts(policy, prompts, TOY, 99, seed=1)
     assert seen == [
         ([list(range(10, 20)), [1, 2, 3]], 6, TOY.eos_id, 1.0),
         ([[19], [3]], 15, TOY.eos_id, 1.0),
@@ -1046,8 +1042,8 @@ def test_show_samples(capsys):
     """Three prompts with what was made of them, without EOS, and scores if there are any."""
     tokens = torch.tensor([[0, 1, 2, TOY.eos_id], [3, 4, 5, 6], [7, 8, TOY.eos_id, 0], [1, 1, 1, 1]])
     rollout = Rollout(tokens, torch.tensor([2, 1, 1, 1]), torch.tensor([4, 4, 3, 4]), torch.tensor([1, 0, 1, 0]).bool())
-    common.show_samples(rollout, TOY, torch.tensor([1.0, -0.256, 0.0, 9.0]))
-    common.show_samples(rollout, TOY)
+    lib.show.show_samples(rollout, TOY, torch.tensor([1.0, -0.256, 0.0, 9.0]))
+    lib.show.show_samples(rollout, TOY)
     with_scores = ["  [+1.00] 'ab' -> 'c'", "  [-0.26] 'd' -> 'efg'", "  [+0.00] 'h' -> 'i'"]
     without = ["  'ab' -> 'c'", "  'd' -> 'efg'", "  'h' -> 'i'"]
     assert capsys.readouterr().out.splitlines() == [*with_scores, *without]
@@ -1059,8 +1055,8 @@ def test_compare_samples_equals_a_loop(float64, capsys):
     policy, reference = make_gpt(1), make_gpt(1)
     spread(policy, 5, 0.05)
     prompts = random_prompts([3, 1, 4, 2, 5, 2, 3, 3], 22)
-    found = common.compare_samples(policy, reference, prompts, TOY, 8, seed=3)
-    rollout, before = (common.sample_prompts(m, prompts, TOY, 8, seed=3) for m in (policy, reference))
+    found = lib.show.compare_samples(policy, reference, prompts, TOY, 8, seed=3)
+    rollout, before = (lib.show.sample_prompts(m, prompts, TOY, 8, seed=3) for m in (policy, reference))
     ratios = []
     for row, prompt in enumerate(prompts):
         completion = rollout.tokens[row, len(prompt) : int(rollout.lens[row])].tolist()
@@ -1092,10 +1088,10 @@ def test_a_collapse_is_said_aloud(monkeypatch, capsys, ended, ref_ended, per_tok
     def sampled(model, *arguments):
         return Rollout(tokens, lens[1], lens[0], ten < (ended if model is policy else ref_ended))
 
-    monkeypatch.setattr(common, "sample_prompts", sampled)
+    monkeypatch.setattr(lib.show, "sample_prompts", sampled)
     per = {policy: per_token, reference: 0.0}
-    monkeypatch.setattr(common, "token_logprobs", lambda model, tokens, mask: per[model] * mask)
-    found = common.compare_samples(policy, reference, [[1, 2]] * 10, TOY, 10, 1)
+    monkeypatch.setattr(lib.show, "token_logprobs", lambda model, tokens, mask: per[model] * mask)
+    found = lib.show.compare_samples(policy, reference, [[1, 2]] * 10, TOY, 10, 1)
     assert found == {
         "eos_rate": pytest.approx(ended / 10),
         "ref_eos_rate": pytest.approx(ref_ended / 10),
@@ -1111,7 +1107,7 @@ def test_a_trace_shows_one_rollout_token_by_token(capsys):
     columns = {name: torch.arange(8.0).view(2, 4) + 10 * n for n, name in enumerate(names)}
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
     tokens = torch.tensor([[0, 1, 2, TOY.eos_id, 0], [3, 4, 5, 6, 7]])
-    common.print_trace(SimpleNamespace(tokens=tokens, action_mask=mask, **columns), TOY, row=0)
+    lib.show.print_trace(SimpleNamespace(tokens=tokens, action_mask=mask, **columns), TOY, row=0)
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["token", *names]
     assert [line.split() for line in lines] == [
@@ -1125,8 +1121,8 @@ def test_the_last_quarter_of_a_run(capsys):
     on these means."""
     history = [{"score": float(n), "kl": 10.0 * n, "eos_rate": 1.0} for n in range(8)]
     expected = (("score", "a score", 6.0, 7.0), ("kl", "a KL", 0.0, 60.0))
-    results = common.last_quarter(history, expected)
+    results = lib.run.last_quarter(history, expected)
     assert (results["score"], results["kl"], results["eos_rate"]) == (6.5, 65.0, 1.0)
     assert [(g["name"], g["value"], g["ok"]) for g in results["gates"]] == [("a score", 6.5, True), ("a KL", 65, False)]
     assert "score 6.50 (0.00), kl 65.00 (0.00)" in capsys.readouterr().out
-    assert common.last_quarter(history[:3], ())["score"] == 2.0
+    assert lib.run.last_quarter(history[:3], ())["score"] == 2.0

@@ -13,15 +13,18 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-import common
+import frozen
+import lib.train
 import dpo
 import ppo
 import reward_model
 import sft
-from blocks import Block
+from model import Block
 from data.batches import Example, RankedExamples, make_batch, ranked_batch
 from helpers import EOS, make_gpt, make_scalar, randn, random_prompts, rng
-from model import GPT, ScalarModel, completion_mask, generate
+from frame import completion_mask
+from model import GPT, ScalarModel
+from sampling import generate
 
 V = 23
 
@@ -37,7 +40,7 @@ def compiler(monkeypatch):
         counter = CompileCounterWithBackend(backend)
         compiled = functools.partial(torch.nn.Module.compile, backend=counter)
         monkeypatch.setattr(Block, "compile", lambda self, **options: compiled(self, **options))
-        common.compile_blocks(*models)
+        lib.train.compile_blocks(*models)
         return counter
 
     limit = torch._dynamo.config.recompile_limit
@@ -140,7 +143,7 @@ def test_sizes_of_one_add_a_bounded_number_of_graphs(compiler):
 def test_frozen_blocks_are_compiled_too(compiler):
     """--train_layers 1: the blocks below have no gradients, the last has."""
     policy, choose = make_gpt(3, n_layer=3), random.Random(4)
-    common.train_last_layers(policy, 1)
+    frozen.train_last_layers(policy, 1)
     counter = compiler("eager", policy)
     for _ in range(6):
         sft_step(policy, texts(3, choose))

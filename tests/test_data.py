@@ -20,7 +20,7 @@ import tiktoken.registry
 import torch
 from helpers import GPT2_BPE, ROOT, text_before, write_lines
 
-from cli import UserError
+from lib.cli import UserError
 from data import tiny
 from data.batches import (
     Example,
@@ -56,7 +56,7 @@ from data.files import (
     turns_of,
     write_jsonl,
 )
-from data.prepare import prepare
+from tools.prepare import prepare
 from data.tokenizer import TINY_RANKS, format_prompt, load_tokenizer
 
 TINY = load_tokenizer("tiny")

@@ -45,10 +45,10 @@ from helpers import (
 from torch import Tensor
 
 import dpo
-import model as network
+import frame
 import sft
-from cli import UserError
-from common import load_model, save_model
+from lib.cli import UserError
+from lib.checkpoint import load_model, save_model
 from data.batches import RankedExamples, encode_rankings, ranked_batch
 from data.files import Ranking
 from data.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ from dpo import (
     ranking_pairs,
     sequence_logprobs,
 )
-from model import completion_mask
+from frame import completion_mask
 
 CPU = torch.device("cpu")
 LN2 = math.log(2)
@@ -347,7 +347,7 @@ def test_the_reference_pass_may_go_in_slices(float64, monkeypatch):
     reference = make_gpt(5)
     whole = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32").detach()
     assert len(ITEMS) > 2
-    monkeypatch.setattr(network, "rows_at_a_time", lambda tokens, model: 2)
+    monkeypatch.setattr(frame, "rows_at_a_time", lambda tokens, model: 2)
     with torch.no_grad():
         sliced = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32")
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-10)

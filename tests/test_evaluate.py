@@ -34,8 +34,8 @@ from helpers import (
 import evaluate
 import sample
 import sft
-from cli import UserError
-from common import save_model
+from lib.cli import UserError
+from lib.checkpoint import save_model
 from data.tokenizer import format_prompt, load_tokenizer
 from evaluate import (
     Config,
@@ -48,7 +48,7 @@ from evaluate import (
     wilson_interval,
     win_rate,
 )
-from model import Rollout, generate
+from sampling import Rollout, generate
 from reward_model import accuracy_by_part
 
 TOY = ToyTokenizer()

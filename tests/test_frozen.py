@@ -12,13 +12,15 @@ from helpers import EOS, ITEMS, make_gpt, make_scalar, make_told, random_prompts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import common
+import frozen
 import dpo
 import ppo
-from blocks import KVCache
-from common import keep_trunk, make_reference, sampling, share_frozen, train_last_layers
+from model import KVCache
+from frozen import keep_trunk, make_reference, sampling, share_frozen, train_last_layers
 from data.batches import ranked_batch
-from model import GPT, generate, token_logprobs
+from frame import token_logprobs
+from model import GPT
+from sampling import generate
 
 LLAMA = {"norm": "rms", "n_kv_head": 2, "mlp": "swiglu", "n_inner": 40, "bias": "none", "tied": False}
 KINDS = [{}, {"rope_base": 100.0}, {"rope_base": 100.0, **LLAMA}]
@@ -35,7 +37,7 @@ def changed(model, seed: int = 5):
     """The same with other values of what is trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in common.trainable(model):
+        for p in frozen.trainable(model):
             p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     return model
 
@@ -81,7 +83,7 @@ def test_slices_take_their_own_part_of_the_trunk(monkeypatch):
     tokens = torch.randint(0, 23, (5, 9), generator=rng())
     below = model.trunk(tokens)
     expected = token_logprobs(model, tokens).detach()
-    monkeypatch.setattr("model.rows_at_a_time", lambda tokens, model: 2)
+    monkeypatch.setattr("frame.rows_at_a_time", lambda tokens, model: 2)
     with torch.no_grad():
         torch.testing.assert_close(token_logprobs(model, tokens, below=below), expected, rtol=0, atol=1e-12)
 
@@ -245,7 +247,7 @@ def test_frozen_blocks_run_once_for_three_networks_and_never_in_the_update(monke
 def test_dpo_on_a_kept_trunk_has_the_same_losses_and_gradients(monkeypatch, room):
     """Kept activations matched with the wrong ranking or row, or too many to keep: losses and gradients are those of a
     policy that computes everything."""
-    monkeypatch.setattr(common, "KEPT_NUMBERS", room)
+    monkeypatch.setattr(frozen, "KEPT_NUMBERS", room)
     config = dpo.Config(micro_batch=2, device="cpu")
     found = []
     for keep in (True, False):
@@ -258,7 +260,7 @@ def test_dpo_on_a_kept_trunk_has_the_same_losses_and_gradients(monkeypatch, room
         dpo.add_reference_logprobs(reference, items, config)
         losses = dpo.pair_losses(policy, items[::-1], config)  # another order than they were kept in
         losses[0].sum().backward()
-        found.append([losses.detach(), *(p.grad for p in common.trainable(policy))])
+        found.append([losses.detach(), *(p.grad for p in frozen.trainable(policy))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 

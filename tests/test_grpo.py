@@ -28,11 +28,13 @@ from helpers import (
 )
 
 import grpo
-from blocks import Block
-from cli import UserError
-from common import load_model, make_reference, train_last_layers, trainable
+from model import Block
+from lib.cli import UserError
+from frozen import make_reference, train_last_layers, trainable
+from lib.checkpoint import load_model
 from grpo import Config, group_advantages, make_experience, token_weights
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig
+from sampling import generate
 
 KINDS = ("grpo", "dr_grpo", "rloo")
 

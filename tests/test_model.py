@@ -1,4 +1,4 @@
-"""model.py and blocks.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics."""
+"""model.py and model.py: the network, its scalar head, cached sampling, token log-probabilities, masked statistics."""
 
 from __future__ import annotations
 
@@ -26,26 +26,11 @@ from helpers import (
 )
 from torch import nn
 
-import model as model_module
-from blocks import Block, KVCache, attend_to_slots, rotary_turns, rotate
-from model import (
-    GPT,
-    GPTConfig,
-    Rollout,
-    ScalarModel,
-    completion_mask,
-    decode_one_token,
-    flat_index,
-    generate,
-    join,
-    masked_mean,
-    prefill,
-    put_back,
-    sample_token,
-    select_logprobs,
-    token_logprobs,
-    whiten,
-)
+import sampling
+from model import Block, KVCache, attend_to_slots, rotary_turns, rotate
+from frame import completion_mask, masked_mean, put_back, select_logprobs, token_logprobs, whiten
+from model import GPT, GPTConfig, ScalarModel, flat_index
+from sampling import Rollout, decode_one_token, generate, join, prefill, sample_token
 
 V = 23  # make_gpt's vocabulary
 PROMPTS = random_prompts([1, 5, 17], V, seed=3)
@@ -1190,7 +1175,7 @@ def test_cached_logits_equal_the_full_forward(monkeypatch, rope_base):
         seen.append(logits.clone())
         return sample_token(logits, *args)
 
-    monkeypatch.setattr(model_module, "sample_token", spy)
+    monkeypatch.setattr(sampling, "sample_token", spy)
     for dtype, atol in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
         seen.clear()
         model = endless(seed=12, dtype=dtype, block_size=67, rope_base=rope_base)
@@ -1230,7 +1215,7 @@ def test_a_completion_may_be_as_long_as_the_block_leaves_room(monkeypatch, new):
             super().grow(slots)
             widths.append(self.kv.size(3))
 
-    monkeypatch.setattr(model_module, "KVCache", Watched)
+    monkeypatch.setattr(sampling, "KVCache", Watched)
     cached = generate(model, PROMPTS, new, eos_id=V, generator=gen(new))
     slow = slow_generate(model, PROMPTS, new, eos_id=V, generator=gen(new))
     assert rows_of(cached) == rows_of(slow) and torch.equal(cached.tokens, slow.tokens)
@@ -1283,7 +1268,7 @@ def test_rows_that_have_ended_are_left_behind(monkeypatch):
         widths.append(len(logits))
         return sample_token(logits, *args)
 
-    monkeypatch.setattr(model_module, "sample_token", spy)
+    monkeypatch.setattr(sampling, "sample_token", spy)
     rollout = generate(model, prompts, 24, eos_id=0, generator=gen(1))
     lens = rollout.lens - rollout.prompt_lens
     going = [int((lens > step).sum()) for step in range(24)]  # rows that step 0, 1, ... has a token for
@@ -1360,9 +1345,9 @@ def slices_of_the_cache(monkeypatch, numbers: int) -> tuple[list[int], list[int]
         rows.append(len(tokens))
         return prefill(model, tokens, *args)
 
-    monkeypatch.setattr(model_module, "CACHE_NUMBERS", numbers)
-    monkeypatch.setattr(model_module, "KVCache", Counted)
-    monkeypatch.setattr(model_module, "prefill", spy)
+    monkeypatch.setattr(sampling, "CACHE_NUMBERS", numbers)
+    monkeypatch.setattr(sampling, "KVCache", Counted)
+    monkeypatch.setattr(sampling, "prefill", spy)
     return rows, peaks
 
 

@@ -30,8 +30,10 @@ import dpo
 import grpo
 import ppo
 import reward_model
-from common import generator_for, lr_at
-from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, generate, token_logprobs
+from lib.train import generator_for, lr_at
+from frame import completion_mask, token_logprobs
+from model import GPT, GPTConfig, ScalarModel
+from sampling import Rollout, generate
 
 EOS, V, LENGTH = 2, 4, 3
 PROMPTS = [[1], [3, EOS], [0, 1, 3]]

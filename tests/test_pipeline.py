@@ -15,9 +15,9 @@ import torch
 from helpers import ROOT, make_gpt
 from kill_and_resume import contents, function_of
 
-import cli
+from lib import cli
 import collect
-import data.prepare
+import tools.prepare
 import data.tiny
 import dpo
 import evaluate
@@ -25,10 +25,11 @@ import grpo
 import ppo
 import reward_model
 import sft
-from cli import UserError
-from common import RunFolder, load_file
+from lib.cli import UserError
+from lib.checkpoint import load_file
+from lib.run import RunFolder
 from data.tokenizer import load_tokenizer
-from weights import save_pretrained
+from lib.weights import save_pretrained
 
 REAL = ROOT.parent / "shared" / "real"
 TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
@@ -425,7 +426,7 @@ def test_real_text_goes_through_all_stages(tmp_path, monkeypatch):
     shutil.copytree(REAL / "gpt2_bpe", tmp_path / "bpe")  # a copy: tiktoken deletes a cached file whose hash is off
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "bpe"))
     d = tmp_path / "data"
-    counts = data.prepare.prepare(REAL / "instruction-data-with-preference.json", d, held_out=0.05, seed=1)
+    counts = tools.prepare.prepare(REAL / "instruction-data-with-preference.json", d, held_out=0.05, seed=1)
     assert counts["demonstrations"] + counts["demonstrations_held_out"] == 1100
     assert counts["pairs"] + counts["pairs_held_out"] == 1094  # six pairs have equal texts
     # enough to learn from in seconds

@@ -1,4 +1,4 @@
-"""plan.py: what it computes without numbers is what happens with them."""
+"""tools/plan.py: what it computes without numbers is what happens with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bench
-import plan
-from cli import UserError
-from common import train_last_layers
+from tools import bench
+from tools import plan
+from lib.cli import UserError
+from frozen import train_last_layers
 from model import GPT, GPTConfig, ScalarModel
 
 LLAMA = {"norm": "rms", "n_kv_head": 1, "mlp": "swiglu", "n_inner": 24, "bias": "none", "rope_base": 100.0}

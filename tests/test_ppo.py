@@ -28,11 +28,16 @@ from helpers import (
     write_lines,
 )
 
-import common
+
+import lib.reward
 import ppo
-from blocks import Block
-from common import Checkpoint, UserError, call_reward, load_file, load_model, load_reward, lr_at, save_model
-from model import GPT, GPTConfig, Rollout, ScalarModel, generate
+from model import Block
+from lib.checkpoint import Checkpoint, load_file, load_model, save_model
+from lib.cli import UserError
+from lib.reward import call_reward, load_reward
+from lib.train import lr_at
+from model import GPT, GPTConfig, ScalarModel
+from sampling import Rollout, generate
 from ppo import Config, initial_value_model, make_experience
 
 CPU = torch.device("cpu")
@@ -411,7 +416,7 @@ def test_rollouts_and_scores_are_in_the_dtype_too(tmp_path, monkeypatch, dtype):
     """--dtype that training hears of and sampling doesn't: most of the time on a GPU is sampling. A reward function of
     the user's own is called without autocast."""
     rollouts = record_dtypes(monkeypatch, ppo, "generate")
-    others = record_dtypes(monkeypatch, common, "score_rollout", "call_reward")
+    others = record_dtypes(monkeypatch, lib.reward, "score_rollout", "call_reward")
     rewards = [checkpoint(tmp_path / "scorer", make_scalar(1, block_size=24)), f"{reward_file(tmp_path)}:letters"]
     run_ppo(tmp_path, monkeypatch, make_gpt(5, block_size=24), reward=rewards, dtype=dtype, iterations=1)
     assert rollouts == {"generate": {dtype}}

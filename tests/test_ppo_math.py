@@ -12,7 +12,7 @@ import torch
 from helpers import finite_difference_gradient, frame_batch, gae_by_definition, gradient_of, randn, spoil
 from torch import Tensor
 
-from model import completion_mask
+from frame import completion_mask
 from ppo import AdaptiveKL, Config, exact_kl, gae, kl_penalty, policy_loss, shaped_rewards, value_loss
 
 # ------------------------------------------------------------------------------------------------ KL

@@ -28,9 +28,12 @@ from helpers import (
 from torch import Tensor
 
 import ppo
-from common import UserError, train_last_layers
+from frozen import train_last_layers
+from lib.cli import UserError
 from data.batches import Example
-from model import GPT, GPTConfig, Rollout, generate, whiten
+from frame import whiten
+from model import GPT, GPTConfig
+from sampling import Rollout, generate
 from ppo import Config, Experience, make_experience, policy_loss, ptx_losses, update
 
 # ------------------------------------------------------------------------------------------------ experience

@@ -1,5 +1,5 @@
-"""data/prepare.py and data/records.py: public data in each form in which it is published, written out by hand here and
-compared field by field with what the project's readers make of it."""
+"""tools/prepare.py and tools/records.py: public data in each form in which it is published, written out by hand here
+and compared field by field with what the project's readers make of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import sys
 import pytest
 from helpers import ROOT
 
-from cli import UserError
-from data import prepare as module
+from lib.cli import UserError
+from tools import prepare as module
 from data.files import read_demonstrations, read_prompts, read_rankings, turns_of
-from data.prepare import prepare
+from tools.prepare import prepare
 
 HALF = chr(0xD83D)  # the first half of an emoji
 
@@ -709,7 +709,7 @@ def test_length_of_several_turns_counts_their_words_alone(tmp_path, capsys):
 
 def command(*argv: str, cwd) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}  # a console without most letters
-    return subprocess.run([sys.executable, "-m", "data.prepare", *argv], cwd=cwd, env=env, capture_output=True)
+    return subprocess.run([sys.executable, "-m", "tools.prepare", *argv], cwd=cwd, env=env, capture_output=True)
 
 
 def test_command_line(tmp_path):

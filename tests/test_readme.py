@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import UserError, check_ranges, parse_config
+from lib.cli import UserError, check_ranges, parse_config
 from study import tables
 from study.metrics import METRICS
 
@@ -32,15 +32,15 @@ SMALL = {
     "dpo.py": "--warmup 0 --max_new_tokens 8",
     "evaluate.py": "--n_prompts 4 --best_of 1 2 --max_new_tokens 8",
     "sample.py": "--max_new_tokens 8",
-    "bench.py": "--size tiny --stages sft --repeats 1 --batch_size 4 --micro_batch 2",
-    "plan.py": "--sizes gpt2",
+    "tools/bench.py": "--size tiny --stages sft --repeats 1 --batch_size 4 --micro_batch 2",
+    "tools/plan.py": "--sizes gpt2",
     "study.run": "--commands",
     "study.best_of_n": "--n_prompts 2 --best_of 1 2 --max_new_tokens 8",
     "study.implicit": "--n_prompts 4",
 }
 # Not run here, but their flags are read: these need a network, or a person.
 NEEDS_MORE = ("--annotator web", "--annotator human", "gpt2", "hf:", "out/real", "--tokenizer", "annotate")
-NEEDS_TIME = ("tests/mutate.py", "tests/kill_and_resume.py", "pytest", "data.prepare", "bench.py --compare")
+NEEDS_TIME = ("tests/mutate.py", "tests/kill_and_resume.py", "pytest", "tools.prepare", "tools/bench.py --compare")
 
 
 def commands() -> list[str]:
@@ -85,7 +85,7 @@ def test_a_command_has_flags_that_its_script_knows(command):
         assert script == "pytest" or (ROOT / script).exists()
         return
     module = importlib.import_module(name)
-    if hasattr(module, "Config") and name not in ("study.plot", "study.broken", "data.prepare", "data.annotate"):
+    if hasattr(module, "Config") and name not in ("study.plot", "study.broken", "tools.prepare", "tools.annotate"):
         check_ranges(parse_config(module.Config, "", arguments))
 
 

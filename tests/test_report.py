@@ -16,10 +16,12 @@ import torch
 from helpers import EOS, ROOT, ToyTokenizer, checkpoint, completion_logprobs, gae_by_definition, make_gpt, make_scalar
 from helpers import slow_generate, speak_toy, write_lines
 
-import common
+import lib.checkpoint
+import lib.run
+import lib.train
 import dpo
 import ppo
-from cli import UserError
+from lib.cli import UserError
 from study import metrics, report
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp;\u2028 {{data}}"
@@ -28,14 +30,14 @@ PROMPTS = [{"prompt": p} for p in ("ab", "cwd", "fgh", "klmno")]
 
 def write_stage(folder: Path, config, rows: list[dict], results: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    common.write_json(dataclasses.asdict(config), folder / "config.json")
+    lib.run.write_json(dataclasses.asdict(config), folder / "config.json")
     write_lines(folder / "metrics.jsonl", rows)
-    common.write_json(results, folder / "results.json")
+    lib.run.write_json(results, folder / "results.json")
 
 
 def toy_run(folder: Path, monkeypatch, **changed) -> ppo.Config:
     """A PPO run as ppo.py leaves it, of random networks in float64: what is asked for may be changed."""
-    speak_toy(monkeypatch, report, common)
+    speak_toy(monkeypatch, report, lib.checkpoint)
     start, reward, value = make_gpt(0), make_scalar(3), make_scalar(5)
     checkpoint(folder / "sft", start)
     checkpoint(folder / "reward_model", reward)
@@ -50,7 +52,7 @@ def toy_run(folder: Path, monkeypatch, **changed) -> ppo.Config:
     ]
     gates = [{"name": "PPO KL", "value": 1.0, "low": 0.5, "high": None, "ok": True}]
     write_stage(folder / "ppo", config, logged, {"gates": gates, "seconds": 1.0})
-    common.atomic_save({"step": 3, "value_model": value.state_dict()}, folder / "ppo" / "state.pt")
+    lib.checkpoint.atomic_save({"step": 3, "value_model": value.state_dict()}, folder / "ppo" / "state.pt")
     return config
 
 
@@ -176,7 +178,7 @@ def test_samples_are_the_policies_own_answers(tmp_path, monkeypatch, float64):
             assert judged["score"][i] == pytest.approx(reward(torch.tensor([ids]))[0, -1].item())
             assert judged["gold"] is None and judged["right"] is None
         ids = [encode(prompt["text"]) for prompt in samples["prompts"]]
-        rng = common.generator_for(torch.device("cpu"), 1)
+        rng = lib.train.generator_for(torch.device("cpu"), 1)
         drawn = slow_generate(policy, ids, 6, eos_id=EOS, temperature=0.8, generator=rng)
         assert samples["sampled"][name]["text"] == [ToyTokenizer().decode(c) for c in drawn.completions()]
     pairs = zip(samples["sampled"]["ppo"]["text"], data["tokens"]["rows"], strict=True)
@@ -200,8 +202,8 @@ def test_without_the_value_model_there_are_no_values(tmp_path, monkeypatch):
 def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path, monkeypatch):
     """A run that was killed leaves a newer state beside an older model: their figures don't belong together."""
     toy_run(tmp_path, monkeypatch)
-    state = common.load_file(tmp_path / "ppo" / "state.pt") | {"step": 2}
-    common.atomic_save(state, tmp_path / "ppo" / "state.pt")
+    state = lib.checkpoint.load_file(tmp_path / "ppo" / "state.pt") | {"step": 2}
+    lib.checkpoint.atomic_save(state, tmp_path / "ppo" / "state.pt")
     _, data, found = make_report(tmp_path)
     assert "values" not in {q["name"] for q in data["tokens"]["quantities"]}
     assert any("not that of the finished run" in note for note in found["notes"])
@@ -238,7 +240,7 @@ def test_one_s_own_reward_function_and_gold(tmp_path, monkeypatch):
     )
     toy_run(tmp_path, monkeypatch, reward=[f"{functions}:short"], gold=f"{functions}:gold")
     value = make_scalar(5)
-    common.atomic_save({"step": 3, "value_model": value.state_dict()}, tmp_path / "ppo" / "state.pt")
+    lib.checkpoint.atomic_save({"step": 3, "value_model": value.state_dict()}, tmp_path / "ppo" / "state.pt")
     _, data, _ = make_report(tmp_path)
     for judged in data["samples"]["sampled"].values():
         assert judged["score"] == [-len(text) for text in judged["text"]]
@@ -250,7 +252,7 @@ def test_one_s_own_reward_function_and_gold(tmp_path, monkeypatch):
 
 def test_dpo_alone_has_answers_and_no_rollouts(tmp_path, monkeypatch):
     """A run without PPO has no rollouts and perhaps no reward, and its answers are shown all the same."""
-    speak_toy(monkeypatch, report, common)
+    speak_toy(monkeypatch, report, lib.checkpoint)
     checkpoint(tmp_path / "sft", make_gpt(0))
     checkpoint(tmp_path / "dpo", make_gpt(2))
     config = dpo.Config(policy=str(tmp_path / "sft"), max_new_tokens=5)
@@ -295,10 +297,9 @@ def test_too_many_stages_are_to_be_chosen_from(tmp_path, monkeypatch):
     assert data["curves"][0]["runs"] == ["ppo"]
 
 
-@pytest.mark.parametrize("command", [["study/report.py"], ["-m", "study.report"]])
-def test_it_starts_as_a_file_and_as_a_module(command):
-    """The project's root is not on the path of a file in a folder of it."""
-    run = subprocess.run([sys.executable, *command, "--run", "nowhere"], cwd=ROOT, capture_output=True, text=True)
+def test_a_mistake_is_one_line():
+    command = [sys.executable, "-m", "study.report", "--run", "nowhere"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == f"report.py: error: {run.stderr.split('error: ')[1]}"
     assert run.stderr.count("\n") == 1 and "make demo" in run.stderr
 
@@ -318,10 +319,10 @@ def test_hostile_text_is_data(tmp_path, monkeypatch):
     log = tmp_path / "ppo" / "metrics.jsonl"
     log.write_text(json.dumps({"step": 1, "score": 1.0, HOSTILE: 2.0}) + "\n", encoding="utf-8")
     results = {"gates": [{"name": HOSTILE, "value": 1.0, "low": None, "high": 2.0, "ok": False}]}
-    common.write_json(results, tmp_path / "ppo" / "results.json")
+    lib.run.write_json(results, tmp_path / "ppo" / "results.json")
     figures = {"gold": 1.0, "kl": 0.5, "parts": {HOSTILE: 1.0}}
     evaluation = {"policies": {HOSTILE: figures, "b": {**figures, "win_rate": 0.5, "win_low": 0.4, "win_high": 0.6}}}
-    common.write_json(evaluation, tmp_path / "evaluate" / "results.json")
+    lib.run.write_json(evaluation, tmp_path / "evaluate" / "results.json")
     page, data, _ = make_report(tmp_path, rollouts=0)
     found = Reader(page)
     assert HOSTILE in {chart["name"] for chart in data["curves"][0]["charts"]}
@@ -357,7 +358,7 @@ def test_tables_show_the_results(tmp_path, monkeypatch):
         "best_of_n": {"4": {"rm": 0.98, "kl_bound": 0.636, "gold": 1.75, "gold_se": 0.02}},
         "gates": [{"name": "headroom", "value": 0.2, "low": 0.55, "high": 1.0, "ok": False}],
     }
-    common.write_json(evaluation, tmp_path / "evaluate" / "results.json")
+    lib.run.write_json(evaluation, tmp_path / "evaluate" / "results.json")
     page, _, _ = make_report(tmp_path, rollouts=0)
     tables = [rows_of(t) for t in re.findall(r"<table>.*?</table>", page, re.S)]
     head, *rows = tables[1]
@@ -384,7 +385,7 @@ def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeyp
         {"name": "headroom", "value": 0.2, "low": 0.55, "high": 1.0, "ok": False},
         {"name": "KL", "value": None, "low": None, "high": 2.0, "ok": False},  # it was nan
     ]
-    common.write_json({"gates": gates}, tmp_path / "evaluate" / "results.json")
+    lib.run.write_json({"gates": gates}, tmp_path / "evaluate" / "results.json")
     argv = ["report.py", "--run", str(tmp_path), "--rollouts", "0"]
     for strict in ([], ["--strict"]):
         monkeypatch.setattr(sys, "argv", argv + strict)
@@ -415,7 +416,7 @@ def test_curves_are_the_log_s(tmp_path, monkeypatch):
     config = toy_run(tmp_path, monkeypatch)
     other = [{"step": 1, "score": 1.0, "kl": None, "kind": "a word"}, {"step": 2, "score": 2.0, "kl": 3.0}]
     write_stage(tmp_path / "ppo_b", config, other, {"gates": []})
-    common.write_json({"group": 8}, tmp_path / "grpo" / "config.json")
+    lib.run.write_json({"group": 8}, tmp_path / "grpo" / "config.json")
     write_lines(tmp_path / "grpo" / "metrics.jsonl", [{"step": 1, "entropy": 0.5, "explained_variance": 0.0}])
     long = [{"step": s, "loss": float(s)} for s in range(1, 1001)]
     write_stage(tmp_path / "dpo", dpo.Config(), long, {"gates": []})

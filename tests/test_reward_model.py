@@ -52,13 +52,15 @@ from torch import Tensor
 
 import reward_model
 import sft
-from cli import UserError
-from common import generator_for, load_model, save_model
+from lib.cli import UserError
+from lib.checkpoint import load_model, save_model
+from lib.train import generator_for
 from data import tiny
 from data.batches import encode_rankings, ranked_batch
 from data.files import Ranking
 from data.tokenizer import format_prompt, load_tokenizer
-from model import GPTConfig, ScalarModel, generate
+from model import GPTConfig, ScalarModel
+from sampling import generate
 from reward_model import Config, accuracy_by_part, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy
 from reward_model import ranking_loss
 
@@ -387,13 +389,13 @@ class Judge:
 @pytest.mark.parametrize(
     ("knows", "better"),
     [
-        (["correct"], {"right_vs_wrong", "right_vs_evasive", "finished_vs_cut"}),  # cut before its answer
-        (["polite"], {"polite_vs_plain", "plain_vs_rude"}),
-        (["to_the_point"], {"short_vs_rambling", "once_vs_repeated"}),
-        (["ended"], {"finished_vs_cut"}),
-        (["not_repeated"], {"once_vs_repeated"}),
-        ([], set()),
-        (tiny.PARTS, set(NAMES)),
+        (["correct"], ["right_vs_wrong", "right_vs_evasive", "finished_vs_cut"]),  # cut before its answer
+        (["polite"], ["polite_vs_plain", "plain_vs_rude"]),
+        (["to_the_point"], ["short_vs_rambling", "once_vs_repeated"]),
+        (["ended"], ["finished_vs_cut"]),
+        (["not_repeated"], ["once_vs_repeated"]),
+        ([], []),
+        (tiny.PARTS, NAMES),
     ],
     ids=str,
 )

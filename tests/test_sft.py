@@ -36,12 +36,12 @@ from helpers import (
 from torch import Tensor
 
 import sft
-from cli import UserError, flag
-from common import load_model
+from lib.cli import UserError, flag
+from lib.checkpoint import load_model
 from data.batches import Example, make_batch
-from model import completion_mask
+from frame import completion_mask
 from sft import held_out_loss, sft_loss
-from weights import save_pretrained
+from lib.weights import save_pretrained
 
 CPU = torch.device("cpu")
 

@@ -22,16 +22,18 @@ import torch
 from helpers import EOS, ITEMS, ToyTokenizer, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
 from helpers import write_lines
 
-import common
+import lib.reward
 import dpo
 import ppo
 import sft
-from cli import UserError, check_ranges, parse_config
-from common import Checkpoint, generator_for, write_json
+from lib.cli import UserError, check_ranges, parse_config
+from lib.checkpoint import Checkpoint
+from lib.run import write_json
+from lib.train import generator_for
 from data import batches, tiny
 from data.batches import Example
 from evaluate import expected_best
-from model import generate
+from sampling import generate
 from study import best_of_n, broken, implicit, jobs, rankings, results, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,7 +279,7 @@ def test_the_commands_in_docstrings_are_right():
         if words[0] == "study.broken":
             assert len(words) == 1 or words[1] in broken.BROKEN, command
             words = words[2:]
-        if words and words[0] != "study/plot.py":  # whose runs stand before its flags
+        if words and words[0] != "study.plot":  # whose runs stand before its flags
             module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
             check_ranges(parse_config(module.Config, "", words[1:]))
 
@@ -370,7 +372,7 @@ def test_raw_reward_is_before_mean_and_scale(tmp_path, monkeypatch):
     path, policy = checkpoint(tmp_path / "rm", model), Checkpoint(make_gpt(1), "toy", "")
     rollout = generate(policy.model, [[1, 2], [3]], 4, eos_id=EOS, generator=torch.Generator().manual_seed(1))
     arguments = ([path], policy, "", torch.device("cpu"))
-    right = common.load_reward(*arguments)[0](rollout, [""] * 2, [""] * 2)
+    right = lib.reward.load_reward(*arguments)[0](rollout, [""] * 2, [""] * 2)
     wrong = break_module("raw_reward", monkeypatch).load_reward(*arguments)[0](rollout, [""] * 2, [""] * 2)
     assert wrong.tolist() == pytest.approx((5 * right + 2).tolist(), abs=1e-5)
 

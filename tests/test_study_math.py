@@ -14,10 +14,10 @@ import pytest
 import torch
 from helpers import ToyTokenizer, checkpoint, completion_logprobs, make_gpt, speak_toy, spread
 
-from cli import UserError, check_ranges, parse_config
+from lib.cli import UserError, check_ranges, parse_config
 from data.files import read_jsonl, write_jsonl
 from evaluate import expected_best
-from model import Rollout
+from sampling import Rollout
 from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent

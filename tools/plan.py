@@ -1,8 +1,8 @@
 """Will it fit, and how long will it take? Memory and speed of every stage, computed; nothing is trained.
 
-    python plan.py                                                    # four networks, three GPUs
-    python plan.py --sizes smollm2 --train_layers 10 --micro_batch 4  # one of them, the upper 10 blocks trained
-    python plan.py --sizes 1.7b --recompute --prompt 512 --completion 512
+    python -m tools.plan                                                    # four networks, three GPUs
+    python -m tools.plan --sizes smollm2 --train_layers 10 --micro_batch 4  # one of them, the upper 10 blocks trained
+    python -m tools.plan --sizes 1.7b --recompute --prompt 512 --completion 512
 
 Memory. The network is built of tensors that have a shape and no numbers (torch's fake tensors), one micro-batch goes
 forward and backward through it, and what autograd would keep is added up. On top of that:
@@ -32,12 +32,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-from bench import GPT2, SMOLLM2, STAGES, gpt_config
-from blocks import LLAMA
-from cli import DTYPES, check, check_ranges, flag, run_main
-from common import autocast, prepare_blocks, train_last_layers
-from model import CACHE_NUMBERS, GPT, GPTConfig, ScalarModel
+from tools import bench
+from tools.bench import GPT2, SMOLLM2, STAGES, gpt_config
+from model import LLAMA
+from lib.cli import DTYPES, check, check_ranges, flag, run_main
+from frozen import train_last_layers
+from lib.train import autocast, prepare_blocks
+from model import GPT, GPTConfig, ScalarModel
+from sampling import CACHE_NUMBERS
 
 SIZES = {  # token ids, block size, blocks, heads, channels
     "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),

@@ -1,8 +1,8 @@
 """People rank completions, in the terminal or in a page of the browser; and how far they agree, with each other and
 with themselves.
 
-    python -m data.annotate anna.jsonl ben.jsonl                       # agreement
-    python -m data.annotate anna.jsonl ben.jsonl --out merged.jsonl    # and one file of all their rankings
+    python -m tools.annotate anna.jsonl ben.jsonl                       # agreement
+    python -m tools.annotate anna.jsonl ben.jsonl --out merged.jsonl    # and one file of all their rankings
 
 collect.py samples the completions and starts the asking (`--annotator human` or `--annotator web`). What a person
 answers is in two files, one line an answer, appended and on the disk before the next item is shown:
@@ -36,10 +36,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-if __package__ in (None, ""):  # run as `python data/annotate.py`
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cli import UserError, check
+from lib.cli import UserError, check
 from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, turns_of, write_jsonl
 
 GAP = 10  # other rankings between the two times that an item is shown ...

@@ -14,7 +14,7 @@ import re
 import zlib
 from pathlib import Path
 
-from cli import UserError, check, one_line
+from lib.cli import UserError, check, one_line
 from data.files import ROLES, Prompt, parse_jsonl, text_field
 
 Turns = list[tuple[str, str]]  # (role, text)

@@ -1,6 +1,6 @@
 """Published weights in and out: a Hugging Face folder of a GPT-2 or a Llama-like model, a GGUF file in.
 
-from weights import load_pretrained, save_pretrained
+from lib.weights import load_pretrained, save_pretrained
 model = load_pretrained("SmolLM2-135M.gguf")   # or a folder with config.json and *.safetensors, or a hub's name
 save_pretrained(model, "out/exported")         # what other tools read
 

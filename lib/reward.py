@@ -1,0 +1,137 @@
+"""Rewards: reward models, functions of text, and mixtures of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.checkpoint import Checkpoint, load_scorer
+from lib.cli import UserError, check
+from lib.train import autocast
+from model import ScalarModel
+from sampling import Rollout
+
+
+COMBINES = ("sum", "mean", "min", "mean-std")  # one reward from several
+
+
+def check_task(scorer: Checkpoint, path: str, task: str) -> None:
+    """The demo's reward model on prompts of one's own gives plausible numbers that mean nothing."""
+    foreign = scorer.task == "tiny" and task != "tiny"
+    check(not foreign, f"--reward {path} was trained on the embedded task, and the prompts are not of it; name another")
+
+
+def load_function(spec: str):
+    """The function that `file.py:function` names."""
+    file, _, name = spec.rpartition(":")
+    root = Path(__file__).parent.parent  # data/tiny.py is found from any folder
+    path = Path(file) if Path(file).exists() else root / file
+    if not file.endswith(".py") or not path.exists():
+        raise UserError(f"{spec!r}: expected file.py:function, and the file to exist")
+    # under a name of its own, so that a user's evaluate.py doesn't become this project's
+    module_spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{spec!r}: importing {file} failed with {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{spec!r}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_reward(
+    function: Callable,
+    prompts: list[str],
+    completions: list[str],
+    ended: list[bool] | None = None,
+    name: str = "the reward function",
+) -> list[float]:
+    """Call reward(prompts, completions) -> one number for each completion, and check what came back. A function with a
+    parameter `ended` is also told which completions ended by themselves (None: all) and which were cut."""
+    told = {}
+    if "ended" in inspect.signature(function).parameters:
+        told["ended"] = [True] * len(completions) if ended is None else ended
+    returned = function(prompts, completions, **told)  # an error in there is the function's: its traceback says where
+    try:
+        rewards = [float(r) for r in returned]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} must return one number for each completion ({error})") from error
+    n = len(rewards)
+    check(n == len(completions), f"{name} returned {n} rewards for {len(completions)} completions")
+    check(all(map(math.isfinite, rewards)), f"{name} returned a reward that is not a finite number")
+    return rewards
+
+
+@torch.no_grad()
+def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tensor:
+    """The reward model's score of each completion, (B,), `rows` of similar length at a time, cut to the longest."""
+    scores = torch.zeros(len(rollout.lens), device=rollout.lens.device)
+    for part in rollout.lens.argsort().split(rows):
+        lens = rollout.lens[part]
+        scores[part] = model.score(rollout.tokens[part, : int(lens.max())], lens)
+    return scores
+
+
+def load_reward(
+    specs: list[str],
+    policy: Checkpoint,
+    task: str,
+    device: torch.device,
+    weights: list[float] | None = None,
+    combine: str = "sum",
+    dtype: str = "float32",
+) -> tuple[Callable[[Rollout, list[str], list[str]], Tensor], list[ScalarModel]]:
+    """Checkpoints of reward models and file.py:function, one or several -> (score, the reward models among them).
+
+    score(rollout, prompts, completions) -> (B,): the weighted "sum" of all, their "mean" (divided by the sum of the
+    weights), their "min", or "mean-std", the mean less the standard deviation: these two doubt what an ensemble doesn't
+    agree on (Coste et al. 2023, arXiv:2310.02743). Weights are 1 if not given. A reward model reads the very ids that
+    the policy wrote; a function reads text. task: what the prompts belong to ("tiny": the embedded task)."""
+    weights = weights or [1.0] * len(specs)
+    check(bool(specs), "--reward needs a reward model's checkpoint or file.py:function")
+    check(len(weights) == len(specs), f"--reward_weights has {len(weights)} values for {len(specs)} rewards")
+    check(combine != "mean" or sum(weights) > 0, "--reward_combine mean needs --reward_weights with a sum above 0")
+    check(combine != "mean-std" or len(set(weights)) == 1, "--reward_combine mean-std takes no --reward_weights")
+    loaded: list[tuple[str, Callable | ScalarModel]] = []
+    for spec in specs:
+        if ":" in spec and ".py" in spec:
+            loaded.append((spec, load_function(spec)))
+            continue
+        scorer = load_scorer(spec, policy, device)
+        check_task(scorer, spec, task)
+        loaded.append((spec, scorer.model))
+
+    def score(rollout: Rollout, prompts: list[str], completions: list[str]) -> Tensor:
+        rewards = []  # (B,) of each part
+        for (spec, part), weight in zip(loaded, weights, strict=True):
+            if isinstance(part, ScalarModel):
+                with autocast(device, dtype):
+                    rewards.append(weight * score_rollout(part, rollout))
+            else:
+                found = call_reward(part, prompts, completions, rollout.ended.tolist(), spec)
+                rewards.append(weight * torch.tensor(found, device=device))
+        parts = torch.stack(rewards)  # (parts, B)
+        if combine == "min":
+            return parts.amin(0)
+        if combine == "mean-std":
+            return parts.mean(0) - parts.std(0, correction=0)
+        return parts.sum(0) / (sum(weights) if combine == "mean" else 1.0)
+
+    return score, [part for _, part in loaded if isinstance(part, ScalarModel)]
+
+
+def gold_function(spec: str, task: str) -> Callable | None:
+    """The true reward to report beside the trained one, where it is known. "auto": the embedded task's on its
+    prompts."""
+    if spec == "auto":
+        spec = "data/tiny.py:gold_reward" if task == "tiny" else ""
+    return load_function(spec) if spec else None

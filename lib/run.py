@@ -1,0 +1,159 @@
+"""A run: its folder, its log, its gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from lib.checkpoint import atomic_save, load_file
+from lib.cli import UserError, check
+
+
+def finite(obj):
+    """nan and inf are no JSON: None instead."""
+    if isinstance(obj, dict):
+        return {k: finite(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [finite(v) for v in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def write_text(text: str, path: Path) -> None:
+    """The whole file, or the old one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(tmp, path)
+
+
+def write_json(obj, path: Path) -> None:
+    write_text(json.dumps(finite(obj), indent=2) + "\n", path)
+
+
+# What may differ when a run is resumed: nothing that changes what is learned. More epochs or iterations go on.
+MAY_DIFFER = ("out_dir", "resume", "strict", "trace", "device", "log_every", "save_every")
+
+
+MAY_GROW = ("epochs", "iterations")
+
+
+class RunFolder:
+    """out/<stage>/: config.json, metrics.jsonl as the run goes, state.pt to resume from, model.pt and results.json at
+    last.
+
+    A fresh start removes the state and the results of an earlier run; its model.pt stays until there is a new one. With
+    --resume the state is read first, and refused if it belongs to another configuration, before anything is written.
+    total: the steps of the whole run."""
+
+    def __init__(self, config, total: int):
+        warmup = config.warmup
+        check(warmup <= total, f"--warmup {warmup} is longer than the whole run, which has {total} steps; lower it")
+        self.path = Path(config.out_dir)
+        self.config, self.state = config, None
+        self.done: dict | None = None  # the results, if the run that is to be resumed has ended already
+        self.metrics, self.results = self.path / "metrics.jsonl", self.path / "results.json"
+        self.start = time.perf_counter()
+        if config.resume:
+            file = self.path / "state.pt"
+            self.state = load_file(file)
+            refuse_another_config(self.state, config, file)
+            check(self.metrics.exists(), f"{self.metrics}: gone, and with it the log of the run; start afresh")
+            print(f"{file}: {self.state['step']} of {total} steps are done")
+            if self.state["step"] >= total and self.results.exists():
+                self.done = json.loads(self.results.read_text(encoding="utf-8"))
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out_dir {self.path}: can't be made a folder ({error.strerror})") from None
+        for old in (self.path / "state.pt", self.results):
+            old.unlink(missing_ok=True)
+        self.metrics.write_text("", encoding="utf-8")
+        write_json(dataclasses.asdict(config), self.path / "config.json")
+
+    def log(self, **figures) -> None:
+        """Append one JSON object; the file is whole after every line. A loss that is not finite ends the run."""
+        for name in ("loss", "policy_loss", "value_loss"):
+            loss, step = figures.get(name, 0.0), figures["step"]
+            check(math.isfinite(loss), f"the {name} is {loss} at step {step}; lower --lr, or look at {self.metrics}")
+        figures = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        with open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps(finite(figures)) + "\n")
+
+    def history(self, key: str = "step") -> list[dict]:
+        """What was logged with this key, by this process and by those that it resumes."""
+        rows = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if key in row]
+
+    def save_state(self, step: int, **parts) -> None:
+        """All that resuming needs. `parts` are models and optimisers, whose state dicts are kept, and plain values. The
+        random streams derive from (seed, step), so the step number is the whole data position; torch's own generators
+        are kept for dropout."""
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+        state |= {"step": step, "config": dataclasses.asdict(self.config), "logged": self.metrics.stat().st_size}
+        state["rng"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        atomic_save(state, self.path / "state.pt")
+
+    def resume(self, **parts) -> dict:
+        """With --resume: load the saved state into `parts` and cut the log back to it -> {"step": steps that are done,
+        and the plain values}. Without: {"step": 0}."""
+        if self.state is None:
+            return {"step": 0}
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        torch.set_rng_state(self.state["rng"][0])
+        if torch.cuda.is_available() and len(self.state["rng"]) > 1:
+            torch.cuda.set_rng_state(self.state["rng"][1])
+        if self.metrics.exists() and self.metrics.stat().st_size > self.state["logged"]:
+            os.truncate(self.metrics, self.state["logged"])  # what was logged after the state was saved comes again
+        self.results.unlink(missing_ok=True)  # of the shorter run that this one makes longer
+        write_json(dataclasses.asdict(self.config), self.path / "config.json")
+        return self.state
+
+    def finish(self, results: dict) -> dict:
+        results["seconds"] = round(time.perf_counter() - self.start, 2)
+        write_json(results, self.results)
+        return results
+
+
+def refuse_another_config(state: dict, config, file: Path) -> None:
+    """A state belongs to the run that saved it: under another seed or learning rate the result would be neither
+    run's."""
+    saved = state.get("config", {}) if isinstance(state, dict) else {}
+    for name, value in dataclasses.asdict(config).items():
+        if name in MAY_DIFFER or (name in saved and saved[name] == value):
+            continue
+        if name in MAY_GROW and name in saved and value > saved[name]:
+            continue
+        raise UserError(
+            f"{file} was saved with --{name} {saved.get(name)}, not {value}: resume with that, or start afresh"
+        )
+
+
+def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
+    """Did this stage work? Print the figure beside the range that it has at default settings."""
+    ok = low <= value <= high
+    bounds = f"{low:g} to {high:g}"
+    if not math.isfinite(low) or not math.isfinite(high):
+        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+    note = f"; {note}" if note else ""
+    print(
+        f"GATE {name} {value:.3f} (expected at default settings: {bounds}{note})  {'OK' if ok else 'FAILED'}",
+        flush=True,
+    )
+    return {"name": name, "value": round(value, 4), "low": finite(low), "high": finite(high), "ok": ok}
+
+
+def last_quarter(history: list[dict], expected: tuple) -> dict:
+    """Means over the last quarter of a run, and gates: expected holds (figure, name, from, to)."""
+    tail = history[-max(1, len(history) // 4) :]
+    shown = [k for k in ("score", "kl", "k3", "eos_rate", "distinct", "length", "gold") if k in tail[0]]
+    results = {k: sum(row[k] for row in tail) / len(tail) for k in shown}
+    print("last quarter (first iteration): " + ", ".join(f"{k} {results[k]:.2f} ({history[0][k]:.2f})" for k in shown))
+    return {**results, "gates": [gate(name, results[key], low, high) for key, name, low, high in expected]}
