@@ -1,9 +1,9 @@
-"""Break it on purpose: run a script with one of these mistakes in it, each of them somebody's real one.
+"""Break it on purpose: run a script with a mistake in it. Somebody has really made each of these mistakes.
 
     python -m study.broken score_late ppo.py --out_dir out/broken     # any script, any of its flags
-    python -m study.broken                                            # the mistakes, as diffs
+    python -m study.broken                                            # print the mistakes, as diffs
 
-The mistake goes into a copy of the code that is gone afterwards; the diff is printed first.
+The script runs in a temporary copy of the code with the mistake in it. The diff is printed first.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Mistake(NamedTuple):
     file: str
-    right: str  # stands in the file once
-    wrong: str
-    what: str
+    right: str  # code that is in the file once
+    wrong: str  # the code in its place
+    what: str  # one line of explanation
 
 
 BROKEN = {
@@ -72,6 +72,7 @@ BROKEN = {
 
 
 def diff(mistake: Mistake, before: str) -> str:
+    """The mistake as a diff of the file's text."""
     after = before.replace(mistake.right, mistake.wrong)
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), mistake.file, mistake.file, "", "", 0, "")
     return "\n".join(list(lines)[2:])
