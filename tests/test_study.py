@@ -34,7 +34,7 @@ from data import batches, tiny
 from data.batches import Example
 from evaluate import expected_best
 from sampling import generate
-from study import best_of_n, broken, implicit, jobs, rankings, results, run
+from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = jobs.FULL, jobs.QUICK
@@ -198,7 +198,7 @@ def fabricate(size: jobs.Size, out: str) -> None:
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
-def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsys):
+def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path):
     """A result that no job makes ends the study with an error after its last job; one that is another run's, or
     compared with another baseline or across seeds, is a wrong figure that nobody sees. Seeds differ by 10 here, so only
     a difference within each seed has no spread. To four digits: no more are kept."""
@@ -246,13 +246,11 @@ def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsy
     for name, p in over["best_of_n"].items():
         assert [x["n"] for x in p["points"]] == list(size.best_of) and says(p["points"][1]["score"], name, "score")
 
-    results.print_results(found)
-    shown, first = capsys.readouterr().out, found["frontier"]["ppo"]["ppo_0.1"]["gold"]
-    assert f"ppo_0.1      gold {first['mean']:.2f}" in shown
-    if len(size.seeds) > 1:
-        assert f"ppo_0.1      gold {first['mean']:.2f} [{first['low']:.2f}, {first['high']:.2f}]" in shown
+    first = found["frontier"]["ppo"]["ppo_0.1"]["gold"]
+    shown = f"{first['mean']:.2f}" + (f" [{first['low']:.2f}, {first['high']:.2f}]" if len(size.seeds) > 1 else "")
+    assert f"| ppo 0.1 | {shown} |" in tables.frontier(found)
     Path(f"{out}/{size.seeds[-1]}/implicit.json").unlink()
-    with pytest.raises(UserError, match=r"implicit\.json: not there"):
+    with pytest.raises(UserError, match=r"implicit\.json: no such file; run `python -m study\.run` first"):
         results.gather(size, out)
 
 
@@ -499,7 +497,7 @@ class Toys:
         (self.out / "pace").write_text(str(seconds))
 
     def job(self, name: str, flags: str = "") -> jobs.Job:
-        return jobs.make(1, f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
+        return jobs.make(f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
 
     def run(self, *todo: jobs.Job, at_a_time: int = 2) -> None:
         run.run_jobs(list(todo), list(todo), self.out.as_posix(), at_a_time)
@@ -584,7 +582,7 @@ def test_what_a_job_is_given_and_leaves(toys):
         "import os, pathlib, sys; out = pathlib.Path(sys.argv[-1]); out.mkdir();"
         "(out / 'state.pt').touch(); (out / 'model.pt').write_text(os.environ['TOLD'])"
     )
-    job = jobs.make(1, f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
+    job = jobs.make(f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
     toys.run(job)
     assert [file.name for file in (toys.out / "x").iterdir()] == ["model.pt"]
     assert (toys.out / "x" / "model.pt").read_text() == "a=b"

@@ -236,7 +236,7 @@ def toy_jobs(tmp_path, b: str = "b", seconds: float = 0.05) -> list[jobs.Job]:
     (tmp_path / "out").mkdir(exist_ok=True)
     parts = [("a", "a", ""), ("b", b, f"{o}/a"), ("c", "c", ""), ("d", "d", f"{o}/b")]
     return [
-        jobs.make(1, f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
+        jobs.make(f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
     ]
 
 
