@@ -4,19 +4,19 @@ that loss."""
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
 import random
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     EOS,
-    ToyTokenizer,
+    TOY,
     assert_same_weights,
     checkpoint,
     completion_logprobs,
@@ -29,14 +29,13 @@ from helpers import (
     plain_sgd,
     randn,
     read_lines,
-    speak_toy,
     strict_json,
     write_lines,
 )
 from torch import Tensor
 
 import sft
-from lib.cli import UserError, flag
+from lib.cli import UserError
 from lib.checkpoint import load_model
 from data.batches import Example, make_batch
 from frame import completion_mask
@@ -46,11 +45,7 @@ from lib.weights import save_pretrained
 CPU = torch.device("cpu")
 
 
-@dataclass
-class Config(sft.Config):
-    """The flags of sft.py in a world where the toy tokenizer is one of its vocabularies."""
-
-    tokenizer: str = flag("toy", "vocabulary", choices=("toy",))
+Config = functools.partial(sft.Config, tokenizer="toy")
 
 
 def batch_of(examples: list[Example]) -> tuple[Tensor, Tensor]:
@@ -284,7 +279,7 @@ def watch_the_loss(monkeypatch) -> list[tuple[Tensor, Tensor, float]]:
 def texts_of(tokens: Tensor, mask: Tensor) -> list[str]:
     """The completions of a batch, without EOS."""
     rows = zip(tokens.tolist(), mask.tolist(), strict=True)
-    return [ToyTokenizer().decode([t for t, m in zip(*row, strict=True) if m and t != EOS]) for row in rows]
+    return [TOY.decode([t for t, m in zip(*row, strict=True) if m and t != EOS]) for row in rows]
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
@@ -292,12 +287,11 @@ def test_training_steps_are_the_gradient_of_the_whole_batch(tmp_path, monkeypatc
     """Gradient accumulation that isn't a large batch (a mean of micro-batch means), prompt tokens or filler in the
     loss, EOS left out, gradients that pile up: two steps of the script against float64 descent on the definition,
     whatever the micro-batch and the row order."""
-    tokenizer = speak_toy(monkeypatch, sft)
     plain_sgd(monkeypatch)
     before = make_gpt(6, block_size=24)
     expected, losses = copy.deepcopy(before), []
     for lr in (0.1, 0.05):  # cosine decay over two steps
-        ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+        ids = [(TOY.encode(p), [*TOY.encode(c), EOS]) for p, c in DEMONSTRATIONS]
         nats = torch.cat([-completion_logprobs(expected, p, c) for p, c in ids])
         losses.append(nats.mean().item())
         descend(expected, nats.mean(), lr)
@@ -309,7 +303,6 @@ def test_training_steps_are_the_gradient_of_the_whole_batch(tmp_path, monkeypatc
 
 def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     """Clipping before backward, or not at all: the length of the step tells."""
-    speak_toy(monkeypatch, sft)
     plain_sgd(monkeypatch)
     before = make_gpt(7, block_size=24)
     _, after, log = run_sft(tmp_path, before, micro_batch=3, grad_clip=0.01, lr=1.0)
@@ -317,10 +310,9 @@ def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     assert log[0]["grad_norm"] > 0.1  # what is logged is the norm before clipping
 
 
-def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path, monkeypatch, float64):
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path, float64):
     """A held-out loss in the middle that leaves the model in eval mode: dropout
     would be off for the rest of the run."""
-    speak_toy(monkeypatch, sft)
     for dropout in (0.0, 0.5):
         _, _, log = run_sft(tmp_path, held_out=DEMONSTRATIONS[:3], dropout=dropout, lr=0.0, epochs=3, eval_every=1)
         losses = [row["loss"] for row in log if "loss" in row]
@@ -342,16 +334,15 @@ def test_decay_spares_biases_and_gains():
     }
 
 
-def test_steps_are_adamws_by_the_textbook(tmp_path, monkeypatch, float64):
+def test_steps_are_adamws_by_the_textbook(tmp_path, float64):
     """Another epsilon, other betas, no bias correction, decay of gains or biases: the loss still falls, slower. Four
     steps of the script against Loshchilov and Hutter's algorithm 2 in loops."""
-    tokenizer = speak_toy(monkeypatch, sft)
     before = make_gpt(11, block_size=24)
     expected = copy.deepcopy(before)
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in expected.named_parameters()}
     for step in range(1, 5):
         lr = 0.01 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
-        ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+        ids = [(TOY.encode(p), [*TOY.encode(c), EOS]) for p, c in DEMONSTRATIONS]
         loss = torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean()
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         for (name, p), g in zip(expected.named_parameters(), gradients, strict=True):
@@ -367,12 +358,11 @@ def test_steps_are_adamws_by_the_textbook(tmp_path, monkeypatch, float64):
 
 def test_warm_up_and_decay_reach_the_steps(tmp_path, monkeypatch, float64):
     """--warmup ignored, or a rate that is logged and not used: lr/2, lr, then half a cosine from lr down."""
-    tokenizer = speak_toy(monkeypatch, sft)
     plain_sgd(monkeypatch)
     before = make_gpt(12, block_size=24)
     expected, rates = copy.deepcopy(before), [0.05, 0.1, 0.1, 0.075, 0.025]
     for lr in rates:
-        ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+        ids = [(TOY.encode(p), [*TOY.encode(c), EOS]) for p, c in DEMONSTRATIONS]
         descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), lr)
     _, after, log = run_sft(tmp_path, before, lr=0.1, warmup=2, epochs=5)
     assert [row["lr"] for row in log] == pytest.approx(rates, abs=1e-6)
@@ -381,11 +371,10 @@ def test_warm_up_and_decay_reach_the_steps(tmp_path, monkeypatch, float64):
 
 def test_grad_clip_0_is_no_limit(tmp_path, monkeypatch, float64):
     """A norm of at most 0 trains nothing at all, and a negative one climbs the loss."""
-    tokenizer = speak_toy(monkeypatch, sft)
     plain_sgd(monkeypatch)
     before = make_gpt(7, block_size=24)
     expected = copy.deepcopy(before)
-    ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+    ids = [(TOY.encode(p), [*TOY.encode(c), EOS]) for p, c in DEMONSTRATIONS]
     descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), 0.1)
     _, after, log = run_sft(tmp_path, before, grad_clip=0.0)
     assert_same_weights(after, expected, before)
@@ -397,7 +386,6 @@ def test_grad_clip_0_is_no_limit(tmp_path, monkeypatch, float64):
 @pytest.mark.parametrize("n", [1, 2])
 def test_train_layers_moves_the_last_blocks_alone(tmp_path, monkeypatch, float64, n):
     """Frozen parameters that weight decay still shrinks, or a step that differs from that of the parameters left."""
-    tokenizer = speak_toy(monkeypatch, sft)
     before = make_gpt(13, block_size=24, n_layer=3)
     last = ("ln_f.", *(f"h.{i}." for i in range(3 - n, 3)))
     settings = {"train_layers": n, "epochs": 3, "lr": 0.01, "weight_decay": 0.1}
@@ -408,7 +396,7 @@ def test_train_layers_moves_the_last_blocks_alone(tmp_path, monkeypatch, float64
     expected = copy.deepcopy(before)
     for name, p in expected.named_parameters():
         p.requires_grad_(name.startswith(last))
-    ids = [(tokenizer.encode(p), [*tokenizer.encode(c), EOS]) for p, c in DEMONSTRATIONS]
+    ids = [(TOY.encode(p), [*TOY.encode(c), EOS]) for p, c in DEMONSTRATIONS]
     descend(expected, torch.cat([-completion_logprobs(expected, p, c) for p, c in ids]).mean(), 0.1)
     _, after, _ = run_sft(tmp_path, before, train_layers=n)
     assert_same_weights(after, expected, before)
@@ -424,7 +412,6 @@ def test_every_step_has_about_as_many_completion_tokens(tmp_path, monkeypatch):
     """Batches of similar length make a token of a short answer weigh several times one of a long answer, because each
     step divides by its own tokens. In random batches the tokens of a step vary as a sum of independent lengths does:
     variance B s^2 (N - B) / (N - 1), against about B^2 s^2 in batches of equal length."""
-    speak_toy(monkeypatch, sft)
     seen = watch_the_loss(monkeypatch)
     run_sft(tmp_path, demonstrations=UNEVEN, lr=0.0, micro_batch=0)
     sums = [n for _, _, n in seen]
@@ -437,7 +424,6 @@ def test_every_step_has_about_as_many_completion_tokens(tmp_path, monkeypatch):
 def test_micro_batches_hold_little_filler(tmp_path, monkeypatch):
     """Within a step the order changes no gradient, so texts of similar length go together: no other split of the
     step's texts has less filler."""
-    speak_toy(monkeypatch, sft)
     seen = watch_the_loss(monkeypatch)
     run_sft(tmp_path, demonstrations=UNEVEN[:48], lr=0.0, micro_batch=2)
     assert len(seen) == 6 * 4
@@ -450,7 +436,6 @@ def test_micro_batches_hold_little_filler(tmp_path, monkeypatch):
 
 def test_every_demonstration_once_an_epoch_in_a_fresh_order(tmp_path, monkeypatch):
     """The same order in every epoch, a remainder that is dropped, a seed that orders nothing."""
-    speak_toy(monkeypatch, sft)
     demonstrations = [("ab", c) for c in "abcdefghijk"]
     seen = watch_the_loss(monkeypatch)
     orders = []
@@ -469,9 +454,8 @@ def test_every_demonstration_once_an_epoch_in_a_fresh_order(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("dtype", "products"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
-def test_dtype_is_that_of_the_products_in_training(tmp_path, monkeypatch, dtype, products):
+def test_dtype_is_that_of_the_products_in_training(tmp_path, dtype, products):
     """--dtype ignored: the run is merely slow. And the weights stay float32."""
-    speak_toy(monkeypatch, sft)
     found = set()
 
     def note(module, inputs, output):
@@ -490,7 +474,6 @@ def test_dtype_is_that_of_the_products_in_training(tmp_path, monkeypatch, dtype,
 @pytest.mark.parametrize("compiled", [False, True])
 def test_compile_compiles_each_block(tmp_path, monkeypatch, compiled):
     """--compile ignored, or a graph for the whole network, whose parameters then have other names."""
-    speak_toy(monkeypatch, sft)
     names = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: names.append(type(self).__name__))
     run_sft(tmp_path, make_gpt(6, block_size=24), compile=compiled)
@@ -558,10 +541,9 @@ def test_a_llama_from_scratch_has_llama_s_blocks_and_about_as_many_weights():
     assert abs(weights[1] / weights[0] - 1) < 0.01
 
 
-def test_positions_are_those_of_the_flag(tmp_path, monkeypatch):
+def test_positions_are_those_of_the_flag(tmp_path):
     """--rope_base that is ignored, lost in the checkpoint, or 1e4 whatever was asked for: the network's logits are
     those of its weights with the base of the flag, before saving and after."""
-    speak_toy(monkeypatch, sft)
     tokens = torch.arange(12).view(2, 6)
     for rope_base in (0.0, 77.0, 1e4):
         settings = {} if rope_base == 1e4 else {"rope_base": rope_base}  # 1e4: the default
@@ -615,10 +597,9 @@ def test_an_init_that_can_not_be_loaded_is_one_line(tmp_path, broken):
 
 
 @pytest.mark.parametrize("lr", [1e20, 1e39], ids=["the loss", "the weights"])
-def test_a_run_that_blows_up_stops_and_saves_no_model(tmp_path, monkeypatch, lr):
+def test_a_run_that_blows_up_stops_and_saves_no_model(tmp_path, lr):
     """NaN or inf is saved as a model, and the next stage starts from it: one line says what happened instead. The last
     step is the subtle one: its loss was still finite."""
-    speak_toy(monkeypatch, sft)
     epochs = 5 if lr < 1e38 else 1
     with pytest.raises(UserError, match="lower --lr") as error:
         run_sft(tmp_path, make_gpt(6, block_size=24), lr=lr, epochs=epochs)
@@ -628,10 +609,9 @@ def test_a_run_that_blows_up_stops_and_saves_no_model(tmp_path, monkeypatch, lr)
     assert read_lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0  # what there was before is kept
 
 
-def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, monkeypatch, float64):
+def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, float64):
     """`first_loss` taken from the first evaluation of this process: after a resume the figure "before training" is
     that of a trained model."""
-    speak_toy(monkeypatch, sft)
     before = make_gpt(10, block_size=24)
     held_out = [Example([0, 1], [2, EOS]), Example([1], [2, 3, EOS])]
     truth = held_out_loss(before, held_out, Config())
@@ -646,15 +626,10 @@ def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, mo
 
 def test_gates_belong_to_the_embedded_task_s_data(tmp_path, monkeypatch):
     """Data of one's own with the demo's vocabulary is judged by the demo's ranges: a good run FAILED."""
-
-    class Tiny(ToyTokenizer):
-        name = saved = "tiny"
-
-    monkeypatch.setattr(sft, "load_tokenizer", lambda name, template: Tiny())
-    own, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2])
+    own, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2], tokenizer="tiny")
     assert own["gates"] == [] and load_model(tmp_path / "out", CPU).task == ""
     monkeypatch.setattr(sft, "task_of", lambda path: "tiny")
-    demo, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2])
+    demo, _, _ = run_sft(tmp_path, held_out=DEMONSTRATIONS[:2], tokenizer="tiny")
     figures = {gate["name"]: gate["value"] for gate in demo["gates"]}
     assert figures == pytest.approx(
         {"SFT held-out loss": demo["held_out_loss"], "SFT EOS rate": demo["eos_rate"]}, abs=1e-4
@@ -662,9 +637,8 @@ def test_gates_belong_to_the_embedded_task_s_data(tmp_path, monkeypatch):
     assert load_model(tmp_path / "out", CPU).task == "tiny"
 
 
-def test_after_training_the_model_stops(tmp_path, monkeypatch):
+def test_after_training_the_model_stops(tmp_path):
     """Stopping is never learned: after SFT at least nine samples of ten end in EOS, and the loss has come down."""
-    speak_toy(monkeypatch, sft)
     demonstrations = [(p * n, "abc"[:n]) for p in "defghijk" for n in (1, 2, 3)]
     changes = {"epochs": 25, "lr": 1e-2, "grad_clip": 1.0, "warmup": 5, "block_size": 64, "log_every": 25}
     results, _, _ = run_sft(tmp_path, demonstrations=demonstrations, held_out=demonstrations, **changes)
@@ -672,9 +646,8 @@ def test_after_training_the_model_stops(tmp_path, monkeypatch):
     assert results["held_out_loss"] < 0.3 < results["first_loss"]
 
 
-def test_results_are_valid_json(tmp_path, monkeypatch):
+def test_results_are_valid_json(tmp_path):
     """NaN is no JSON: without held-out data the figure is left out or null, so
     that any reader can load results.json."""
-    speak_toy(monkeypatch, sft)
     run_sft(tmp_path, make_gpt(10, block_size=24), out_dir=str(tmp_path / "run"))
     strict_json(tmp_path / "run" / "results.json")
