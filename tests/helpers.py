@@ -260,8 +260,8 @@ def write_lines(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_lines(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 # What a GGUFWriter's add_... functions write: the keys of the format as it is published. ARCH: the architecture.
