@@ -470,6 +470,11 @@ CUT_GROUPS = [
 ]
 
 
+def score_rankings(model: ScalarModel, batch) -> Tensor:
+    """The scores of a RankedBatch, (N, K): at the last token of each completion."""
+    return model(batch.tokens, batch.ends, batch.positions)
+
+
 def text_before(tokens: torch.Tensor, positions: torch.Tensor, place: int) -> list[int]:
     """The text that ends at a flat place of a batch of rankings, found by going back from token to token: the one
     before has the position below, and is the nearest with it."""

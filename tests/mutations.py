@@ -1216,7 +1216,7 @@ MUTATIONS = [
         right='    found = sibling(data, "prompts.jsonl")\n',
         wrong='    found = "out/data/prompts.jsonl"\n',
         effect="the reward model of own data is normalised on the demo's prompts",
-        tests="tests/test_reward_model.py::test_own_data_reads_no_file_of_the_demo",
+        tests="tests/test_stages.py::test_own_data_reads_no_file_of_the_demo",
     ),
     Mutation(
         "data/files.py",
@@ -1450,7 +1450,7 @@ MUTATIONS = [
         effect=(
             "own data with the tiny vocabulary gets the embedded task's gates, the task's data with another loses them"
         ),
-        tests="tests/test_dpo.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
+        tests="tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
     ),
     Mutation(
         "data/batches.py",
@@ -3168,7 +3168,7 @@ MUTATIONS = [
         right="model.std.copy_(scores.std())",
         wrong="model.std.copy_(scores.var())",
         effect="normalised by the variance: rewards are off by a factor",
-        tests="tests/test_reward_model.py::test_normalise_gives_the_policys_samples_mean_0_and_std_1",
+        tests="tests/test_reward_model.py::test_the_policy_s_samples_have_standard_scores",
     ),
     Mutation(
         "reward_model.py",
@@ -3189,7 +3189,7 @@ MUTATIONS = [
         right="batches = epoch_batches(items, config)",
         wrong="batches = micro_batches(items, config.batch_size) * config.epochs",
         effect="steps of similar lengths, short texts first: a curriculum, and the same one every epoch",
-        tests="tests/test_reward_model.py::test_a_step_holds_rankings_of_all_lengths",
+        tests="tests/test_stages.py::test_a_step_holds_items_of_all_lengths",
     ),
     Mutation(
         "reward_model.py",
@@ -3203,28 +3203,28 @@ MUTATIONS = [
         right="    train_last_layers(model, config.train_layers)\n",
         wrong="",
         effect="--train_layers is ignored",
-        tests="tests/test_reward_model.py::test_only_the_last_layers_are_trained",
+        tests="tests/test_stages.py::test_train_layers_trains_exactly_the_last_blocks",
     ),
     Mutation(
         "reward_model.py",
         right="norm = clip_gradients(model, config.grad_clip)",
         wrong="norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)",
         effect="--grad_clip 0 scales every gradient down to nothing",
-        tests="tests/test_reward_model.py::test_a_gradient_clip_of_0_clips_nothing",
+        tests="tests/test_stages.py::test_gradients_are_clipped_when_they_are_there_and_before_the_step",
     ),
     Mutation(
         "reward_model.py",
         right="            with autocast(device, config.dtype):\n                scores",
         wrong='            with autocast(device, "float32"):\n                scores',
         effect="--dtype is ignored",
-        tests="tests/test_reward_model.py::test_bfloat16_reaches_the_scores",
+        tests="tests/test_stages.py::test_the_dtype_is_that_of_the_products",
     ),
     Mutation(
         "reward_model.py",
         right='if bayes is None or "by_part" not in results:',
         wrong="if bayes is None:",
         effect="own data ranked by own simulated annotators ends in a search for the embedded task's figures",
-        tests="tests/test_reward_model.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
+        tests="tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
     ),
     Mutation(
         "reward_model.py",
@@ -3252,7 +3252,7 @@ MUTATIONS = [
         right="    note_task(start_from, task, config.data)\n",
         wrong="",
         effect="the demo's policy on own data: rarely meant, and not said",
-        tests="tests/test_reward_model.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
+        tests="tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
     ),
     Mutation(
         "reward_model.py",
@@ -3871,35 +3871,35 @@ MUTATIONS = [
         right="for item, found in zip(part, logprobs, strict=True)",
         wrong="for item, found in zip(items, logprobs, strict=False)",
         effect="the reference's log-probs are those of other rankings, as parts are sorted by length",
-        tests="tests/test_dpo.py::test_reference_logprobs_do_not_depend_on_the_batches",
+        tests="tests/test_dpo.py::test_training_steps_are_the_gradient_of_all_pairs",
     ),
     Mutation(
         "dpo.py",
         right="reference = make_reference(policy)",
         wrong="reference = policy",
         effect="the reference learns along: KL to it is 0 and a collapse can't be seen",
-        tests="tests/test_dpo.py::test_the_reference_stays_frozen",
+        tests="tests/test_stages.py::test_the_reference_stays_frozen",
     ),
     Mutation(
         "dpo.py",
         right="batches = epoch_batches(items, config)",
         wrong="batches = micro_batches(items, config.batch_size) * config.epochs",
         effect="steps of similar lengths, short texts first: a curriculum, and the same one every epoch",
-        tests="tests/test_dpo.py::test_a_step_holds_rankings_of_all_lengths",
+        tests="tests/test_stages.py::test_a_step_holds_items_of_all_lengths",
     ),
     Mutation(
         "dpo.py",
         right="    train_last_layers(policy, config.train_layers)\n",
         wrong="",
         effect="--train_layers is ignored",
-        tests="tests/test_dpo.py::test_only_the_last_layers_are_trained",
+        tests="tests/test_stages.py::test_train_layers_trains_exactly_the_last_blocks",
     ),
     Mutation(
         "dpo.py",
         right="norm = clip_gradients(policy, config.grad_clip)",
         wrong="norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)",
         effect="--grad_clip 0 scales every gradient down to nothing",
-        tests="tests/test_dpo.py::test_a_gradient_clip_of_0_clips_nothing",
+        tests="tests/test_stages.py::test_gradients_are_clipped_when_they_are_there_and_before_the_step",
     ),
     Mutation(
         "dpo.py",
@@ -3913,7 +3913,7 @@ MUTATIONS = [
         right="    policy.eval()\n    parts = micro_batches(",
         wrong="    parts = micro_batches(",
         effect="held-out figures with dropout, where the caller has left it on",
-        tests="tests/test_dpo.py::test_held_out_figures_equal_a_loop",
+        tests="tests/test_dpo.py::test_figures_equal_a_loop",
     ),
     Mutation(
         "dpo.py",
@@ -3955,7 +3955,7 @@ MUTATIONS = [
         right="    note_task(start_from, task, config.data)\n",
         wrong="",
         effect="the demo's policy on own data: rarely meant, and not said",
-        tests="tests/test_dpo.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
+        tests="tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
     ),
     Mutation(
         "dpo.py",
@@ -3963,8 +3963,8 @@ MUTATIONS = [
         wrong="if False:",
         effect="own data gets the embedded task's gates",
         tests=(
-            "tests/test_dpo.py::test_own_data_reads_no_file_of_the_demo "
-            "tests/test_dpo.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary"
+            "tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary "
+            "tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary"
         ),
     ),
     # ------------------------------------------------------------ evaluate.py
@@ -4380,7 +4380,7 @@ MUTATIONS = [
         right="    with autocast(device, config.dtype):\n        normalise(",
         wrong='    with autocast(device, "float32"):\n        normalise(',
         effect="the scale is that of other samples and scores than PPO's",
-        tests="tests/test_reward_model.py::test_the_samples_of_the_normalisation_are_in_the_dtype_too",
+        tests="tests/test_stages.py::test_the_dtype_is_that_of_the_products",
     ),
     Mutation(
         "collect.py",
