@@ -9,8 +9,16 @@
 
 Each mutation is a piece of code that somebody has really written, or could have, and one line on what it would do to a
 training run. Most of these runs would not crash: the loss goes down, the curves look plausible, and the model is wrong.
-That is why the tests compare with closed forms and slow loops. tests/mutations/ holds them, in text files; its
-__init__.py says how they are written.
+That is why the tests compare with closed forms and slow loops.
+
+The mutations stand in tests/mutations/, one text file for each source file. This is how they are written; `module` or a
+class stands for what is in it outside of functions, and without a line `+` the lines with the piece are left out:
+
+    # AdaptiveKL.update                           the function, in which the piece stands once
+    - error = min(max(kl / self.target - 1, -0.2), 0.2)
+    + error = kl / self.target - 1
+    ! the controller's error is not clipped       what that does to a training run
+    ? test_ppo_math.py::test_adaptive_kl_by_hand  the tests that should notice, one a line
 
 First the same tests run on an untouched copy. If one is red there, nothing is started (exit status 2): every mutation
 would count as killed by it. A mutation is killed if a test fails, or if the tests take far longer than they did on the

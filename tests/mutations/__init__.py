@@ -130,7 +130,8 @@ def broken_source(mutation: Mutation, root: Path) -> str:
     """The file's text with the bug in it. ValueError says in one line why there is none."""
 
     def stop(why: str, kind: str = "STALE"):
-        raise ValueError(f"{kind} {mutation.file} {mutation.function}: {why} ({mutation.place})")
+        where = f"{mutation.file} {mutation.function}".rstrip()
+        raise ValueError(f"{kind} {where}: {why} ({mutation.place})")
 
     path = root / mutation.file
     if not path.exists():
