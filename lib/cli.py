@@ -50,7 +50,15 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
-class TrainConfig:
+class Flags:
+    """What every script's Config is made of. One whose value is out of its flag's range raises UserError."""
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass
+class TrainConfig(Flags):
     """The flags that the training scripts share; each script's Config adds its own."""
 
     train_layers: int = flag(0, "train only the last N blocks, the final LayerNorm and a scalar head (0: all)", low=0)
@@ -121,10 +129,9 @@ def run_main(run: Callable, config_class, description: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a Windows console may lack letters that we print
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    config = parse_config(config_class, description)
     script = Path(sys.argv[0]).name
     try:
-        check_ranges(config)
+        config = parse_config(config_class, description)
         results = run(config)
     except UserError as error:
         print(f"{script}: error: {error}", file=sys.stderr)

@@ -22,16 +22,16 @@ from typing import NamedTuple
 import torch
 
 import ppo
-from lib.cli import UserError, check, check_ranges, flag, one_line, run_main
-from lib.checkpoint import Checkpoint, is_published, load_model
-from lib.reward import call_reward, gold_function, load_reward
-from lib.run import finite
-from lib.train import generator_for, pick_device
 from data.batches import encode_prompts
 from data.files import read_json, read_jsonl, read_prompts, replacing
 from data.tiny import gold_parts, task_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from evaluate import COLUMNS
+from lib.checkpoint import Checkpoint, is_published, load_model
+from lib.cli import Flags, UserError, check, flag, one_line, run_main
+from lib.reward import gold_function, load_reward
+from lib.run import finite
+from lib.train import generator_for, pick_device
 from model import ScalarModel
 from sampling import Rollout, generate
 from study.metrics import METRICS, Metric
@@ -40,7 +40,7 @@ PAGE = Path(__file__).with_name("report_page.html")
 
 
 @dataclass
-class Config:
+class Config(Flags):
     run: str = flag("out", "folder of the run, with some of sft/, reward_model/, ppo/, grpo/, dpo/, evaluate/, data/")
     out: str = flag("auto", "page to write (auto: report.html in the folder of the run)")
     stages: list[str] = flag([], "stages to show, by their folders (none: all)")
@@ -225,7 +225,7 @@ class Judges(NamedTuple):
 
 def answer(policy: Checkpoint, texts: list[str], max_new_tokens: int, temperature: float, seed: int) -> Rollout:
     """The policy's answers. The same seed draws the same random numbers for every policy."""
-    tokenizer, block_size = load_tokenizer(policy.tokenizer), policy.model.config.block_size
+    tokenizer, block_size = policy.tokenizer, policy.model.config.block_size
     n = min(max_new_tokens, block_size - 1)
     ids = encode_prompts(texts, tokenizer, block_size, n, "")
     rng = generator_for(policy.model.device, seed)
@@ -240,7 +240,7 @@ def judge(judges: Judges, rollout: Rollout, texts: list[str], tokenizer: Tokeniz
         "text": completions,
         "ended": ended,
         "score": score(rollout, texts, completions).tolist() if score else None,
-        "gold": call_reward(gold, texts, completions, ended, "the gold reward") if gold else None,
+        "gold": gold(texts, completions, ended) if gold else None,
         "right": [gold_parts(*pair)["correct"] > 0 for pair in pairs] if judges.task else None,
     }
 
@@ -332,13 +332,13 @@ def measure_answers(config: Config, run: Path, stages: list[Stage], notes: list[
     tokens: dict = {}
     for name, policy_path in policies.items():
         policy = reference if reference and name == first else load_model(policy_path, device)
-        tokenizer = load_tokenizer(policy.tokenizer)
         for judged, t in ((greedy, 0.0), (sampled, temperature)):
             rollouts[name] = answer(policy, texts, longest, t, config.seed)
-            judged[name] = judge(judges, rollouts[name], texts, tokenizer)
+            judged[name] = judge(judges, rollouts[name], texts, policy.tokenizer)
         if ppo_stage and name == ppo_stage.name and reference and judges.score:
             passes = [(p.model, rollouts[n], sampled[n]["score"]) for p, n in ((reference, first), (policy, name))]
-            tokens = measure_tokens(ppo_stage, passes, judges.reward_models, tokenizer, notes) | {"before": first}
+            tokens = measure_tokens(ppo_stage, passes, judges.reward_models, policy.tokenizer, notes)
+            tokens["before"] = first
     if ppo_stage is None:
         notes.append("no rollouts token by token: there is no run of ppo.py")
     elif not tokens:
@@ -576,7 +576,6 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     folder = Path(config.run)
     out = folder / "report.html" if config.out == "auto" else Path(config.out)
     stages = find_stages(folder, config.stages)

@@ -517,10 +517,10 @@ def test_csv_of_texts_and_of_prompts_with_completions(tmp_path):
         ("d.json", b"[]", ": no records"),
         ("d.jsonl.gz", b'{"prompt": "p", "completion": "c"}\n', ": cut short or damaged"),
         ("d.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ": only a pointer"),
-        ("d.jsonl.gz", gzip.compress(os.urandom(500))[:-9], ": cut short or damaged"),
-        ("d.jsonl.gz", gzip.compress(b"{}")[:-8] + b"\x00" * 8, ": cut short or damaged"),
-        ("d.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, ": cut short or damaged"),
-        ("d.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n{', 9), ":2: not valid JSON"),
+        ("d.jsonl.gz", gzip.compress(bytes(range(256)) * 2, mtime=0)[:-9], ": cut short or damaged"),
+        ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-8] + b"\x00" * 8, ": cut short or damaged"),
+        ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 20, ": cut short or damaged"),
+        ("d.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n{', 9, mtime=0), ":2: not valid JSON"),
     ],
     ids=itertools.count(),  # a gzip header holds the time: every process of the test run would name the cases otherwise
 )

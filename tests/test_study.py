@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, ITEMS, ToyTokenizer, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
+from helpers import EOS, ITEMS, TOY, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
 from helpers import write_lines
 
 import lib.reward
@@ -88,7 +88,7 @@ def test_samples_keep_their_own_figures():
     policy, scorers = make_gpt(1), [make_scalar(2), make_scalar(3)]
     config = best_of_n.Config(max_new_tokens=2, seed=5)
     gold = lambda prompts, completions: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
-    parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, ToyTokenizer(), 48, config)
+    parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, TOY, 48, config)
     logprobs, golds, scores = best_of_n.sample(*parts, 3, "abc", [0, 1, 2])
 
     generator = generator_for(policy.device, 5, 7, 3)
@@ -101,7 +101,7 @@ def test_samples_keep_their_own_figures():
             assert logprobs[i].item() == pytest.approx(
                 completion_logprobs(policy, [0, 1, 2], ids).sum().item(), abs=1e-4
             )
-            assert golds[i].item() == pytest.approx(gold([""], [ToyTokenizer().decode(rollout.completions()[i])])[0])
+            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])])[0])
             for m, model in enumerate(scorers):
                 alone = model(torch.tensor([[0, 1, 2, *ids]]))[0, -1].item()
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
@@ -398,9 +398,8 @@ def test_a_mistake_reaches_what_the_script_imports(tmp_path):
 # -------------------------------------------------------------------------------- implicit reward, rankings
 
 
-def toy_dpo(folder: Path, monkeypatch, **config) -> str:
+def toy_dpo(folder: Path, **config) -> str:
     """A run of dpo.py that seems to have been here -> its folder."""
-    monkeypatch.setattr(implicit, "load_tokenizer", lambda name: ToyTokenizer())
     policy = make_gpt(0)
     spread(policy, 3, scale=0.1)
     start, path = checkpoint(folder / "start", make_gpt(0)), checkpoint(folder / "dpo", policy)
@@ -409,10 +408,10 @@ def toy_dpo(folder: Path, monkeypatch, **config) -> str:
     return path
 
 
-def test_the_implicit_judge_counts_pairs(tmp_path, monkeypatch):
+def test_the_implicit_judge_counts_pairs(tmp_path):
     """Pair by pair, ties and missing completions left out. The reference is subtracted: a policy that merely finds
     likely texts likely is no judge."""
-    policy, reference, _, _ = implicit.load(toy_dpo(tmp_path, monkeypatch, beta=0.2))
+    policy, reference, _, _ = implicit.load(toy_dpo(tmp_path, beta=0.2))
     right, pairs, without = 0, 0, 0
     for item in ITEMS:
         told, plain = [], []
@@ -430,9 +429,9 @@ def test_the_implicit_judge_counts_pairs(tmp_path, monkeypatch):
     assert implicit.accuracy(policy, reference, ITEMS) == pytest.approx(right / pairs)
 
 
-def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path, monkeypatch):
+def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path):
     """PPO's folder has a policy too: its KL coefficient is no beta. One line, no KeyError."""
-    path = toy_dpo(tmp_path, monkeypatch, kl_coef=0.1)
+    path = toy_dpo(tmp_path, kl_coef=0.1)
     with pytest.raises(UserError, match="not a run of dpo"):
         implicit.load(path)
     (tmp_path / "dpo" / "config.json").unlink()
