@@ -28,9 +28,9 @@ class Mistake(NamedTuple):
 
 BROKEN = {
     "score_late": Mistake(
-        "ppo.py",
-        "    return rewards + F.one_hot(last, mask.size(1)) * scores[:, None]",
-        "    return rewards + F.one_hot((last + 1).clamp(max=mask.size(1) - 1), mask.size(1)) * scores[:, None]",
+        "frame.py",
+        "    return F.one_hot(last, action_mask.size(1)) * scores[:, None]",
+        "    return F.one_hot((last + 1).clamp(max=action_mask.size(1) - 1), action_mask.size(1)) * scores[:, None]",
         "the score lands one slot late, on filler, where only the longest row of the batch notices it",
     ),
     "raw_reward": Mistake(
