@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batches import by_length, contrast_rankings, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, vocabulary_name
 from frame import put_back, rows_at_a_time
 from lib.checkpoint import Checkpoint, load_model, load_scorer, note_task
 from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
@@ -238,7 +238,10 @@ def load_policies(config: Config, device: torch.device) -> list[Checkpoint]:
     for path, found in zip(config.policies, loaded, strict=True):
         smaller = found.model.config.block_size < baseline.model.config.block_size
         check(not smaller, f"{path}: its block_size is smaller than that of {first}")
-        same, names = found.tokenizer.saved == baseline.tokenizer.saved, (found.tokenizer.name, baseline.tokenizer.name)
+        same, names = (
+            found.vocabulary == baseline.vocabulary,
+            [vocabulary_name(c.vocabulary) for c in (found, baseline)],
+        )
         check(same, f"{path} has the {names[0]} vocabulary, {first} has {names[1]}")
     return loaded
 

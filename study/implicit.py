@@ -44,7 +44,8 @@ def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
     check(file.exists(), f"{file}: no such file; it names the reference and beta")
     config = json.loads(file.read_text(encoding="utf-8"))
     check("beta" in config, f"{folder} is not a run of dpo.py")
-    policy, tokenizer, _ = load_model(folder, pick_device("auto"))
+    start = load_model(folder, pick_device("auto"))
+    policy, tokenizer = start.model, start.tokenizer
     reference = load_model(config["policy"], policy.device).model
     return policy, reference, tokenizer, config["beta"]
 

@@ -24,6 +24,7 @@ from helpers import write_lines
 
 import lib.reward
 import dpo
+import frame
 import ppo
 import sft
 from lib.cli import UserError, check_ranges, parse_config
@@ -87,7 +88,7 @@ def test_samples_keep_their_own_figures():
     sample's gold reward with another's score. Against every sample by itself."""
     policy, scorers = make_gpt(1), [make_scalar(2), make_scalar(3)]
     config = best_of_n.Config(max_new_tokens=2, seed=5)
-    gold = lambda prompts, completions: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
+    gold = lambda prompts, completions, ended: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
     parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, TOY, 48, config)
     logprobs, golds, scores = best_of_n.sample(*parts, 3, "abc", [0, 1, 2])
 
@@ -101,7 +102,7 @@ def test_samples_keep_their_own_figures():
             assert logprobs[i].item() == pytest.approx(
                 completion_logprobs(policy, [0, 1, 2], ids).sum().item(), abs=1e-4
             )
-            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])])[0])
+            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])], [True])[0])
             for m, model in enumerate(scorers):
                 alone = model(torch.tensor([[0, 1, 2, *ids]]))[0, -1].item()
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
@@ -322,18 +323,18 @@ def test_score_late_loses_the_score_of_all_but_the_longest(monkeypatch):
     """Else it is another mistake than the study says, or none. What a row is paid is the sum over its own actions."""
     mask = torch.tensor([[True, True, False], [True, True, True]])
     paid = {}
-    for module in (ppo, break_module("score_late", monkeypatch)):
-        rewards = module.shaped_rewards(torch.tensor([5.0, 7.0]), torch.zeros(2, 3), mask, 0.1)
-        paid[module.__name__] = (rewards * mask).sum(1).tolist()
-    assert paid == {"ppo": [5.0, 7.0], "broken_score_late": [0.0, 7.0]}
+    for module in (frame, break_module("score_late", monkeypatch)):
+        scores = module.at_last_action(torch.tensor([5.0, 7.0]), mask)
+        paid[module.__name__] = ppo.shaped_rewards(scores, torch.zeros(2, 3), mask, 0.1).sum(1).tolist()
+    assert paid == {"frame": [5.0, 7.0], "broken_score_late": [0.0, 7.0]}
 
 
 @torch.no_grad()
 def test_dpo_mean_divides_by_the_length(monkeypatch):
     """Each completion's log-prob by itself, summed and averaged."""
     model, batch = make_gpt(), batches.ranked_batch(ITEMS, torch.device("cpu"))
-    summed = dpo.ranking_logprobs(model, batch, "float32")
-    averaged = break_module("dpo_mean", monkeypatch).ranking_logprobs(model, batch, "float32")
+    summed = dpo.ranking_logprobs(model, batch)
+    averaged = break_module("dpo_mean", monkeypatch).ranking_logprobs(model, batch)
     for n, item in enumerate(ITEMS):
         for k, example in enumerate(item.examples):
             logprobs = completion_logprobs(model, example.prompt, example.completion)

@@ -132,7 +132,7 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
     generating = forward(read - rows, acted, config.vocab_size)  # the last token is sampled, but not read
     if stage == "ppo":  # the scorer, policy and reference, value model; then the update
         return generating + score + 2 * policy + value + PPO_EPOCHS * 3 * (policy + value)
-    return {"sft": 3 * policy, "reward_model": 3 * score, "dpo": 3 * policy, "generate": generating}[stage]
+    return {"sft": 3 * policy, "reward_model": 3 * score, "dpo": (1 + 3) * policy, "generate": generating}[stage]
 
 
 def decode_bytes(policy: GPT, config: Config) -> float:
