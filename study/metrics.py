@@ -1,5 +1,5 @@
 """What the stages log in metrics.jsonl: a name, a unit, the healthy range and a line on how to read it, for plot.py and
-report.py. README.md's table "Reading the metrics" says more.
+report.py. docs/tuning.md, "Reading the metrics", has them as a table.
 
 A range is given only where it holds for any task and any reward: the score's, say, depends on both. It is that of the
 end of a run; `kl`, for one, starts at 0.
@@ -98,7 +98,7 @@ METRICS = {
         "share",
         0.2,
         1.0,
-        "How much of the returns' variance the value model foretells. It rises towards 0.8; near or below 0 the value "
+        "How much of the returns' variance the value model predicts. It rises towards 0.8; near or below 0 the value "
         "model doesn't learn: raise --value_lr.",
     ),
     "clip_fraction": Metric(

@@ -7,7 +7,7 @@
 
 What comes before the first flag are runs: folders that hold a metrics.jsonl, or in which there are such folders. Runs
 of one kind (SFT, reward model, reinforcement learning, DPO) share a section, and in it each metric has a panel. How to
-read them stands in README.md, "Reading the metrics"; the ranges in metrics.py.
+read them stands in docs/tuning.md, "Reading the metrics"; the ranges in metrics.py.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def run(config: Config) -> dict:
         path = aside / "results.json" if config.quick else Path("study/results.json")
         path = path if config.results == "auto" else Path(config.results)
         write_json(results, path)
-        tables.write(results, f"{aside / 'docs/study.md'}", "" if config.quick else "README.md")
+        tables.write(results, f"{aside / 'docs/study.md'}", "" if config.quick else "docs/experiments.md")
         draw(results, str(aside / "assets") if config.assets == "auto" else config.assets)
         print(f"{path}: the numbers")
     return {"jobs": len(chosen)}
