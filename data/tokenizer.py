@@ -18,6 +18,7 @@ import base64
 import hashlib
 import json
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,7 +33,6 @@ TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
 # character.
 TINY_PATTERN = r" ?[A-Za-z]+| ?[0-9]{1,2}|\n|[^A-Za-z0-9\n]"
 EOS_TEXT = "<|endoftext|>"
-NAMES = ("tiny", "gpt2")
 
 # -------------------------------------------------------------------------------- templates
 
@@ -130,9 +130,8 @@ def load_tokenizer(source: str, template: str = "auto") -> Tokenizer:
     """source: see the top of this file. template: one of TEMPLATES; "auto" is that of a published vocabulary, plain for
     the others. Raises UserError for what is no vocabulary, or none of a kind that can be read."""
     check(template in ("auto", *TEMPLATES), f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
-    if source in NAMES:
-        encoding = tiny_encoding() if source == "tiny" else gpt2_encoding()
-        return Tokenizer(source, encoding, template="plain" if template == "auto" else template)
+    if source in NAMED:
+        return NAMED[source]("plain" if template == "auto" else template)
     described = source.startswith("{")
     where = "the checkpoint's vocabulary" if described else source
     try:
@@ -144,12 +143,19 @@ def load_tokenizer(source: str, template: str = "auto") -> Tokenizer:
         elif Path(source).is_dir():
             description = read_folder(Path(source))
         else:
-            raise UserError(f"unknown tokenizer {source!r}; choose from {', '.join(NAMES)}, a folder, or a .gguf file")
+            raise UserError(f"unknown tokenizer {source!r}; choose from {', '.join(NAMED)}, a folder, or a .gguf file")
         return build(description, template, where)
     except UserError:
         raise
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: can't be read as a vocabulary ({one_line(error)})") from None
+
+
+# The vocabularies that have a name: template -> Tokenizer.
+NAMED: dict[str, Callable[[str], Tokenizer]] = {
+    "tiny": lambda template: Tokenizer("tiny", tiny_encoding(), template=template),
+    "gpt2": lambda template: Tokenizer("gpt2", gpt2_encoding(), template=template),
+}
 
 
 def tiny_encoding() -> tiktoken.Encoding:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.tokenizer import load_tokenizer, vocabulary_name
+from data.tokenizer import Tokenizer, load_tokenizer
 from lib.cli import UserError, check, one_line
 from lib.weights import GPT2_NAMES, load_pretrained, local_path
 from model import GPT, GPTConfig, ScalarModel
@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
     """What a stage left behind."""
 
     model: GPT | ScalarModel  # in eval mode
-    tokenizer: str  # Tokenizer.saved of its vocabulary: what load_tokenizer takes
+    tokenizer: Tokenizer
     task: str  # "tiny" if it was trained on the embedded task, "" on anything else
 
 
@@ -74,7 +74,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     reward model). Prints what it has read."""
     if kind == "gpt" and is_published(path):
         tokenizer = load_tokenizer(start_vocabulary(path))
-        return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer.saved, "")
+        return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer, "")
     file = model_file(path, made_by)
     content = load_file(file)
     try:
@@ -82,14 +82,15 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
         made = content["made"]
         if found == kind:
-            model = GPT(config) if kind == "gpt" else ScalarModel(config)
+            expectation = "direction" in content["weights"]
+            model = GPT(config) if kind == "gpt" else ScalarModel(config, expectation)
             model.load_state_dict(content["weights"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project ({one_line(error)})") from None
     names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
     check(found == kind, f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
     print(f"{file}: made by {made['script']}" + (f" from {made['config']['data']}" if "data" in made["config"] else ""))
-    return Checkpoint(model.to(device).eval(), tokenizer, made.get("task", ""))
+    return Checkpoint(model.to(device).eval(), load_tokenizer(tokenizer), made.get("task", ""))
 
 
 def is_published(source: str | Path) -> bool:
@@ -145,8 +146,8 @@ def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> C
 
 
 def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> None:
-    same = scorer.tokenizer == policy.tokenizer
-    reads, writes = vocabulary_name(scorer.tokenizer), vocabulary_name(policy.tokenizer)
+    same = scorer.tokenizer.saved == policy.tokenizer.saved
+    reads, writes = scorer.tokenizer.name, policy.tokenizer.name
     check(same, f"{path} reads {reads} tokens, the policy writes {writes} tokens")
     longest, needed = scorer.model.config.block_size, policy.model.config.block_size
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")

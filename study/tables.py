@@ -13,7 +13,7 @@ from pathlib import Path
 from lib.cli import check, flag, run_main
 from lib.run import write_text
 from study.jobs import PPO_FLAGS, SFT_BROKEN
-from study.results import read, show
+from study.results import read
 
 
 @dataclass
@@ -21,6 +21,13 @@ class Config:
     results: str = flag("study/results.json", "what study/results.py has gathered")
     document: str = flag("docs/study.md", "file for all tables")
     page: str = flag("docs/experiments.md", "file whose table of mistakes is brought up to date (empty: none)")
+
+
+def show(x: dict, digits: int = 2, sign: str = "") -> str:
+    """mean [low, high]"""
+    if x["low"] is None:
+        return f"{x['mean']:{sign}.{digits}f}"
+    return f"{x['mean']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
 
 
 def table(head: str, rows: Iterator[list[str]]) -> str:

@@ -20,6 +20,7 @@ import sft
 from lib.checkpoint import save_model
 from data import tiny
 from data.batches import Example, RankedExamples
+from data.tokenizer import NAMED
 from frame import completion_mask
 from model import GPT, GPTConfig, ScalarModel
 from sampling import Rollout
@@ -226,11 +227,9 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-def speak_toy(monkeypatch, *modules) -> ToyTokenizer:
-    """Let the scripts load the toy tokenizer."""
-    for module in modules:
-        monkeypatch.setattr(module, "load_tokenizer", lambda name, template="auto": ToyTokenizer())
-    return ToyTokenizer()
+TOY = ToyTokenizer()
+# every stage finds the two by name, as it finds tiny: in a checkpoint, or as --tokenizer toy
+NAMED.update(toy=lambda template: TOY, bytes=lambda template: ByteTokenizer())
 
 
 def record_dtypes(monkeypatch, module, *names: str) -> dict[str, set[str]]:
@@ -261,8 +260,8 @@ def write_lines(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_lines(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 # What a GGUFWriter's add_... functions write: the keys of the format as it is published. ARCH: the architecture.
@@ -497,7 +496,7 @@ def record_steps(batches: list, monkeypatch, module) -> None:
 
 def rankings_of_all_lengths(n: int) -> list[dict]:
     """n pairs of equally long texts of 1 to 24 letters, with different prompts."""
-    decode = ToyTokenizer().decode
+    decode = TOY.decode
     return [
         {"prompt": decode([i // 20, i % 20]), "chosen": "a" * (1 + i % 24), "rejected": "b" * (1 + i % 24)}
         for i in range(n)

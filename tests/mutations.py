@@ -1304,14 +1304,14 @@ MUTATIONS = [
         right='random.Random(f"{config.seed} {epoch}").shuffle(order)',
         wrong='random.Random(f"{config.seed}").shuffle(order)',
         effect="the same order in every epoch",
-        tests="tests/test_sft.py::test_every_demonstration_once_an_epoch_in_a_fresh_order",
+        tests="tests/test_stages.py::test_every_item_once_an_epoch_in_a_fresh_order",
     ),
     Mutation(
         "data/batches.py",
         right="items = sorted(items, key=length)\n",
         wrong="items = list(items)\n",
         effect="texts of all lengths in a micro-batch: a third of the work goes into filler",
-        tests="tests/test_sft.py::test_micro_batches_hold_little_filler",
+        tests="tests/test_stages.py::test_micro_batches_hold_little_filler",
     ),
     Mutation(
         "data/batches.py",
@@ -2175,7 +2175,7 @@ MUTATIONS = [
         right='grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)", low=0)',
         wrong='grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)")',
         effect="a negative --grad_clip turns the gradients round: the loss is climbed",
-        tests="tests/test_sft.py::test_grad_clip_0_is_no_limit",
+        tests="tests/test_stages.py::test_gradients_are_clipped_when_they_are_there_and_before_the_step",
     ),
     Mutation(
         "lib/cli.py",
@@ -2280,21 +2280,21 @@ MUTATIONS = [
         right="for module in [*gpt.h[-n:], gpt.ln_f]:",
         wrong="for module in [*gpt.h[:n], gpt.ln_f]:",
         effect="--train_layers trains the first blocks",
-        tests="tests/test_sft.py::test_train_layers_moves_the_last_blocks_alone",
+        tests="tests/test_stages.py::test_train_layers_trains_exactly_the_last_blocks",
     ),
     Mutation(
         "lib/run.py",
         right="check(math.isfinite(loss), ",
         wrong="check(True, ",
         effect="a run whose loss is nan goes on to its end",
-        tests="tests/test_sft.py::test_a_run_that_blows_up_stops_and_saves_no_model",
+        tests="tests/test_stages.py::test_a_run_that_blows_up_stops_and_leaves_no_model",
     ),
     Mutation(
         "lib/checkpoint.py",
         right='check(all_finite, f"the trained weights are not finite, so {folder} gets no model; lower --lr")',
         wrong="pass",
         effect="weights of inf are saved as a model, and the next stage starts from them",
-        tests="tests/test_sft.py::test_a_run_that_blows_up_stops_and_saves_no_model",
+        tests="tests/test_stages.py::test_a_run_that_blows_up_stops_and_leaves_no_model",
     ),
     Mutation(
         "lib/checkpoint.py",
@@ -2854,7 +2854,7 @@ MUTATIONS = [
             "    batches = batches * config.epochs"
         ),
         effect="optimiser batches of equal length: a token of a short answer weighs four times one of a long answer",
-        tests="tests/test_sft.py::test_every_step_has_about_as_many_completion_tokens",
+        tests="tests/test_stages.py::test_a_step_holds_items_of_all_lengths",
     ),
     Mutation(
         "sft.py",
@@ -2864,21 +2864,21 @@ MUTATIONS = [
             "    batches = batches[: len(batches) // config.epochs] * config.epochs"
         ),
         effect="the same order in every epoch",
-        tests="tests/test_sft.py::test_every_demonstration_once_an_epoch_in_a_fresh_order",
+        tests="tests/test_stages.py::test_every_item_once_an_epoch_in_a_fresh_order",
     ),
     Mutation(
         "sft.py",
         right="set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup))",
         wrong="set_lr(optimizer, config.lr * lr_at(step, len(batches), 0))",
         effect="--warmup is ignored",
-        tests="tests/test_sft.py::test_warm_up_and_decay_reach_the_steps",
+        tests="tests/test_stages.py::test_the_learning_rate_warms_up_and_decays",
     ),
     Mutation(
         "sft.py",
         right="set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup))",
         wrong='optimizer.param_groups[0]["lr"] = config.lr * lr_at(step, len(batches), config.warmup)',
         effect="the schedule reaches the matrices and not the biases and gains, while the log looks right",
-        tests="tests/test_sft.py::test_warm_up_and_decay_reach_the_steps",
+        tests="tests/test_stages.py::test_the_learning_rate_warms_up_and_decays",
     ),
     Mutation(
         "sft.py",
@@ -2900,7 +2900,7 @@ MUTATIONS = [
         wrong='{"params": vectors, "weight_decay": config.weight_decay}',
         effect="decay pulls LayerNorm's gains to 0",
         tests=(
-            "tests/test_sft.py::test_decay_spares_biases_and_gains "
+            "tests/test_stages.py::test_the_optimiser_is_built_with_these_arguments "
             "tests/test_sft.py::test_steps_are_adamws_by_the_textbook"
         ),
     ),
@@ -2909,35 +2909,35 @@ MUTATIONS = [
         right="demonstration_loss(model, part, n_tokens, config.dtype)",
         wrong="demonstration_loss(model, part, n_tokens)",
         effect="--dtype bfloat16 is ignored: the run is merely slow",
-        tests="tests/test_sft.py::test_dtype_is_that_of_the_products_in_training",
+        tests="tests/test_stages.py::test_the_dtype_is_that_of_the_products",
     ),
     Mutation(
         "sft.py",
         right="prepare_blocks(config, model)",
         wrong="pass",
         effect="--compile and --recompute are ignored",
-        tests="tests/test_sft.py::test_compile_compiles_each_block",
+        tests="tests/test_stages.py::test_every_block_is_compiled",
     ),
     Mutation(
         "sft.py",
         right="norm = clip_gradients(model, config.grad_clip)",
         wrong="norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)",
         effect="--grad_clip 0 trains nothing at all",
-        tests="tests/test_sft.py::test_grad_clip_0_is_no_limit",
+        tests="tests/test_stages.py::test_gradients_are_clipped_when_they_are_there_and_before_the_step",
     ),
     Mutation(
         "sft.py",
         right="    train_last_layers(model, config.train_layers)\n",
         wrong="",
         effect="--train_layers is ignored: everything moves",
-        tests="tests/test_sft.py::test_train_layers_moves_the_last_blocks_alone",
+        tests="tests/test_stages.py::test_train_layers_trains_exactly_the_last_blocks",
     ),
     Mutation(
         "sft.py",
         right="        model.train()\n",
         wrong="",
         effect="dropout is off in training: --dropout does nothing",
-        tests="tests/test_sft.py::test_dropout_is_on_in_training_and_off_in_evaluation",
+        tests="tests/test_stages.py::test_dropout_is_on_in_training_where_it_belongs_and_off_elsewhere",
     ),
     Mutation(
         "sft.py",
@@ -2975,7 +2975,7 @@ MUTATIONS = [
         right='if task == "tiny":',
         wrong='if tokenizer.name == "tiny":',
         effect="data of one's own with the demo's vocabulary fails the demo's gates",
-        tests="tests/test_sft.py::test_gates_belong_to_the_embedded_task_s_data",
+        tests="tests/test_stages.py::test_the_task_is_known_by_its_data_not_by_the_vocabulary",
     ),
     Mutation(
         "sft.py",

@@ -13,12 +13,11 @@ import pytest
 import torch
 from helpers import (
     EOS,
-    ToyTokenizer,
+    TOY,
     beside_a_demo,
     checkpoint,
     make_gpt,
     record_dtypes,
-    speak_toy,
     spread,
     write_lines,
 )
@@ -176,9 +175,8 @@ def test_texts_cut_by_max_new_tokens_keep_that(random_policy, tmp_path, monkeypa
     assert texts == {(t, e) for r in rankings for t, e in zip(r.completions, r.ended, strict=True)}
 
 
-def toy_policies(folder, monkeypatch, n_prompts: int) -> dict:
+def toy_policies(folder, n_prompts: int) -> dict:
     """Two policies whose greedy answers differ, and prompts; as settings of a collection that nobody has to judge."""
-    speak_toy(monkeypatch, collect)
     policies = []
     for seed in (3, 4):
         policy = make_gpt(seed, block_size=24, n_layer=1)
@@ -189,7 +187,7 @@ def toy_policies(folder, monkeypatch, n_prompts: int) -> dict:
     (folder / "none.py").write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n", encoding="utf-8")
     return {
         "policies": policies,
-        "prompts": write_lines(folder / "p.jsonl", [{"prompt": ToyTokenizer().decode(p)} for p in prompts]),
+        "prompts": write_lines(folder / "p.jsonl", [{"prompt": TOY.decode(p)} for p in prompts]),
         "gold": f"{folder / 'none.py'}:f",
         **{"temperatures": [1e-5], "completions": 2, "n_prompts": 0, "max_new_tokens": 4, "device": "cpu"},
     }
@@ -205,10 +203,10 @@ def first_policy_of(settings: dict, folder) -> dict[str, tuple[str, str]]:
     return {p: (alone[0][p], alone[1][p]) for p in alone[0] if alone[0][p] != alone[1][p]}
 
 
-def test_the_annotators_noise_is_new_for_every_chunk(tmp_path, monkeypatch):
+def test_the_annotators_noise_is_new_for_every_chunk(tmp_path):
     """A stream that starts again with each chunk gives its k-th prompt the same noise every time: with one prompt a
     chunk, the same policy would win always. Here neither is better, so each wins about half of the prompts."""
-    settings = toy_policies(tmp_path, monkeypatch, 100)
+    settings = toy_policies(tmp_path, 100)
     answers = first_policy_of(settings, tmp_path)
     assert len(answers) > 50
     collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=1))
@@ -220,7 +218,7 @@ def test_the_annotators_noise_is_new_for_every_chunk(tmp_path, monkeypatch):
 
 def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path, monkeypatch):
     """The same random numbers for each chunk: prompts of different chunks get the same completions in disguise."""
-    settings = toy_policies(tmp_path, monkeypatch, 10)
+    settings = toy_policies(tmp_path, 10)
     seeds = []
 
     def record(*args, generator, **kwargs):
@@ -234,7 +232,7 @@ def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path, monkeypatc
 
 def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, monkeypatch):
     """Always in the policies' order, an annotator who likes to type "1 2" would prefer the first policy."""
-    settings = toy_policies(tmp_path, monkeypatch, 100)
+    settings = toy_policies(tmp_path, 100)
     answers = first_policy_of(settings, tmp_path)
     shown = {}
 
@@ -253,7 +251,7 @@ def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, monkeyp
 
 def test_where_simulated_annotators_look_first_says_nothing_about_the_policy(tmp_path, monkeypatch):
     """Their samples are shuffled by the same stream."""
-    settings = toy_policies(tmp_path, monkeypatch, 100)
+    settings = toy_policies(tmp_path, 100)
     answers = first_policy_of(settings, tmp_path)
     shown = {}
 
@@ -401,7 +399,7 @@ def test_rankings_lie_beside_their_prompts(tmp_path, monkeypatch, capsys):
     """With a fixed default, rankings of one's own prompts were appended to the demo's; and no file of the demo is read
     for them."""
     own, opened = beside_a_demo(tmp_path, monkeypatch)
-    settings = toy_policies(own, monkeypatch, 2)
+    settings = toy_policies(own, 2)
     for name, rankings in (
         ("prompts.jsonl", "rankings.jsonl"),
         ("prompts_test.jsonl", "rankings_test.jsonl"),

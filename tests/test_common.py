@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
-    ToyTokenizer,
+    TOY,
     completion_logprobs,
     frame_batch,
     make_gpt,
@@ -1016,8 +1016,6 @@ def test_blocks_are_recomputed_where_asked_for(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ samples
-
-TOY = ToyTokenizer()
 
 
 def test_sample_prompts_leaves_room_for_an_answer(monkeypatch):

@@ -18,8 +18,7 @@ from helpers import (
     ITEMS,
     MIXED_RANKS,
     RANKINGS,
-    ByteTokenizer,
-    ToyTokenizer,
+    TOY,
     assert_same_weights,
     assert_steps_hold_all_lengths,
     beside_a_demo,
@@ -37,7 +36,6 @@ from helpers import (
     rankings_of_all_lengths,
     read_lines,
     record_steps,
-    speak_toy,
     strict_json,
     task_rankings,
     write_lines,
@@ -408,9 +406,7 @@ def run_dpo(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes)
     return results, load_model(out, CPU).model, read_lines(out / "metrics.jsonl")
 
 
-def slow_loss(
-    policy, reference, tokenizer, beta: float, eps: float = 0.0, kind: str = "sigmoid", cut: bool = False
-) -> Tensor:
+def slow_loss(policy, reference, beta: float, eps: float = 0.0, kind: str = "sigmoid", cut: bool = False) -> Tensor:
     """The mean over all strict pairs of GROUPS, or of CUT_GROUPS, text by text in float64."""
     losses = []
     for prompt, groups in CUT_GROUPS if cut else GROUPS:
@@ -418,7 +414,7 @@ def slow_loss(
         for rank, texts in enumerate(groups):
             for text in texts:
                 end = [EOS] if text.endswith(".") or not cut else []
-                ids = tokenizer.encode(prompt), [*tokenizer.encode(text.removesuffix(".")), *end]
+                ids = TOY.encode(prompt), [*TOY.encode(text.removesuffix(".")), *end]
                 new, old = (completion_logprobs(model, *ids).sum() for model in (policy, reference))
                 ratios.append((rank, new - old.detach()))
         for (rank_a, a), (rank_b, b) in itertools.combinations(ratios, 2):
@@ -436,13 +432,12 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
     """Two steps of the script against float64 descent on the definition, whatever the
     micro-batch: a mean of micro-batch means, EOS or prompt in the sum, ties as pairs, the
     reference that learns along, eps on the wrong side."""
-    tokenizer = speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     before = make_gpt(8, block_size=24)
     reference, expected, losses = copy.deepcopy(before), copy.deepcopy(before), []
     lr = 0.02 if kind == "sigmoid" else 1e-4
     for factor in (1.0, 0.5):  # linear decay over two steps
-        loss = slow_loss(expected, reference, tokenizer, 0.2, eps, kind)
+        loss = slow_loss(expected, reference, 0.2, eps, kind)
         losses.append(loss.item())
         descend(expected, loss, lr * factor)
     changes = {"epochs": 2, "beta": 0.2, "label_smoothing": eps, "kind": kind, "lr": lr}
@@ -456,11 +451,10 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
 def test_cut_texts_have_no_eos_to_learn_from(tmp_path, monkeypatch, float64, micro_batch):
     """An EOS behind each text that --max_new_tokens cut: DPO learns to stop in mid-sentence. A step on rankings with
     "ended", against the definition."""
-    tokenizer = speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     before = make_gpt(8, block_size=24)
     expected = copy.deepcopy(before)
-    loss = slow_loss(expected, before, tokenizer, 0.1, cut=True)
+    loss = slow_loss(expected, before, 0.1, cut=True)
     descend(expected, loss, 0.02)
     _, after, log = run_dpo(tmp_path, before, CUT_RANKINGS, micro_batch=micro_batch)
     assert_same_weights(after, expected, before)
@@ -469,7 +463,6 @@ def test_cut_texts_have_no_eos_to_learn_from(tmp_path, monkeypatch, float64, mic
 
 def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
     """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
-    speak_toy(monkeypatch, dpo)
     steps = []
     record_steps(steps, monkeypatch, dpo)
     policy = make_gpt(10, block_size=32, n_layer=1)
@@ -480,13 +473,12 @@ def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
 def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
     """--train_layers that is ignored, or that freezes the reference alone: last block and final LayerNorm move as the
     definition says, everything before them not at all."""
-    tokenizer = speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     before = make_gpt(8, block_size=24)
     expected = copy.deepcopy(before)
     for name, p in expected.named_parameters():
         p.requires_grad_(name.startswith(("h.1.", "ln_f.")))
-    descend(expected, slow_loss(expected, before, tokenizer, 0.1), 0.02)
+    descend(expected, slow_loss(expected, before, 0.1), 0.02)
     _, after, _ = run_dpo(tmp_path, before, train_layers=1)
     assert_same_weights(after, expected, before)
     for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
@@ -495,7 +487,6 @@ def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
 
 def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
     """Log-probs of the reference that are matched with the wrong rankings once the rows are shuffled."""
-    speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     policy = make_gpt(9, block_size=24)
     trained = [run_dpo(tmp_path, policy, seed=seed, micro_batch=2, epochs=2)[1] for seed in (1, 2, 3)]
@@ -503,10 +494,9 @@ def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
         assert_same_weights(other, trained[0], policy)
 
 
-def test_the_first_logged_step_is_ln_2_and_the_loss_falls(tmp_path, monkeypatch):
+def test_the_first_logged_step_is_ln_2_and_the_loss_falls(tmp_path):
     """Stuck at 0.6931 with rewards of exactly 0: the first step must be ln 2 with a
     gradient, and the later ones below it."""
-    speak_toy(monkeypatch, dpo)
     policy = make_gpt(10, block_size=24, dropout=0.3)
     results, _, log = run_dpo(tmp_path, policy, held_out=RANKINGS, epochs=20, lr=4e-3, grad_clip=1.0)
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-5)
@@ -519,10 +509,9 @@ def test_the_first_logged_step_is_ln_2_and_the_loss_falls(tmp_path, monkeypatch)
     strict_json(tmp_path / "out" / "results.json")
 
 
-def test_in_bfloat16_policy_and_reference_still_agree_at_the_start(tmp_path, monkeypatch):
+def test_in_bfloat16_policy_and_reference_still_agree_at_the_start(tmp_path):
     """The policy's log-probs in bfloat16 against the reference's in float32: rewards that are
     rounding noise from the first step on."""
-    speak_toy(monkeypatch, dpo)
     _, _, log = run_dpo(tmp_path, make_gpt(11, block_size=24), dtype="bfloat16", beta=1.0, lr=0.0)
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-3)
     assert abs(log[0]["chosen_reward"]) < 1e-2
@@ -533,7 +522,6 @@ def test_in_bfloat16_policy_and_reference_still_agree_at_the_start(tmp_path, mon
 
 def test_the_reference_stays_frozen(tmp_path, monkeypatch):
     """A reference that shares storage with the policy, or learns along: the log-ratios stay 0 and nothing is held."""
-    speak_toy(monkeypatch, dpo)
     seen = []
     original = add_reference_logprobs
 
@@ -560,7 +548,6 @@ def test_the_reference_stays_frozen(tmp_path, monkeypatch):
 
 def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     """Clipping before backward clips nothing: the length of the step tells."""
-    speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     before = make_gpt(13, block_size=24)
     _, after, log = run_dpo(tmp_path, before, micro_batch=4, grad_clip=1e-3, lr=1.0, beta=1.0)
@@ -570,7 +557,6 @@ def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
 
 def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
     """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
-    speak_toy(monkeypatch, dpo)
     plain_sgd(monkeypatch)
     before = make_gpt(13, block_size=24)
     _, after, log = run_dpo(tmp_path, before, grad_clip=0.0, lr=1.0, beta=2.0)
@@ -581,7 +567,7 @@ def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
 def test_a_text_cut_by_the_block_size_is_not_compared_with_an_invented_eos(float64):
     """Truncation after EOS was appended drops it silently; a completion that was cut must end
     without EOS, and count its own tokens only."""
-    items = encode_rankings([Ranking("a", ["bcdefgh", "c"], [0, 1], [True, True])], ToyTokenizer(), block_size=5)
+    items = encode_rankings([Ranking("a", ["bcdefgh", "c"], [0, 1], [True, True])], TOY, block_size=5)
     long, short = items[0].examples
     assert long.completion == [1, 2, 3, 4]
     assert short.completion == [2, EOS]
@@ -609,9 +595,8 @@ def test_a_text_cut_by_the_block_size_is_not_compared_with_an_invented_eos(float
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+def test_impossible_settings_are_refused(tmp_path, changes, says):
     """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
-    speak_toy(monkeypatch, dpo)
     with pytest.raises(UserError, match=says):
         run_dpo(tmp_path, make_gpt(16, block_size=24), **changes)
 
@@ -619,10 +604,9 @@ def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
 # ------------------------------------------------------------------------------------------------ did it work?
 
 
-def test_a_collapse_shows_without_held_out_data(tmp_path, monkeypatch, capsys):
+def test_a_collapse_shows_without_held_out_data(tmp_path, capsys):
     """EOS rate 0.6 and a KL of 70 nats stood in results.json alone: both are printed, held-out data or not, with a
     warning where they say that the policy is gone, and none where it has not moved."""
-    speak_toy(monkeypatch, dpo)
     policy = make_gpt(10, block_size=24)
     for lr, collapsed in ((0.0, False), (0.3, True)):
         results, _, _ = run_dpo(tmp_path, policy, epochs=5, lr=lr, max_new_tokens=18)
@@ -659,10 +643,9 @@ def test_each_gate_can_fail(kind, start):
         assert [g["name"] for g in gates if not g["ok"]] == ([failed] if failed else [])
 
 
-def run_on_task(tmp_path, monkeypatch, vocabulary: str, own: bool, **changes) -> dict:
+def run_on_task(tmp_path, vocabulary: str, own: bool, **changes) -> dict:
     """dpo.train from a policy of the embedded task, on data of the task or of one's own."""
-    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
-    monkeypatch.setattr(dpo, "load_tokenizer", lambda name: tokenizer)
+    tokenizer = load_tokenizer(vocabulary)
     policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
     save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
     rows, held_out = (
@@ -673,10 +656,10 @@ def run_on_task(tmp_path, monkeypatch, vocabulary: str, own: bool, **changes) ->
     return dpo.train(Config(**{**settings, "warmup": 0, "max_new_tokens": 4, **changes}))
 
 
-def test_a_learning_rate_of_a_million_does_not_pass(tmp_path, monkeypatch):
+def test_a_learning_rate_of_a_million_does_not_pass(tmp_path):
     """With Adam the weights stay finite and the accuracy can be anything: a gate fails, or no model is saved."""
     try:
-        results = run_on_task(tmp_path, monkeypatch, "tiny", False, lr=1e6, batch_size=1)
+        results = run_on_task(tmp_path, "tiny", False, lr=1e6, batch_size=1)
     except UserError as error:
         assert "--lr" in str(error) and not (tmp_path / "dpo" / "model.pt").exists()
     else:
@@ -689,7 +672,6 @@ def test_a_learning_rate_of_a_million_does_not_pass(tmp_path, monkeypatch):
 def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     """With --data alone it reported a held-out accuracy on the demo's rankings, in silence. The twin beside the data is
     taken, where it is there, and every file that is read is named."""
-    speak_toy(monkeypatch, dpo)
     own, opened = beside_a_demo(tmp_path, monkeypatch)
     policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
     data = write_lines(own / "mine.jsonl", own_pairs(8))
@@ -707,10 +689,10 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     hits = []
     with torch.no_grad():
         for row in own_pairs(3, start=8):
-            ids, ratios = ToyTokenizer().encode(row["prompt"]), []
+            ids, ratios = TOY.encode(row["prompt"]), []
             for text in row["completions"]:
                 new, old = (
-                    completion_logprobs(model, ids, [*ToyTokenizer().encode(text), EOS]).sum().item()
+                    completion_logprobs(model, ids, [*TOY.encode(text), EOS]).sum().item()
                     for model in (trained.model, load_model(policy, CPU).model)
                 )
                 ratios.append(new - old)
@@ -722,10 +704,10 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
 )
-def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, vocabulary, own, gates):
     """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them. A policy
     of the embedded task on own data is noted."""
-    results = run_on_task(tmp_path, monkeypatch, vocabulary, own)
+    results = run_on_task(tmp_path, vocabulary, own)
     said = capsys.readouterr().out
     assert len(results["gates"]) == said.count("GATE") == gates
     assert ("NOTE" in said) == own

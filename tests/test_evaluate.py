@@ -14,8 +14,7 @@ import pytest
 import torch
 from helpers import (
     EOS,
-    ByteTokenizer,
-    ToyTokenizer,
+    TOY,
     beside_a_demo,
     checkpoint,
     make_gpt,
@@ -24,7 +23,6 @@ from helpers import (
     own_pairs,
     random_prompts,
     record_dtypes,
-    speak_toy,
     spread,
     strict_json,
     task_rankings,
@@ -50,8 +48,6 @@ from evaluate import (
 )
 from sampling import Rollout, generate
 from reward_model import accuracy_by_part
-
-TOY = ToyTokenizer()
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -312,8 +308,7 @@ GOLD = """def gold(prompts, completions, ended):
 PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
 
 
-def run_evaluate(tmp_path: Path, monkeypatch, models: dict, **changes) -> dict:
-    speak_toy(monkeypatch, evaluate)
+def run_evaluate(tmp_path: Path, models: dict, **changes) -> dict:
     (tmp_path / "toy_gold.py").write_text(GOLD, encoding="utf-8")
     demonstrations = [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]
     settings = {
@@ -349,7 +344,7 @@ def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
     prompts, figures of the wrong policy."""
     samples = record_samples(monkeypatch)
     policy, baseline = relatives(17)
-    results = run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)})
+    results = run_evaluate(tmp_path, {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)})
     golds = [[len(set(c)) + 0.5 * e for c, e in zip(s["completion"], s["ended"], strict=True)] for s in samples]
     assert list(results["policies"]) == ["sft", "ppo", "dpo"]
     for number, (figures, s, gold) in enumerate(zip(results["policies"].values(), samples, golds, strict=True)):
@@ -379,7 +374,7 @@ def test_samples_and_scores_are_in_the_dtype_and_kl_and_loss_are_not(tmp_path, m
     seen = record_dtypes(monkeypatch, evaluate, "generate", "score_rollout", "token_kl", "held_out_loss")
     examples = write_lines(tmp_path / "loss.jsonl", [{"prompt": "a", "completion": "bbc"}])
     models = {"a": make_gpt(2, block_size=24), "b": make_gpt(3, block_size=24)}
-    run_evaluate(tmp_path, monkeypatch, models, dtype=dtype, loss_data=examples)
+    run_evaluate(tmp_path, models, dtype=dtype, loss_data=examples)
     sampled = {"generate": {dtype}, "score_rollout": {dtype}}
     assert seen == sampled | {"token_kl": {"float32"}, "held_out_loss": {"float32"}}
 
@@ -390,47 +385,42 @@ def test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s(tmp_path, mon
     samples = record_samples(monkeypatch)
     policy, baseline = relatives(17)
     models = {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)}
-    results = run_evaluate(tmp_path, monkeypatch, models)["policies"]
+    results = run_evaluate(tmp_path, models)["policies"]
     assert results["sft"]["rm_win_rate"] is None
     for name, s in (("ppo", samples[1]), ("dpo", samples[2])):
         wins = [(a > b) + 0.5 * (a == b) for a, b in zip(s["rm"], samples[0]["rm"], strict=True)]
         figures = results[name]
         assert figures["rm_win_rate"] == pytest.approx(sum(wins) / 10)
         assert (figures["rm_win_low"], figures["rm_win_high"]) == wilson_interval(sum(wins) / 10, 10)
-    assert run_evaluate(tmp_path, monkeypatch, models, gold="")["policies"]["ppo"]["rm_win_rate"] is None
+    assert run_evaluate(tmp_path, models, gold="")["policies"]["ppo"]["rm_win_rate"] is None
 
 
-def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, monkeypatch, float64):
+def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, float64):
     """What alignment has cost: the mean loss a completion token, EOS included, of each policy on demonstrations that it
     has not seen, by a loop."""
     policy, baseline = relatives(19)
     rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "f", "completion": "gh"}]
     path = write_lines(tmp_path / "loss.jsonl", rows)
-    results = run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy}, loss_data=path)["policies"]
-    tokenizer = ToyTokenizer()
+    results = run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, loss_data=path)["policies"]
     for name, model in (("sft", baseline), ("ppo", policy)):
         losses = []
         for row in rows:
-            prompt = tokenizer.encode_prompt(row["prompt"])
-            ids = [*prompt, *tokenizer.encode(row["completion"]), tokenizer.eos_id]
+            prompt = TOY.encode_prompt(row["prompt"])
+            ids = [*prompt, *TOY.encode(row["completion"]), TOY.eos_id]
             logp = model(torch.tensor([ids]))[0].log_softmax(-1)
             losses += [-logp[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
         assert results[name]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
 
 
-def test_answers_are_shown_side_by_side(tmp_path, monkeypatch, capsys):
+def test_answers_are_shown_side_by_side(tmp_path, capsys):
     """--show: the prompt, then what every policy says to that very prompt at temperature 0, and whether it was cut."""
-    tokenizer = ToyTokenizer()
     policy, baseline = relatives(17)
     samples = []
     for model in (baseline, policy):
-        rollouts = [
-            generate(model, [tokenizer.encode_prompt(p)], 6, eos_id=tokenizer.eos_id, temperature=0.0)
-            for p in PROMPTS[:3]
-        ]
-        said = [tokenizer.decode(r.completions()[0]) for r in rollouts]
+        rollouts = [generate(model, [TOY.encode_prompt(p)], 6, eos_id=TOY.eos_id, temperature=0.0) for p in PROMPTS[:3]]
+        said = [TOY.decode(r.completions()[0]) for r in rollouts]
         samples.append({"completion": said, "ended": [bool(r.ended) for r in rollouts]})
-    run_evaluate(tmp_path, monkeypatch, {"sft": baseline, "ppo": policy}, show=3)
+    run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, show=3)
     said = capsys.readouterr().out
     assert said.count("  sft  ") == said.count("  ppo  ") == 3
     places = []
@@ -452,7 +442,7 @@ def test_best_of_n_stands_on_the_same_prompts(tmp_path, monkeypatch, capsys):
         return original(policy, reward_model, prompts, ids, *args)
 
     monkeypatch.setattr(evaluate, "best_of_n", record)
-    results = run_evaluate(tmp_path, monkeypatch, {"sft": make_gpt(17, block_size=24)})
+    results = run_evaluate(tmp_path, {"sft": make_gpt(17, block_size=24)})
     assert told == [(PROMPTS, [TOY.encode(p) for p in PROMPTS])]
     lines = capsys.readouterr().out.splitlines()
     (header,) = (line for line in lines if line.startswith("policy "))
@@ -465,45 +455,45 @@ def test_best_of_n_stands_on_the_same_prompts(tmp_path, monkeypatch, capsys):
         assert figures["gold_se"] > 0
 
 
-def test_one_checkpoint_twice_is_two_rows(tmp_path, monkeypatch):
+def test_one_checkpoint_twice_is_two_rows(tmp_path):
     """Rows by folder name: `--policies a a`, or two folders of one name, collapsed to one."""
     assert unique_names(["x/a", "y/b"]) == ["a", "b"]
     assert unique_names(["x/a", "y/a", "z/b"]) == ["x/a", "y/a", "z/b"]
     assert unique_names(["x/a", "x/a", "y/a"]) == ["x/a", "x/a (2)", "y/a"]
     model = checkpoint(tmp_path / "a", make_gpt(17, block_size=24))
-    results = run_evaluate(tmp_path, monkeypatch, {}, policies=[model, model])
+    results = run_evaluate(tmp_path, {}, policies=[model, model])
     assert len(results["policies"]) == 2
     second = list(results["policies"].values())[1]
     assert second["kl"] == pytest.approx(0, abs=1e-4) and second["win_rate"] is not None
 
 
-def test_the_same_weights_twice_are_an_even_match(tmp_path, monkeypatch, float64):
+def test_the_same_weights_twice_are_an_even_match(tmp_path, float64):
     """A position bias: a copy of the baseline, sampled afresh, must win about as often as it loses, at KL 0."""
     baseline = make_gpt(19, block_size=24)
     ids = random_prompts([1 + i % 9 for i in range(300)], 22, seed=20)
     prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
-    results = run_evaluate(tmp_path, monkeypatch, {"one": baseline, "two": baseline}, prompts=prompts, n_prompts=0)
+    results = run_evaluate(tmp_path, {"one": baseline, "two": baseline}, prompts=prompts, n_prompts=0)
     figures = results["policies"]["two"]
     assert figures["win_low"] < 0.5 < figures["win_high"]
     assert figures["kl"] == pytest.approx(0, abs=1e-11)
 
 
-def test_without_gold_the_reward_model_judges(tmp_path, monkeypatch):
+def test_without_gold_the_reward_model_judges(tmp_path):
     """Win rates need a judge: the reward model where no truth is known, and a clear message where there is neither."""
     policy, baseline = relatives(21)
-    results = run_evaluate(tmp_path, monkeypatch, {"a": baseline, "b": policy}, gold="", demonstrations="")
+    results = run_evaluate(tmp_path, {"a": baseline, "b": policy}, gold="", demonstrations="")
     assert results["policies"]["b"]["gold"] is None
     assert 0 <= results["policies"]["b"]["win_rate"] <= 1
     assert results["policies"]["b"]["rm"] is not None
     with pytest.raises(UserError, match="judge"):
-        run_evaluate(tmp_path, monkeypatch, {"a": baseline}, gold="", reward="")
+        run_evaluate(tmp_path, {"a": baseline}, gold="", reward="")
 
 
-def test_rankings_that_compare_nothing_are_reported(tmp_path, monkeypatch):
+def test_rankings_that_compare_nothing_are_reported(tmp_path):
     """Held-out rankings of ties only leave no pair to measure accuracy on: one line, not a crash inside torch."""
     rankings = write_lines(tmp_path / "r.jsonl", [{"prompt": "a", "completions": [["b", "c"]]}])
     try:
-        results = run_evaluate(tmp_path, monkeypatch, {"a": make_gpt(22, block_size=24)}, rankings=rankings)
+        results = run_evaluate(tmp_path, {"a": make_gpt(22, block_size=24)}, rankings=rankings)
     except UserError as error:
         assert "r.jsonl" in str(error)
     else:
@@ -524,10 +514,10 @@ def test_rankings_that_compare_nothing_are_reported(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+def test_impossible_settings_are_refused(tmp_path, changes, says):
     """One line that names the flag, or the script that makes the missing file."""
     with pytest.raises(UserError, match=says):
-        run_evaluate(tmp_path, monkeypatch, {"a": make_gpt(22, block_size=24)}, **changes)
+        run_evaluate(tmp_path, {"a": make_gpt(22, block_size=24)}, **changes)
     assert not (tmp_path / "out").exists()
 
 
@@ -536,24 +526,23 @@ def test_a_file_in_the_place_of_the_output_folder_is_reported_first(tmp_path, mo
     (tmp_path / "out").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(evaluate, "sample_policy", lambda *args: pytest.fail("sampled"))
     with pytest.raises(UserError, match="--out_dir"):
-        run_evaluate(tmp_path, monkeypatch, {"a": make_gpt(22, block_size=24)})
+        run_evaluate(tmp_path, {"a": make_gpt(22, block_size=24)})
 
 
-def test_policies_that_can_not_be_compared_are_refused(tmp_path, monkeypatch):
+def test_policies_that_can_not_be_compared_are_refused(tmp_path):
     """Another vocabulary, or too short a context for the baseline's texts: one line that names the checkpoint."""
     baseline = checkpoint(tmp_path / "a", make_gpt(22, block_size=24))
     save_model(tmp_path / "b", make_gpt(22, block_size=24), "gpt2", "test", sft.Config())
     small = checkpoint(tmp_path / "c", make_gpt(22, block_size=20))
     for other, says in ((str(tmp_path / "b"), "b has the gpt2 vocabulary"), (small, "c: its block_size is smaller")):
         with pytest.raises(UserError, match=says):
-            run_evaluate(tmp_path, monkeypatch, {}, policies=[baseline, other])
+            run_evaluate(tmp_path, {}, policies=[baseline, other])
 
 
 @pytest.mark.parametrize("script", ["evaluate", "sample"])
-def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, monkeypatch, script):
+def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, script):
     """Another vocabulary gave plausible wrong scores, a shorter context a traceback; one line for both, before anything
     is sampled."""
-    speak_toy(monkeypatch, evaluate, sample)
     policy = checkpoint(tmp_path / "policy", make_gpt(22, block_size=24))
     save_model(tmp_path / "other", make_scalar(16, block_size=24), "tiny", "test", sft.Config())
     checkpoint(tmp_path / "short", make_scalar(16, block_size=23))
@@ -561,16 +550,15 @@ def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, monkeypatch, 
     for name, says in (("other", "reads tiny tokens, the policy writes toy"), ("short", "reads texts of 23 tokens")):
         with pytest.raises(UserError, match=says) as error:
             if script == "evaluate":
-                run_evaluate(tmp_path, monkeypatch, {}, policies=[policy], reward=str(tmp_path / name))
+                run_evaluate(tmp_path, {}, policies=[policy], reward=str(tmp_path / name))
             else:
                 settings = {"policy": policy, "reward": str(tmp_path / name), "prompt": "abc"}
                 sample.run(sample.Config(**settings, max_new_tokens=4, device="cpu"))
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_reward_model_must_read_what_every_policy_writes(tmp_path, monkeypatch):
+def test_a_reward_model_must_read_what_every_policy_writes(tmp_path):
     """Of several that are put side by side, checked for the first one alone."""
-    speak_toy(monkeypatch, sample)
     policies = [checkpoint(tmp_path / name, make_gpt(22, block_size=n)) for name, n in (("a", 24), ("b", 30))]
     settings = {"reward": checkpoint(tmp_path / "rm", make_scalar(16, block_size=24)), "prompt": "abc"}
     settings |= {"max_new_tokens": 4, "device": "cpu"}
@@ -579,9 +567,8 @@ def test_a_reward_model_must_read_what_every_policy_writes(tmp_path, monkeypatch
         sample.run(sample.Config(**settings, compare=policies))
 
 
-def test_sample_shows_the_reward_model_s_score(tmp_path, monkeypatch, capsys, float64):
+def test_sample_shows_the_reward_model_s_score(tmp_path, capsys, float64):
     """The score beside a text is that of this text alone, EOS included where it ended, and a cut one is marked."""
-    speak_toy(monkeypatch, sample)
     scorer = make_scalar(16, block_size=24)
     policy = make_gpt(10, block_size=24)
     policy.ln_f.bias.data += 0.5 * policy.wte.weight.data[EOS]  # towards EOS
@@ -691,7 +678,7 @@ def test_the_likeliest_answer_is_drawn_by_nobody(float64):
             assert text == TOY.decode([i for i in row[len(prompt) :] if i != EOS])
 
 
-def test_the_reward_model_is_judged_part_by_part(tmp_path, monkeypatch):
+def test_the_reward_model_is_judged_part_by_part(tmp_path):
     """Its accuracies on pairs that differ in one part alone, of the evaluated prompts, stand in the results."""
     tokenizer = load_tokenizer("tiny")
     sizes = {"vocab": tokenizer.n_vocab, "block_size": 96, "n_embd": 16, "n_layer": 1}
@@ -783,7 +770,6 @@ def test_the_baseline_is_not_measured_against_itself():
 def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     """A plausible table from the demo's prompts, rankings or demonstrations. What lies beside the prompts is taken,
     where it is there; every file that is read is named."""
-    speak_toy(monkeypatch, evaluate)
     own, opened = beside_a_demo(tmp_path, monkeypatch)
     (own / "toy_gold.py").write_text(GOLD, encoding="utf-8")
     settings = {
@@ -818,12 +804,11 @@ def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 4), ("bytes", True, 0), ("bytes", False, 4)]
 )
-def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, capsys, vocabulary, own, gates):
     """Own prompts in the tiny vocabulary met the embedded task's truth and gates, the task's prompts in another one
     lost them. A policy of the embedded task on own prompts is noted, a reward model of it refused: it would print a
     plausible table."""
-    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda name: tokenizer)
+    tokenizer = load_tokenizer(vocabulary)
     sizes = {"vocab": tokenizer.n_vocab, "block_size": 192, "n_layer": 1, "n_embd": 16}
     save_model(tmp_path / "policy", make_gpt(14, **sizes), vocabulary, "sft.py", sft.Config(), "tiny")
     save_model(tmp_path / "own", make_scalar(15, **sizes), vocabulary, "reward_model.py", sft.Config(), "")

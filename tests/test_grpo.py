@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import (
     EOS,
-    ToyTokenizer,
     assert_same_weights,
     checkpoint,
     completion_logprobs,
@@ -22,7 +21,6 @@ from helpers import (
     read_lines,
     record_dtypes,
     rng,
-    speak_toy,
     spread,
     write_lines,
 )
@@ -136,8 +134,7 @@ def test_a_ratio_that_starts_off_1_stops_the_run(float64):
         grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.1), experience, config, rng())
 
 
-def run_grpo(tmp_path, monkeypatch, **changes):
-    speak_toy(monkeypatch, grpo)
+def run_grpo(tmp_path, **changes):
     torch.manual_seed(changes.get("seed", 1))
     even = GPT(GPTConfig(23, 24, n_layer=1, n_head=2, n_embd=32))  # every letter about equally likely
     reward = tmp_path / "letters.py"
@@ -155,11 +152,11 @@ def run_grpo(tmp_path, monkeypatch, **changes):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_raises_a_simple_reward(tmp_path, monkeypatch, kind, seed):
-    _, log = run_grpo(tmp_path, monkeypatch, kind=kind, seed=seed)
+def test_it_raises_a_simple_reward(tmp_path, kind, seed):
+    _, log = run_grpo(tmp_path, kind=kind, seed=seed)
     assert len(log) == 12
     assert log[-1]["score"] > log[0]["score"] + 2
-    assert load_model(tmp_path / "out", torch.device("cpu")).tokenizer == ToyTokenizer.name
+    assert load_model(tmp_path / "out", torch.device("cpu")).tokenizer == "toy"
 
 
 def test_a_group_has_one_prompt(tmp_path, monkeypatch):
@@ -172,7 +169,7 @@ def test_a_group_has_one_prompt(tmp_path, monkeypatch):
         return original(policy, reference, rollout, scores, config)
 
     monkeypatch.setattr(grpo, "make_experience", record)
-    run_grpo(tmp_path, monkeypatch, iterations=3)
+    run_grpo(tmp_path, iterations=3)
     for prompts in seen:
         groups = [prompts[i : i + 8] for i in range(0, 32, 8)]
         assert all(p == group[0] for group in groups for p in group)
@@ -208,7 +205,7 @@ def test_a_cut_completion_loses_the_penalty(tmp_path, monkeypatch):
         return original(policy, reference, rollout, scores, config)
 
     monkeypatch.setattr(grpo, "make_experience", record)
-    run_grpo(tmp_path, monkeypatch, iterations=1, max_new_tokens=1, eos_penalty=7.0)
+    run_grpo(tmp_path, iterations=1, max_new_tokens=1, eos_penalty=7.0)
     ended, scores = seen[0]
     assert not all(ended)
     assert all((score < -3) == (not end) for end, score in zip(ended, scores, strict=True))
@@ -232,7 +229,7 @@ def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
     gates of the embedded task for data of one's own."""
     calls = calls_of(monkeypatch, "update")
     changes = {"reward_weights": [3.0], "eos_penalty": 2.0, "iterations": 4, "max_new_tokens": 2, "lr": 5e-2}
-    results, log = run_grpo(tmp_path, monkeypatch, **changes)
+    results, log = run_grpo(tmp_path, **changes)
     assert results["gates"] == []
     for row, call in zip(log, calls, strict=True):
         e = call["experience"]
@@ -250,7 +247,7 @@ def test_what_is_logged_is_what_was_used(tmp_path, monkeypatch, float64):
 def test_every_iteration_has_prompts_samples_and_an_order_of_its_own(tmp_path, monkeypatch):
     """A generator that is made anew from the same seed: the same prompts, the same luck or the same minibatches."""
     calls = calls_of(monkeypatch, "update")
-    run_grpo(tmp_path, monkeypatch, iterations=2, lr=0.0, ppo_epochs=1)
+    run_grpo(tmp_path, iterations=2, lr=0.0, ppo_epochs=1)
     first, second = (call["experience"].tokens.tolist() for call in calls)
     prompts = [[(row[0], len(row)) for row in rows[::8]] for rows in (first, second)]
     assert prompts[0] != prompts[1]
@@ -259,7 +256,7 @@ def test_every_iteration_has_prompts_samples_and_an_order_of_its_own(tmp_path, m
     same = [{"prompts": write_lines(tmp_path / "one.jsonl", [{"prompt": "a"}]), "seed": s} for s in (1, 1, 2)]
     calls.clear()
     for changes in same:
-        run_grpo(tmp_path, monkeypatch, iterations=2, lr=0.0, **changes)
+        run_grpo(tmp_path, iterations=2, lr=0.0, **changes)
     texts = [call["experience"].tokens.tolist() for call in calls]
     assert texts[:2] == texts[2:4] and texts[0] != texts[1] and texts[0] != texts[4]
 
@@ -280,7 +277,7 @@ def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(tmp_pat
 
     monkeypatch.setattr(grpo, "make_optimizer", record)
     changes = {"iterations": 6, "warmup": 2, "minibatch": 32, "ppo_epochs": 1, "grad_clip": 1e-3, "lr": 4e-2}
-    _, log = run_grpo(tmp_path, monkeypatch, **changes)
+    _, log = run_grpo(tmp_path, **changes)
     factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]  # up in two iterations, then down towards 0 after the last
     assert [row["lr"] for row in log] == pytest.approx([4e-2 * f for f in factors], abs=1e-6)
     assert lengths == pytest.approx([4e-2 * f * 1e-3 for f in factors], rel=1e-3)
@@ -324,7 +321,7 @@ def test_the_flags_of_memory_and_speed_reach_the_networks(tmp_path, monkeypatch)
     monkeypatch.setattr(Block, "compile", lambda self, *_, **__: compiled.append(id(self)))
     seen = record_dtypes(monkeypatch, grpo, "token_logprobs", "generate")
     made, steps = calls_of(monkeypatch, "make_experience"), calls_of(monkeypatch, "update")
-    run_grpo(tmp_path, monkeypatch, iterations=1)
+    run_grpo(tmp_path, iterations=1)
     networks = made[0]["policy"], made[0]["reference"]
     assert seen == {"token_logprobs": {"float32"}, "generate": {"float32"}} and not compiled
     assert not any(block.recompute for network in networks for block in network.h)
@@ -332,7 +329,7 @@ def test_the_flags_of_memory_and_speed_reach_the_networks(tmp_path, monkeypatch)
     for dtypes in seen.values():
         dtypes.clear()
     flags = {"dtype": "bfloat16", "compile": True, "recompute": True, "train_layers": 1}
-    run_grpo(tmp_path, monkeypatch, iterations=1, **flags)
+    run_grpo(tmp_path, iterations=1, **flags)
     networks = made[1]["policy"], made[1]["reference"]
     assert seen == {"token_logprobs": {"bfloat16"}, "generate": {"bfloat16"}}
     assert sorted(compiled) == sorted(id(block) for network in networks for block in network.h)
@@ -350,6 +347,6 @@ def test_the_flags_of_memory_and_speed_reach_the_networks(tmp_path, monkeypatch)
         ({"max_new_tokens": 24}, "--max_new_tokens 24 leaves no room"),
     ],
 )
-def test_settings_that_make_no_sense(tmp_path, monkeypatch, changes, message):
+def test_settings_that_make_no_sense(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        run_grpo(tmp_path, monkeypatch, **changes)
+        run_grpo(tmp_path, **changes)

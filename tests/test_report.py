@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, ROOT, ToyTokenizer, checkpoint, completion_logprobs, gae_by_definition, make_gpt, make_scalar
-from helpers import slow_generate, speak_toy, write_lines
+from helpers import EOS, ROOT, TOY, checkpoint, completion_logprobs, gae_by_definition, make_gpt, make_scalar
+from helpers import slow_generate, write_lines
 
 import lib.checkpoint
 import lib.run
@@ -35,9 +35,8 @@ def write_stage(folder: Path, config, rows: list[dict], results: dict) -> None:
     lib.run.write_json(results, folder / "results.json")
 
 
-def toy_run(folder: Path, monkeypatch, **changed) -> ppo.Config:
+def toy_run(folder: Path, **changed) -> ppo.Config:
     """A PPO run as ppo.py leaves it, of random networks in float64: what is asked for may be changed."""
-    speak_toy(monkeypatch, report, lib.checkpoint)
     start, reward, value = make_gpt(0), make_scalar(3), make_scalar(5)
     checkpoint(folder / "sft", start)
     checkpoint(folder / "reward_model", reward)
@@ -93,15 +92,15 @@ def data_of(page: str) -> dict:
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "exact"])
-def test_token_figures_equal_a_slow_computation(tmp_path, monkeypatch, float64, kl):
+def test_token_figures_equal_a_slow_computation(tmp_path, float64, kl):
     """A figure of the neighbouring token, log-probs at another temperature, the reference in the policy's place,
     whitened advantages, or the wrong value model: all would look plausible on the page."""
-    config = toy_run(tmp_path, monkeypatch, kl=kl)
+    config = toy_run(tmp_path, kl=kl)
     _, data, found = make_report(tmp_path, rollouts=4)
     assert [note for note in found["notes"] if "values" in note] == []
     start, last, reward = make_gpt(0), make_gpt(1), make_scalar(3)
     values = {"before": make_scalar(3), "after": make_scalar(5)}
-    encode = ToyTokenizer().encode
+    encode = TOY.encode
     for prompt, pair in zip(data["samples"]["prompts"], data["tokens"]["rows"], strict=True):
         for when, policy, row in (("before", start, pair[0]), ("after", last, pair[1])):
             given = encode(prompt["text"])
@@ -143,10 +142,10 @@ def test_token_figures_equal_a_slow_computation(tmp_path, monkeypatch, float64, 
     assert not all(row["eos"] for pair in data["tokens"]["rows"] for row in pair)
 
 
-def test_the_penalty_is_that_of_the_time(tmp_path, monkeypatch, float64):
+def test_the_penalty_is_that_of_the_time(tmp_path, float64):
     """With an adaptive coefficient the rewards of the last iteration are not those of the first: each pass is measured
     with its own, and their sum is score - kl_coef * KL."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     log = tmp_path / "ppo" / "metrics.jsonl"
     log.write_text(log.read_text(encoding="utf-8") + '{"step": 4, "score": 0.4, "kl": 1.0, "kl_coef": 0.7}\n')
     _, data, _ = make_report(tmp_path)
@@ -159,11 +158,11 @@ def test_the_penalty_is_that_of_the_time(tmp_path, monkeypatch, float64):
         assert any(after["figures"]["kl"])
 
 
-def test_samples_are_the_policies_own_answers(tmp_path, monkeypatch, float64):
+def test_samples_are_the_policies_own_answers(tmp_path, float64):
     """Answers under another policy's name, or scores of the sample beside the likeliest answer."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     _, data, _ = make_report(tmp_path)
-    samples, reward, encode = data["samples"], make_scalar(3), ToyTokenizer().encode
+    samples, reward, encode = data["samples"], make_scalar(3), TOY.encode
     assert samples["policies"] == ["sft", "ppo"]
     for name, policy in (("sft", make_gpt(0)), ("ppo", make_gpt(1))):
         for i, prompt in enumerate(samples["prompts"]):
@@ -173,14 +172,14 @@ def test_samples_are_the_policies_own_answers(tmp_path, monkeypatch, float64):
                 ids.append(int(policy(torch.tensor([ids]))[0, -1].argmax()))
             said, ended = ids[n:], ids[-1] == EOS
             judged = samples["greedy"][name]
-            assert judged["text"][i] == ToyTokenizer().decode(said[:-1] if ended else said)
+            assert judged["text"][i] == TOY.decode(said[:-1] if ended else said)
             assert judged["ended"][i] == ended
             assert judged["score"][i] == pytest.approx(reward(torch.tensor([ids]))[0, -1].item())
             assert judged["gold"] is None and judged["right"] is None
         ids = [encode(prompt["text"]) for prompt in samples["prompts"]]
         rng = lib.train.generator_for(torch.device("cpu"), 1)
         drawn = slow_generate(policy, ids, 6, eos_id=EOS, temperature=0.8, generator=rng)
-        assert samples["sampled"][name]["text"] == [ToyTokenizer().decode(c) for c in drawn.completions()]
+        assert samples["sampled"][name]["text"] == [TOY.decode(c) for c in drawn.completions()]
     pairs = zip(samples["sampled"]["ppo"]["text"], data["tokens"]["rows"], strict=True)
     assert all(text == "".join(row["tokens"][: -1 if row["eos"] else None]) for text, (_, row) in pairs)
 
@@ -188,9 +187,9 @@ def test_samples_are_the_policies_own_answers(tmp_path, monkeypatch, float64):
 # ------------------------------------------------------------------------------------------------ what is not there
 
 
-def test_without_the_value_model_there_are_no_values(tmp_path, monkeypatch):
+def test_without_the_value_model_there_are_no_values(tmp_path):
     """Zeros in the place of values would pass for figures."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     (tmp_path / "ppo" / "state.pt").unlink()
     _, data, found = make_report(tmp_path)
     names = {q["name"] for q in data["tokens"]["quantities"]}
@@ -199,9 +198,9 @@ def test_without_the_value_model_there_are_no_values(tmp_path, monkeypatch):
     assert any("state.pt" in note for note in found["notes"])
 
 
-def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path, monkeypatch):
+def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path):
     """A run that was killed leaves a newer state beside an older model: their figures don't belong together."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     state = lib.checkpoint.load_file(tmp_path / "ppo" / "state.pt") | {"step": 2}
     lib.checkpoint.atomic_save(state, tmp_path / "ppo" / "state.pt")
     _, data, found = make_report(tmp_path)
@@ -209,17 +208,17 @@ def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path, monkeypatch
     assert any("not that of the finished run" in note for note in found["notes"])
 
 
-def test_a_run_that_was_moved_finds_its_parts(tmp_path, monkeypatch):
+def test_a_run_that_was_moved_finds_its_parts(tmp_path):
     """The paths in config.json are those of another folder, perhaps another machine."""
-    toy_run(tmp_path / "here", monkeypatch)
+    toy_run(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
     _, data, _ = make_report(tmp_path / "there")
     assert data["samples"]["policies"] == ["sft", "ppo"] and data["tokens"]["rows"]
 
 
-def test_what_is_missing_is_left_out_and_named(tmp_path, monkeypatch):
+def test_what_is_missing_is_left_out_and_named(tmp_path):
     """Curves alone, of a run whose models are gone: still a page."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     for name in ("sft", "reward_model", "ppo"):
         (tmp_path / name / "model.pt").unlink()
     (tmp_path / "sft").rmdir()
@@ -231,14 +230,14 @@ def test_what_is_missing_is_left_out_and_named(tmp_path, monkeypatch):
     assert data["samples"] == {} and "evaluate.py has not been run" in page
 
 
-def test_one_s_own_reward_function_and_gold(tmp_path, monkeypatch):
+def test_one_s_own_reward_function_and_gold(tmp_path):
     """User data has no embedded truth: the run's own reward and gold functions judge, told which answers ended."""
     functions = tmp_path / "mine.py"
     functions.write_text(
         "def short(prompts, completions):\n    return [-float(len(c)) for c in completions]\n"
         "def gold(prompts, completions, ended):\n    return [float(e) for e in ended]\n"
     )
-    toy_run(tmp_path, monkeypatch, reward=[f"{functions}:short"], gold=f"{functions}:gold")
+    toy_run(tmp_path, reward=[f"{functions}:short"], gold=f"{functions}:gold")
     value = make_scalar(5)
     lib.checkpoint.atomic_save({"step": 3, "value_model": value.state_dict()}, tmp_path / "ppo" / "state.pt")
     _, data, _ = make_report(tmp_path)
@@ -250,9 +249,8 @@ def test_one_s_own_reward_function_and_gold(tmp_path, monkeypatch):
     assert {v for before, _ in data["tokens"]["rows"] for v in before["figures"]["values"]} == {0.0}
 
 
-def test_dpo_alone_has_answers_and_no_rollouts(tmp_path, monkeypatch):
+def test_dpo_alone_has_answers_and_no_rollouts(tmp_path):
     """A run without PPO has no rollouts and perhaps no reward, and its answers are shown all the same."""
-    speak_toy(monkeypatch, report, lib.checkpoint)
     checkpoint(tmp_path / "sft", make_gpt(0))
     checkpoint(tmp_path / "dpo", make_gpt(2))
     config = dpo.Config(policy=str(tmp_path / "sft"), max_new_tokens=5)
@@ -278,7 +276,7 @@ def test_dpo_alone_has_answers_and_no_rollouts(tmp_path, monkeypatch):
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, options, words):
     """A traceback, or a page of nothing."""
-    toy_run(tmp_path / "run", monkeypatch)
+    toy_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         report.run(report.Config(**options, device="cpu"))
@@ -286,9 +284,9 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, options, words):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_too_many_stages_are_to_be_chosen_from(tmp_path, monkeypatch):
+def test_too_many_stages_are_to_be_chosen_from(tmp_path):
     """A folder of a study holds dozens of runs: a page of all would take minutes and show nothing."""
-    config = toy_run(tmp_path, monkeypatch)
+    config = toy_run(tmp_path)
     for i in range(report.MOST_STAGES):
         write_stage(tmp_path / f"ppo_{i}", config, [], {})
     with pytest.raises(UserError, match="--stages"):
@@ -307,14 +305,14 @@ def test_a_mistake_is_one_line():
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def test_hostile_text_is_data(tmp_path, monkeypatch):
+def test_hostile_text_is_data(tmp_path):
     """A prompt, a stage's name or a setting that ends the script, opens a comment, is a tag or a place of the template
     must come out as it went in, and nothing of it may run."""
     content = {"text": HOSTILE, HOSTILE: [HOSTILE]}
     block = report.as_json(content)
     assert json.loads(block) == content and not set("<>&\u2028") & set(block)
 
-    toy_run(tmp_path, monkeypatch, kl_horizon=1.0, ptx_data=HOSTILE)
+    toy_run(tmp_path, kl_horizon=1.0, ptx_data=HOSTILE)
     plain = Reader(make_report(tmp_path, rollouts=0)[0])
     log = tmp_path / "ppo" / "metrics.jsonl"
     log.write_text(json.dumps({"step": 1, "score": 1.0, HOSTILE: 2.0}) + "\n", encoding="utf-8")
@@ -332,9 +330,9 @@ def test_hostile_text_is_data(tmp_path, monkeypatch):
     assert shown.count(HOSTILE) >= 4  # the setting, the gate, the policy, the part (with _ as it is)
 
 
-def test_the_page_loads_nothing(tmp_path, monkeypatch):
+def test_the_page_loads_nothing(tmp_path):
     """An address of elsewhere in a src, an href, a style or the script: the page would ask for it when it is opened."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     page, _, _ = make_report(tmp_path)
     found = Reader(page)
     assert not re.search(r"https?:|//\w|url\(|@import|fetch\(|XMLHttpRequest", page.replace("// ", ""))
@@ -347,9 +345,9 @@ def test_the_page_loads_nothing(tmp_path, monkeypatch):
     assert len(page) < 1_000_000 and "{{" not in page
 
 
-def test_tables_show_the_results(tmp_path, monkeypatch):
+def test_tables_show_the_results(tmp_path):
     """A figure in another column or row than its own; an interval or a bound that is lost; a failed gate as OK."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     first = {"gold": 0.5, "gold_se": 0.04, "rm": 0.03, "kl": 0.0, "win_rate": None, "eos_rate": 0.97, "loss": None}
     second = {**first, "gold": 2.25, "kl": 1.55, "win_rate": 0.812, "win_low": 0.784, "win_high": 0.838}
     evaluation = {
@@ -378,7 +376,7 @@ def test_tables_show_the_results(tmp_path, monkeypatch):
 
 def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeypatch, capsys):
     """A newcomer's demo that misses a range by a hair: no report, and status 1 without a word on what it means."""
-    toy_run(tmp_path, monkeypatch)
+    toy_run(tmp_path)
     make_report(tmp_path, rollouts=0)
     assert "all 1 gates OK" in capsys.readouterr().out.splitlines()[-1]
     gates = [
@@ -411,9 +409,9 @@ def rows_of(table: str) -> list[list[str]]:
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.S)] for row in rows]
 
 
-def test_curves_are_the_log_s(tmp_path, monkeypatch):
+def test_curves_are_the_log_s(tmp_path):
     """Points of another metric or run, a missing value drawn as 0, a band that is not that of study/metrics.py."""
-    config = toy_run(tmp_path, monkeypatch)
+    config = toy_run(tmp_path)
     other = [{"step": 1, "score": 1.0, "kl": None, "kind": "a word"}, {"step": 2, "score": 2.0, "kl": 3.0}]
     write_stage(tmp_path / "ppo_b", config, other, {"gates": []})
     lib.run.write_json({"group": 8}, tmp_path / "grpo" / "config.json")

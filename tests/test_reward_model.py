@@ -19,8 +19,7 @@ from helpers import (
     ITEMS,
     MIXED_RANKS,
     RANKINGS,
-    ByteTokenizer,
-    ToyTokenizer,
+    TOY,
     assert_same_weights,
     assert_steps_hold_all_lengths,
     beside_a_demo,
@@ -43,7 +42,6 @@ from helpers import (
     record_steps,
     text_before,
     slow_hidden,
-    speak_toy,
     strict_json,
     task_rankings,
     write_lines,
@@ -453,7 +451,7 @@ def fresh_reward_model(policy, seed: int = 1, expectation: bool = True) -> Scala
     return ScalarModel.from_gpt(policy, expectation)
 
 
-def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
+def slow_loss(model: ScalarModel, cut: bool = False) -> Tensor:
     """The mean over all pairs of GROUPS, or of CUT_GROUPS, text by text."""
     losses = []
     for prompt, groups in CUT_GROUPS if cut else GROUPS:
@@ -461,7 +459,7 @@ def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
         for rank, texts in enumerate(groups):
             for text in texts:
                 end = [EOS] if text.endswith(".") or not cut else []
-                ids = [*tokenizer.encode(prompt), *tokenizer.encode(text.removesuffix(".")), *end]
+                ids = [*TOY.encode(prompt), *TOY.encode(text.removesuffix(".")), *end]
                 scores.append((rank, model.head(slow_hidden(model, ids))[-1, 0]))
         for (rank_a, a), (rank_b, b) in itertools.combinations(scores, 2):
             better = -torch.log(torch.sigmoid(a - b))
@@ -473,13 +471,12 @@ def slow_loss(model: ScalarModel, tokenizer, cut: bool = False) -> Tensor:
 def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, micro_batch, expectation):
     """A mean of micro-batch means, ties as wins, a score beside the last token, equal texts compared, gradients that
     pile up: two steps of the script against float64 descent on the definition, whatever the micro-batch."""
-    tokenizer = speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
     before = fresh_reward_model(policy, expectation=expectation != "no")
     expected, losses = copy.deepcopy(before), []
     for lr in (0.02, 0.01):  # linear decay over two steps
-        loss = slow_loss(expected, tokenizer)
+        loss = slow_loss(expected)
         losses.append(loss.item())
         descend(expected, loss, lr)
     settings = {"micro_batch": micro_batch, "expectation": expectation, "epochs": 2}
@@ -492,10 +489,9 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
     ("expectation", "n_layer", "told"),
     [("auto", 1, True), ("auto", 3, True), ("auto", 4, False), ("yes", 4, True), ("no", 1, False)],
 )
-def test_shallow_networks_are_told_what_was_expected(tmp_path, monkeypatch, expectation, n_layer, told):
+def test_shallow_networks_are_told_what_was_expected(tmp_path, expectation, n_layer, told):
     """auto: below four blocks; yes and no are obeyed. The checkpoint says it, and the policy's body is what it starts
     from."""
-    speak_toy(monkeypatch, reward_model)
     policy = make_gpt(10, block_size=24, n_layer=n_layer, n_embd=8)
     _, after, _ = run_reward_model(tmp_path, policy, expectation=expectation, lr=0.0)
     assert after.config.expectation is told and policy.config.expectation is False
@@ -509,12 +505,11 @@ def test_shallow_networks_are_told_what_was_expected(tmp_path, monkeypatch, expe
 def test_cut_texts_are_read_without_eos(tmp_path, monkeypatch, float64, micro_batch):
     """PPO scores cut texts at their last token, where no EOS stands: a reward model that has seen each of them with one
     has never seen what it scores. A step on rankings with "ended", against the definition."""
-    tokenizer = speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
     before = fresh_reward_model(policy)
     expected = copy.deepcopy(before)
-    loss = slow_loss(expected, tokenizer, cut=True)
+    loss = slow_loss(expected, cut=True)
     descend(expected, loss, 0.02)
     _, after, log = run_reward_model(tmp_path, policy, CUT_RANKINGS, micro_batch=micro_batch)
     assert_same_weights(after, expected, before)
@@ -523,7 +518,6 @@ def test_cut_texts_are_read_without_eos(tmp_path, monkeypatch, float64, micro_ba
 
 def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
     """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
-    speak_toy(monkeypatch, reward_model)
     steps = []
     record_steps(steps, monkeypatch, reward_model)
     policy = make_gpt(10, block_size=32, n_layer=1)
@@ -534,7 +528,6 @@ def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
 def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
     """--train_layers that is ignored, or that freezes the head or what stands before it alone: last block, final
     LayerNorm, what is told, its block and the head move as the definition says, everything before them not at all."""
-    tokenizer = speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
     before = fresh_reward_model(policy)
@@ -542,7 +535,7 @@ def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
     trained = ("gpt.h.1.", "gpt.ln_f.", "direction", "block.", "ln.", "head.")
     for name, p in expected.named_parameters():
         p.requires_grad_(name.startswith(trained))
-    descend(expected, slow_loss(expected, tokenizer), 0.02)
+    descend(expected, slow_loss(expected), 0.02)
     _, after, _ = run_reward_model(tmp_path, policy, train_layers=1)
     assert_same_weights(after, expected, before)
     for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
@@ -551,7 +544,6 @@ def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
 
 def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
     """A loss that pairs completions of different prompts depends on who stands next to whom."""
-    speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(11, block_size=24)
     original = torch.manual_seed
@@ -563,7 +555,6 @@ def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
 
 def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
     """Clipping before backward clips nothing: the length of the step tells."""
-    speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(12, block_size=24)
     _, after, log = run_reward_model(tmp_path, policy, micro_batch=4, grad_clip=0.01, lr=1.0)
@@ -574,7 +565,6 @@ def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
 
 def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
     """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
-    speak_toy(monkeypatch, reward_model)
     plain_sgd(monkeypatch)
     policy = make_gpt(12, block_size=24)
     _, after, log = run_reward_model(tmp_path, policy, grad_clip=0.0, lr=1.0)
@@ -582,9 +572,8 @@ def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
     assert distance(after, fresh_reward_model(policy)) == pytest.approx(log[0]["grad_norm"], rel=1e-5)
 
 
-def test_bfloat16_reaches_the_scores(tmp_path, monkeypatch):
+def test_bfloat16_reaches_the_scores(tmp_path):
     """A --dtype that is ignored gives the same run to the last digit; rounding gives one that is a little off."""
-    speak_toy(monkeypatch, reward_model)
     policy = make_gpt(12, block_size=24)
     losses = {}
     for dtype in ("float32", "bfloat16"):
@@ -597,20 +586,18 @@ def test_bfloat16_reaches_the_scores(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_samples_of_the_normalisation_are_in_the_dtype_too(tmp_path, monkeypatch, dtype):
     """The scale is that of the samples and scores that PPO will see, --dtype included."""
-    speak_toy(monkeypatch, reward_model)
     seen = record_dtypes(monkeypatch, reward_model, "generate", "score_rollout")
     run_reward_model(tmp_path, make_gpt(12, block_size=24), dtype=dtype)
     assert seen == {"generate": {dtype}, "score_rollout": {dtype}}
 
 
-def test_twenty_pairs_can_be_learned_by_heart(tmp_path, monkeypatch):
+def test_twenty_pairs_can_be_learned_by_heart(tmp_path):
     """An accuracy that is stuck near one half: wrong position, wrong sign or
     detached scores can't reach 100% on 20 pairs."""
-    speak_toy(monkeypatch, reward_model)
     generator = torch.Generator().manual_seed(0)
-    tokenizer, rows = ToyTokenizer(), []
+    rows = []
     for _ in range(20):
-        prompt, a, b = (tokenizer.decode(torch.randint(0, 22, (n,), generator=generator).tolist()) for n in (3, 4, 4))
+        prompt, a, b = (TOY.decode(torch.randint(0, 22, (n,), generator=generator).tolist()) for n in (3, 4, 4))
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
     changes = {"epochs": 30, "lr": 3e-3, "batch_size": 10, "grad_clip": 1.0}
     policy = make_gpt(13, n_layer=1, block_size=16)
@@ -619,12 +606,11 @@ def test_twenty_pairs_can_be_learned_by_heart(tmp_path, monkeypatch):
     assert results["loss"] < 0.2 < log[0]["loss"]
 
 
-def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, monkeypatch, float64):
+def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, float64):
     """A normalisation that is not saved, or that another stage doesn't see."""
-    tokenizer = speak_toy(monkeypatch, reward_model)
     policy = make_gpt(14, block_size=24)
     results, model, _ = run_reward_model(tmp_path, policy)
-    prompts = [tokenizer.encode(p) for p in "acdefh"]  # of a..h those that no ranking asks
+    prompts = [TOY.encode(p) for p in "acdefh"]  # of a..h those that no ranking asks
     rollout = generate(policy, prompts, 6, eos_id=EOS, generator=generator_for(CPU, 1))
     scores = model.score(rollout.tokens, rollout.lens)
     assert scores.mean().item() == pytest.approx(0, abs=1e-10)
@@ -635,14 +621,13 @@ def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, 
 
 def test_texts_that_became_equal_are_no_comparison():
     """Pairs that truncation made identical teach nothing (loss ln 2 for ever) and must be dropped."""
-    tokenizer = ToyTokenizer()
     rankings = [
         Ranking("a", ["bcdefgh", "bcdefgi"], [0, 1], [True, True]),
         Ranking("a", ["b", "c"], [0, 1], [True, True]),
         Ranking("a", ["b", "b"], [0, 1], [True, True]),
         Ranking("a", ["b", "c"], [0, 0], [True, True]),
     ]
-    kept = encode_rankings(rankings, tokenizer, block_size=6)
+    kept = encode_rankings(rankings, TOY, block_size=6)
     assert [[e.completion for e in item.examples] for item in kept] == [[[1, EOS], [2, EOS]]]
 
 
@@ -678,7 +663,6 @@ def test_a_score_is_that_of_the_text_alone(float64, rope_base, expectation):
 def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monkeypatch):
     """On the texts that it has learned from the reward model is too sure: their scores spread wider than those of PPO's
     samples, and every coefficient of PPO is off. It must not matter where in the prompts file the ranked ones stand."""
-    tokenizer = speak_toy(monkeypatch, reward_model)
     asked = []
 
     def record(policy, prompts, *args, **kwargs):
@@ -686,12 +670,12 @@ def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monk
         return generate(policy, prompts, *args, **kwargs)
 
     monkeypatch.setattr(reward_model, "generate", record)
-    prompts = [tokenizer.decode([i, 20 - i, 3]) for i in range(20)]
+    prompts = [TOY.decode([i, 20 - i, 3]) for i in range(20)]
     rankings = [{"prompt": p, "chosen": "ab", "rejected": "cde"} for p in prompts[::2]]
     path = write_lines(tmp_path / "all.jsonl", [{"prompt": p} for p in prompts])
     run_reward_model(tmp_path, make_gpt(14, block_size=24), rankings, prompts=path, normalise_samples=8)
     assert len(asked) == 8
-    assert not {tokenizer.decode(p) for p in asked} & {row["prompt"] for row in rankings}
+    assert not {TOY.decode(p) for p in asked} & {row["prompt"] for row in rankings}
 
 
 @pytest.mark.parametrize(
@@ -710,9 +694,8 @@ def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monk
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
+def test_impossible_settings_are_refused(tmp_path, changes, says):
     """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
-    speak_toy(monkeypatch, reward_model)
     with pytest.raises(UserError, match=says):
         run_reward_model(tmp_path, make_gpt(15, block_size=24), **changes)
 
@@ -723,7 +706,6 @@ def test_impossible_settings_are_refused(tmp_path, monkeypatch, changes, says):
 def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     """With --data alone it was judged on the demo's rankings and normalised on the demo's prompts, in silence. What
     lies beside the data is taken, where it is there, and every file that is read is named."""
-    speak_toy(monkeypatch, reward_model)
     own, opened = beside_a_demo(tmp_path, monkeypatch)
     policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
     data = write_lines(own / "mine.jsonl", own_pairs(8))
@@ -740,7 +722,7 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{twin}: 3 rankings" in said and f"{prompts}: 2 prompts" in said
     held_out = encode_rankings(
-        [Ranking(r["prompt"], r["completions"], [0, 1], [True] * 2) for r in own_pairs(3, 8)], ToyTokenizer(), 24
+        [Ranking(r["prompt"], r["completions"], [0, 1], [True] * 2) for r in own_pairs(3, 8)], TOY, 24
     )
     trained = load_model(own / "rm", CPU, "scalar")
     assert trained.task == ""
@@ -751,11 +733,10 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
 )
-def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, monkeypatch, capsys, vocabulary, own, gates):
+def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, vocabulary, own, gates):
     """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them; also
     where own simulated annotators tell their truth. A policy of the embedded task on own data is noted."""
-    tokenizer = ByteTokenizer() if vocabulary == "bytes" else load_tokenizer("tiny")
-    monkeypatch.setattr(reward_model, "load_tokenizer", lambda name: tokenizer)
+    tokenizer = load_tokenizer(vocabulary)
     policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
     save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
     rows, held_out = (

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, ITEMS, ToyTokenizer, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
+from helpers import EOS, ITEMS, TOY, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
 from helpers import write_lines
 
 import lib.reward
@@ -34,7 +34,7 @@ from data import batches, tiny
 from data.batches import Example
 from evaluate import expected_best
 from sampling import generate
-from study import best_of_n, broken, implicit, jobs, rankings, results, run
+from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = jobs.FULL, jobs.QUICK
@@ -88,7 +88,7 @@ def test_samples_keep_their_own_figures():
     policy, scorers = make_gpt(1), [make_scalar(2), make_scalar(3)]
     config = best_of_n.Config(max_new_tokens=2, seed=5)
     gold = lambda prompts, completions: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
-    parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, ToyTokenizer(), 48, config)
+    parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, TOY, 48, config)
     logprobs, golds, scores = best_of_n.sample(*parts, 3, "abc", [0, 1, 2])
 
     generator = generator_for(policy.device, 5, 7, 3)
@@ -101,7 +101,7 @@ def test_samples_keep_their_own_figures():
             assert logprobs[i].item() == pytest.approx(
                 completion_logprobs(policy, [0, 1, 2], ids).sum().item(), abs=1e-4
             )
-            assert golds[i].item() == pytest.approx(gold([""], [ToyTokenizer().decode(rollout.completions()[i])])[0])
+            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])])[0])
             for m, model in enumerate(scorers):
                 alone = model(torch.tensor([[0, 1, 2, *ids]]))[0, -1].item()
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
@@ -198,7 +198,7 @@ def fabricate(size: jobs.Size, out: str) -> None:
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
-def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsys):
+def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path):
     """A result that no job makes ends the study with an error after its last job; one that is another run's, or
     compared with another baseline or across seeds, is a wrong figure that nobody sees. Seeds differ by 10 here, so only
     a difference within each seed has no spread. To four digits: no more are kept."""
@@ -246,13 +246,11 @@ def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsy
     for name, p in over["best_of_n"].items():
         assert [x["n"] for x in p["points"]] == list(size.best_of) and says(p["points"][1]["score"], name, "score")
 
-    results.print_results(found)
-    shown, first = capsys.readouterr().out, found["frontier"]["ppo"]["ppo_0.1"]["gold"]
-    assert f"ppo_0.1      gold {first['mean']:.2f}" in shown
-    if len(size.seeds) > 1:
-        assert f"ppo_0.1      gold {first['mean']:.2f} [{first['low']:.2f}, {first['high']:.2f}]" in shown
+    first = found["frontier"]["ppo"]["ppo_0.1"]["gold"]
+    shown = f"{first['mean']:.2f}" + (f" [{first['low']:.2f}, {first['high']:.2f}]" if len(size.seeds) > 1 else "")
+    assert f"| ppo 0.1 | {shown} |" in tables.frontier(found)
     Path(f"{out}/{size.seeds[-1]}/implicit.json").unlink()
-    with pytest.raises(UserError, match=r"implicit\.json: not there"):
+    with pytest.raises(UserError, match=r"implicit\.json: no such file; run `python -m study\.run` first"):
         results.gather(size, out)
 
 
@@ -400,9 +398,8 @@ def test_a_mistake_reaches_what_the_script_imports(tmp_path):
 # -------------------------------------------------------------------------------- implicit reward, rankings
 
 
-def toy_dpo(folder: Path, monkeypatch, **config) -> str:
+def toy_dpo(folder: Path, **config) -> str:
     """A run of dpo.py that seems to have been here -> its folder."""
-    monkeypatch.setattr(implicit, "load_tokenizer", lambda name: ToyTokenizer())
     policy = make_gpt(0)
     spread(policy, 3, scale=0.1)
     start, path = checkpoint(folder / "start", make_gpt(0)), checkpoint(folder / "dpo", policy)
@@ -411,10 +408,10 @@ def toy_dpo(folder: Path, monkeypatch, **config) -> str:
     return path
 
 
-def test_the_implicit_judge_counts_pairs(tmp_path, monkeypatch):
+def test_the_implicit_judge_counts_pairs(tmp_path):
     """Pair by pair, ties and missing completions left out. The reference is subtracted: a policy that merely finds
     likely texts likely is no judge."""
-    policy, reference, _, _ = implicit.load(toy_dpo(tmp_path, monkeypatch, beta=0.2))
+    policy, reference, _, _ = implicit.load(toy_dpo(tmp_path, beta=0.2))
     right, pairs, without = 0, 0, 0
     for item in ITEMS:
         told, plain = [], []
@@ -432,9 +429,9 @@ def test_the_implicit_judge_counts_pairs(tmp_path, monkeypatch):
     assert implicit.accuracy(policy, reference, ITEMS) == pytest.approx(right / pairs)
 
 
-def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path, monkeypatch):
+def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path):
     """PPO's folder has a policy too: its KL coefficient is no beta. One line, no KeyError."""
-    path = toy_dpo(tmp_path, monkeypatch, kl_coef=0.1)
+    path = toy_dpo(tmp_path, kl_coef=0.1)
     with pytest.raises(UserError, match="not a run of dpo"):
         implicit.load(path)
     (tmp_path / "dpo" / "config.json").unlink()
@@ -499,7 +496,7 @@ class Toys:
         (self.out / "pace").write_text(str(seconds))
 
     def job(self, name: str, flags: str = "") -> jobs.Job:
-        return jobs.make(1, f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
+        return jobs.make(f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
 
     def run(self, *todo: jobs.Job, at_a_time: int = 2) -> None:
         run.run_jobs(list(todo), list(todo), self.out.as_posix(), at_a_time)
@@ -584,7 +581,7 @@ def test_what_a_job_is_given_and_leaves(toys):
         "import os, pathlib, sys; out = pathlib.Path(sys.argv[-1]); out.mkdir();"
         "(out / 'state.pt').touch(); (out / 'model.pt').write_text(os.environ['TOLD'])"
     )
-    job = jobs.make(1, f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
+    job = jobs.make(f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
     toys.run(job)
     assert [file.name for file in (toys.out / "x").iterdir()] == ["model.pt"]
     assert (toys.out / "x" / "model.pt").read_text() == "a=b"

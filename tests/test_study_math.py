@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ToyTokenizer, checkpoint, completion_logprobs, make_gpt, speak_toy, spread
+from helpers import TOY, checkpoint, completion_logprobs, make_gpt, spread
 
 from lib.cli import UserError, check_ranges, parse_config
 from data.files import read_jsonl, write_jsonl
@@ -175,7 +175,6 @@ def test_a_broken_script_runs_the_broken_code(tmp_path):
 
 def test_the_implicit_reward_is_beta_times_the_log_ratio(tmp_path, monkeypatch):
     """EOS counts where the completion ended; the reference is the run's own."""
-    speak_toy(monkeypatch, implicit)
     reference, policy = make_gpt(0), make_gpt(0)
     spread(policy, 3, scale=0.1)
     start, out = checkpoint(tmp_path / "start", reference), checkpoint(tmp_path / "dpo", policy)
@@ -184,12 +183,9 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(tmp_path, monkeypatch):
     implicit.load.cache_clear()
     prompts, completions, ended = ["ab", "c", "ab"], ["cd", "a", "cd"], [True, True, False]
     found = implicit.reward(prompts, completions, ended)
-    tokenizer = ToyTokenizer()
     for prompt, completion, end, r in zip(prompts, completions, ended, found, strict=True):
-        ids = tokenizer.encode(completion) + [tokenizer.eos_id] * end
-        log_ratio = [
-            completion_logprobs(m, tokenizer.encode_prompt(prompt), ids).sum().item() for m in (policy, reference)
-        ]
+        ids = TOY.encode(completion) + [TOY.eos_id] * end
+        log_ratio = [completion_logprobs(m, TOY.encode_prompt(prompt), ids).sum().item() for m in (policy, reference)]
         assert r == pytest.approx(0.3 * (log_ratio[0] - log_ratio[1]), abs=1e-5)
     implicit.load.cache_clear()
 
@@ -236,7 +232,7 @@ def toy_jobs(tmp_path, b: str = "b", seconds: float = 0.05) -> list[jobs.Job]:
     (tmp_path / "out").mkdir(exist_ok=True)
     parts = [("a", "a", ""), ("b", b, f"{o}/a"), ("c", "c", ""), ("d", "d", f"{o}/b")]
     return [
-        jobs.make(1, f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
+        jobs.make(f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
     ]
 
 

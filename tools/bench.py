@@ -56,7 +56,7 @@ from lib.run import write_json
 from data.batches import Example, RankedExamples, make_batch, micro_batches, ranked_batch
 from frame import completion_mask, whiten
 from model import GPT, GPTConfig, ScalarModel
-from sampling import Rollout, generate
+from sampling import Rollout, generate, numbers_cached
 from lib.weights import save_pretrained
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "generate")
@@ -139,7 +139,7 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
 def decode_bytes(policy: GPT, config: Config) -> float:
     """What a step of `generate` reads: every weight once, and the keys and values of all tokens so far, on average."""
     weights = sum(p.numel() for name, p in policy.named_parameters() if name != "wpe.weight")
-    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * policy.config.numbers_cached
+    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * numbers_cached(policy.config)
     return 4 * (weights + cached)
 
 
@@ -270,7 +270,7 @@ def own_reward_model(s: Start) -> Step:
     def loss_of(part: list[RankedExamples]) -> Tensor:
         batch = ranked_batch(part, s.device)
         with autocast(s.device, own.dtype):
-            scores = s.scorer(batch.tokens, batch.ends, batch.branches)  # (N, 2)
+            scores = s.scorer(batch.tokens, batch.ends, batch.positions)  # (N, 2)
         return reward_model.ranking_loss(scores, batch.ranks)
 
     return lambda batch: optimiser_step(s.scorer, optimizer, batch, own, loss_of)

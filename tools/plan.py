@@ -39,7 +39,7 @@ from lib.cli import DTYPES, check, check_ranges, flag, run_main
 from frozen import train_last_layers
 from lib.train import autocast, prepare_blocks
 from model import GPT, GPTConfig, ScalarModel
-from sampling import CACHE_NUMBERS
+from sampling import CACHE_NUMBERS, numbers_cached
 
 SIZES = {  # token ids, block size, blocks, heads, channels
     "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),
@@ -156,7 +156,7 @@ def all_passes(c: GPTConfig, config: Config) -> Passes:
 
 def cache_bytes(c: GPTConfig, config: Config) -> int:
     """Keys and values of the rollouts that `generate` holds at a time."""
-    numbers = config.rollouts * (config.prompt + config.completion) * c.numbers_cached
+    numbers = config.rollouts * (config.prompt + config.completion) * numbers_cached(c)
     return min(numbers, CACHE_NUMBERS) * (2 if config.dtype == "bfloat16" else 4)
 
 

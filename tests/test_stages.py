@@ -1,0 +1,656 @@
+"""What every training stage must do, whichever it is: stages.py holds the table of how to start each one small."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+
+import pytest
+import torch
+from helpers import (
+    EOS,
+    ROOT,
+    TOY,
+    assert_same_weights,
+    beside_a_demo,
+    make_gpt,
+    own_pairs,
+    plain_sgd,
+    read_lines,
+    strict_json,
+    task_rankings,
+    write_lines,
+)
+from stages import CPU, PROMPTS, STAGES, asked, demonstrations, run, settings, toy_policy, watching
+
+import sft
+from data.tokenizer import load_tokenizer
+from lib.checkpoint import load_file, load_model, save_model
+from lib.cli import TrainConfig, UserError
+from model import GPT, Block, ScalarModel
+
+every_stage = pytest.mark.parametrize("stage", STAGES)
+learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
+samples = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "prompts"])
+TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
+
+
+def test_no_stage_is_forgotten():
+    """A new stage that stands in the root and not in the table: nothing below would be asked of it."""
+    scripts = [path.stem for path in ROOT.glob("*.py")]
+    modules = {name: importlib.import_module(name) for name in scripts}
+    trains = {n for n, m in modules.items() if hasattr(m, "Config") and issubclass(m.Config, TrainConfig)}
+    assert trains == set(STAGES)
+
+
+def length_of(stage: str, n: int) -> dict:
+    """The flag that makes a run of this stage n epochs, or n iterations, long."""
+    return {STAGES[stage].longer: n}
+
+
+def one_step(stage: str, n: int = 1) -> dict:
+    """n epochs or iterations of one optimiser step each, on all items."""
+    once = {"minibatch": 12, "ppo_epochs": 1} if STAGES[stage].data == "prompts" else {}
+    return {**length_of(stage, n), **once}
+
+
+def same_figures(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+@every_stage
+def test_a_run_leaves_the_files_of_the_contract(tmp_path, stage):
+    """A file that the next stage or --resume needs and that is missing, a .tmp file that stays, numpy or a class of the
+    project's in a checkpoint (weights_only=True reads it all), NaN in a file that other readers take for JSON."""
+    results, model, log = run(stage, tmp_path)
+    out = tmp_path / "out"
+    names = ["config.json", "metrics.jsonl", "model.pt", "results.json", "state.pt"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert strict_json(out / "results.json") == results and results["gates"] == [] and results["seconds"] >= 0
+    config = strict_json(out / "config.json")
+    assert all(config[name] in (value, [value]) for name, value in settings(stage, tmp_path).items())
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    content = load_file(out / "model.pt")
+    assert set(content) == {"kind", "config", "tokenizer", "made", "weights"}
+    assert content["tokenizer"] == "toy" and content["kind"] == STAGES[stage].kind
+    made = content["made"]
+    assert made == {"script": f"{stage}.py", "config": config, "task": ""}
+    assert load_file(out / "state.pt")["step"] == log[-1]["step"]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_stage
+def test_the_log_and_the_states_come_as_often_as_asked(tmp_path, stage):
+    """--log_every and --save_every that are ignored, or count from another step; the last step is always logged and
+    saved."""
+    seen: list[int] = []
+    replace = os.replace
+
+    def note(source, target):
+        replace(source, target)
+        if str(target).endswith("state.pt"):
+            seen.append(load_file(target)["step"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", note)
+        log = run(stage, tmp_path, **one_step(stage, 7), log_every=3, save_every=2).log
+    assert seen == [2, 4, 6, 7]
+    if STAGES[stage].data == "prompts":  # every iteration is logged; --log_every is about printed samples
+        assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 7]
+    else:
+        first = [] if stage == "sft" else [1]
+        assert [row["step"] for row in log] == [*first, 3, 6, 7]
+
+
+@every_stage
+@pytest.mark.parametrize("lr", [1e20, 1e39], ids=["the loss", "the weights"])
+def test_a_run_that_blows_up_stops_and_leaves_no_model(tmp_path, stage, lr):
+    """NaN or inf is saved as a model, and the next stage starts from it: one line says what happened instead. After a
+    single step is the subtle case: its loss was still finite. What was logged before is kept."""
+    several = {"ppo_epochs": 3} if STAGES[stage].data == "prompts" else {"epochs": 5}
+    says = "loss is .* lower --lr" if lr < 1e38 else "weights are not finite.* lower --lr|learned nothing"
+    with pytest.raises(UserError, match=says) as error:
+        run(stage, tmp_path, **one_step(stage) | (several if lr < 1e38 else {}), lr=lr)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "model.pt").exists() and not (tmp_path / "out" / "results.json").exists()
+    if lr > 1e38 or STAGES[stage].data == "data":
+        assert read_lines(tmp_path / "out" / "metrics.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+class Killed(Exception):
+    pass
+
+
+def die_after_state(stage: str, folder, step: int, **changes) -> None:
+    """A run that is killed as soon as the state after this step is saved."""
+    replace = os.replace
+
+    def replace_and_die(source, target):
+        replace(source, target)
+        if str(target).endswith("state.pt") and load_file(target)["step"] == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_and_die)
+        run(stage, folder, **changes)
+
+
+@every_stage
+@pytest.mark.parametrize("train_layers", [0, 1])
+def test_a_resumed_run_equals_the_unbroken_one(tmp_path, stage, train_layers):
+    """Killed after a saved state and resumed, with half a line in its log and torch's generator elsewhere, a run ends
+    with the same weights to the bit and the same log and results. An optimiser that starts anew, a data position or a
+    KL coefficient that is lost, dropout of other draws, a common trunk that is common no more."""
+    changes = {"model": toy_policy(dropout=0.1, n_layer=3), **one_step(stage, 4), "train_layers": train_layers}
+    changes |= {"dropout": 0.1} if stage == "sft" else {}
+    changes |= {"kl_target": 3.0} if stage == "ppo" else {}
+    whole = run(stage, tmp_path / "whole", **changes)
+    die_after_state(stage, tmp_path / "broken", 2, save_every=2, **changes)
+    with open(tmp_path / "broken" / "out" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "loss"')  # a line that the crash cut short
+    torch.manual_seed(12345)
+    with watching() as watch:
+        resumed = run(stage, tmp_path / "broken", save_every=2, resume=True, **changes)
+    assert len(watch.steps) == 2
+    for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert same_figures(resumed.log) == same_figures(whole.log)
+    assert same_figures([resumed.results]) == same_figures([whole.results])
+
+
+@every_stage
+def test_a_finished_run_goes_on_for_longer_or_is_left_as_it_is(tmp_path, stage):
+    """Resumed as it was, not a byte changes and nothing is computed. With more epochs or iterations what was logged
+    stays, and the new steps follow."""
+    first = run(stage, tmp_path, **one_step(stage, 2))
+    before = files_of(tmp_path / "out")
+    with watching() as watch:
+        again = run(stage, tmp_path, **one_step(stage, 2), resume=True)
+    assert again.results == first.results and files_of(tmp_path / "out") == before
+    assert not watch.steps
+    with watching() as watch:
+        longer = run(stage, tmp_path, **one_step(stage, 4), resume=True)
+    assert len(watch.steps) == 2 and same_figures(longer.log)[:2] == same_figures(first.log)
+    assert [row["step"] for row in longer.log] == [1, 2, 3, 4]
+    if "score" in longer.results:
+        assert longer.results["score"] == pytest.approx(longer.log[3]["score"], abs=1e-6)
+
+
+@every_stage
+def test_a_state_belongs_to_its_configuration(tmp_path, stage):
+    """Another learning rate, seed, start or data: refused, the flag named, no byte changed. A run that has been started
+    anew in the meantime has no state until it saves its first."""
+    run(stage, tmp_path, save_every=1)
+    before = files_of(tmp_path / "out")
+    flag, start = STAGES[stage].data, STAGES[stage].start
+    made = settings(stage, tmp_path)
+    other = write_lines(tmp_path / "other.jsonl", read_lines(made[flag]))
+    for name, value in {"lr": 1e-4, "seed": 2, "grad_clip": 0.5, flag: other, start: str(tmp_path / "x")}.items():
+        if name == start:
+            (tmp_path / "start").rename(tmp_path / "x")
+            made[start] = value
+        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} "):
+            run(stage, tmp_path, save_every=1, resume=True, **{name: value})
+        assert files_of(tmp_path / "out") == before
+    die_after_state(stage, tmp_path, 1, save_every=1, seed=2)
+    assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "model.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the steps
+
+
+@every_stage
+def test_micro_batches_change_memory_and_nothing_else(tmp_path, monkeypatch, float64, stage):
+    """A mean of the means of micro-batches, weights or figures that depend on how a step is split, gradients that pile
+    up: the same weights and the same log, to rounding, whatever --micro_batch is."""
+    plain_sgd(monkeypatch)
+    start = toy_policy()
+    changes = {**length_of(stage, 2), "lr": 0.02 if stage != "dpo" else 2e-3}
+    whole, *others = (run(stage, tmp_path, start, micro_batch=size, **changes) for size in (0, 1, 2))
+    before = start if STAGES[stage].kind == "gpt" else run(stage, tmp_path, start, lr=0.0).model
+    for other in others:
+        assert_same_weights(other.model, whole.model, before)
+        for row, expected in zip(same_figures(other.log), same_figures(whole.log), strict=True):
+            assert row == pytest.approx(expected, abs=2e-6)
+
+
+@every_stage
+@pytest.mark.parametrize("limit", [0.0, 0.01])
+def test_gradients_are_clipped_when_they_are_there_and_before_the_step(tmp_path, stage, limit):
+    """Clipping before the backward pass or after the step, one norm for two networks, and a limit of 0, which is none:
+    taken for a largest norm it would train nothing. Of the gradients that the optimiser finds. What is logged is the
+    norm before clipping."""
+    with watching() as watch:
+        log = run(stage, tmp_path, **one_step(stage, 2), grad_clip=limit, lr=1e-3).log
+    for step, row in zip(watch.steps, log, strict=True):
+        networks = step.norms if stage == "ppo" else [step.norm]
+        assert row["grad_norm"] > 0.02
+        if limit:
+            assert networks == pytest.approx([limit] * len(networks), rel=1e-3)
+        else:
+            assert networks[0] == pytest.approx(row["grad_norm"], rel=1e-4)
+
+
+@every_stage
+def test_the_learning_rate_warms_up_and_decays(tmp_path, stage):
+    """A schedule that is logged and not used, or used for one of two networks: up in two steps, then half a cosine
+    (sft.py) or a straight line down."""
+    rates = {"lr": 4e-4} | ({"value_lr": 1e-3} if stage == "ppo" else {})
+    with watching() as watch:
+        log = run(stage, tmp_path, **one_step(stage, 6), warmup=2, **rates).log
+    factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    if stage == "sft":
+        factors[3:] = [0.5 * (1 + math.cos(math.pi * done)) for done in (0.25, 0.5, 0.75)]
+    peaks = list(rates.values()) * (2 if stage == "sft" else 1)  # it has a group for matrices and one for vectors
+    assert [row["lr"] for row in log] == pytest.approx([4e-4 * f for f in factors], abs=1e-6)
+    for step, factor in zip(watch.steps, factors, strict=True):
+        assert step.rates == pytest.approx([peak * factor for peak in peaks], rel=1e-12)
+
+
+# What each stage builds its optimiser with: class, betas, eps, and the decay of its groups under --weight_decay 0.3,
+# where it has that flag.
+OPTIMISERS = {
+    "sft": ("AdamW", (0.9, 0.99), 1e-8, [0.3, 0.0]),  # matrices alone decay
+    "reward_model": ("AdamW", (0.9, 0.99), 1e-8, [0.3]),
+    "ppo": ("Adam", (0.9, 0.999), 1e-5, [0.0, 0.0]),  # policy and value model
+    "grpo": ("Adam", (0.9, 0.999), 1e-5, [0.0]),
+    "dpo": ("AdamW", (0.9, 0.99), 1e-8, [0.0]),
+}
+
+
+@every_stage
+def test_the_optimiser_is_built_with_these_arguments(tmp_path, stage):
+    """A decay that nobody asked for (AdamW's own is 0.01), --weight_decay that is ignored, other betas or another eps:
+    the loss falls all the same, a little worse. Every parameter of the network stands in one group."""
+    name, betas, eps, decays = OPTIMISERS[stage]
+    with watching() as watch:
+        run(stage, tmp_path, **one_step(stage), **({"weight_decay": 0.3} if any(decays) else {}))
+    optimizer = watch.steps[0].optimizer
+    assert type(optimizer).__name__ == name
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == (betas, eps, decay)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    networks = {p.network for p in watch.training()}
+    assert len(held) == len(set(held)) and set(held) == {id(p) for net in networks for p in net.parameters()}
+    if stage == "sft":
+        assert {p.dim() >= 2 for p in optimizer.param_groups[0]["params"]} == {True}
+        assert {p.dim() >= 2 for p in optimizer.param_groups[1]["params"]} == {False}
+
+
+# ------------------------------------------------------------------------------------------------ the order
+
+
+def numbered(stage: str, lengths: list[int]) -> list[dict]:
+    """Items with a prompt of two letters of its own each, and answers of these lengths."""
+    prompts = [TOY.decode([1 + i // 20, i % 20]) for i in range(len(lengths))]
+    if stage == "sft":
+        return demonstrations([(p, "a" * n) for p, n in zip(prompts, lengths, strict=True)])
+    rows = zip(prompts, lengths, strict=True)
+    return [{"prompt": p, "chosen": "a" * n, "rejected": "b" * n} for p, n in rows]
+
+
+def items_of_steps(watch) -> list[list[str]]:
+    """The prompts of the items of every step, sorted."""
+    return [sorted(t[:2] for p in watch.of_step(i) for t in p.texts()) for i in range(len(watch.steps))]
+
+
+@learns_from_files
+def test_every_item_once_an_epoch_in_a_fresh_order(tmp_path, stage):
+    """The same order in every epoch, a remainder that is dropped, a seed that orders nothing."""
+    rows, orders = numbered(stage, [1] * 11), []
+    for seed in (1, 2):
+        with watching() as watch:
+            run(stage, tmp_path, rows=rows, batch_size=4, micro_batch=2, epochs=3, seed=seed, lr=0.0)
+        steps = items_of_steps(watch)
+        assert [len(step) for step in steps] == [4, 4, 3] * 3
+        epochs = [steps[i : i + 3] for i in (0, 3, 6)]
+        assert all(sorted(itertools.chain(*epoch)) == [row["prompt"] for row in rows] for epoch in epochs)
+        orders += epochs
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+@learns_from_files
+def test_a_step_holds_items_of_all_lengths(tmp_path, stage):
+    """Steps of similar lengths: a token of a short answer would weigh several times one of a long answer, and the
+    decay of the learning rate, and each step's clipping, would fall on one length alone. Steps of 8 items sorted by
+    length have 1 to 24 times as many tokens as the shortest, random ones about as many as any other."""
+    rows = numbered(stage, [1 + i % 24 for i in range(96)])
+    tokens = {row["prompt"]: len(row.get("completion", row.get("chosen"))) for row in rows}
+    start = toy_policy(n_layer=1, block_size=32)
+    with watching() as watch:
+        run(stage, tmp_path, start, rows, batch_size=8, lr=0.0, epochs=2)
+    sums = [sum(tokens[prompt] for prompt in step) for step in items_of_steps(watch)]
+    assert len(sums) == 2 * 12 and max(sums) < 3 * min(sums)
+
+
+@learns_from_files
+def test_micro_batches_hold_little_filler(tmp_path, stage):
+    """Within a step the order changes no gradient, so items of similar length go together: no other split of the
+    step's items has less filler."""
+    rows = numbered(stage, [1 + 7 * i % 17 for i in range(16)])
+    # of a row: the prompt, and every answer with its EOS
+    sizes = {row["prompt"]: 2 + sum(len(row[k]) + 1 for k in row if k != "prompt") for row in rows}
+    with watching() as watch:
+        run(stage, tmp_path, toy_policy(block_size=40), rows, batch_size=8, micro_batch=2, lr=0.0)
+    assert len(watch.steps) == 2
+    for number in range(2):
+        passes = watch.of_step(number)
+        lens = sorted(sizes[text[:2]] for p in passes for text in p.texts())
+        assert len(lens) == 8 and len(passes) == 4
+        assert sum(p.tokens.numel() for p in passes) == 2 * sum(lens[1::2])
+
+
+@samples
+def test_every_rollout_is_used_once_an_epoch_in_a_fresh_order(tmp_path, stage):
+    """A remainder that is dropped where the minibatch doesn't divide the rollouts, one permutation for all epochs or
+    all iterations, prompts or samples that are the same in every iteration. At a learning rate of 0 nothing else could
+    make them differ."""
+    with watching() as watch:
+        run(stage, tmp_path, lr=0.0, rows=[{"prompt": p} for p in PROMPTS], iterations=2)
+    calls = asked(tmp_path)
+    assert len(watch.steps) == 2 * 2 * 3  # iterations, epochs, minibatches of 5, 5 and 2
+    orders = []
+    for iteration, call in enumerate(calls):
+        texts = sorted((p + c).rstrip(TOY.decode([EOS])) for p, c in zip(call.prompts, call.completions, strict=True))
+        for epoch in range(2):
+            numbers = range(6 * iteration + 3 * epoch, 6 * iteration + 3 * epoch + 3)
+            steps = [sorted(t for p in watch.of_step(i, GPT) for t in p.texts()) for i in numbers]
+            assert [len(step) for step in steps] == [5, 5, 2]
+            assert sorted(itertools.chain(*steps)) == texts
+            orders.append([[texts.index(text) for text in step] for step in steps])
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+    assert calls[0].prompts != calls[1].prompts and calls[0].completions != calls[1].completions
+
+
+@samples
+def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
+    """The same luck in every iteration, or whatever the seed is. With one prompt and a learning rate of 0 nothing else
+    could make the texts differ."""
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(stage, tmp_path / folder, rows=[{"prompt": "abc"}], iterations=2, lr=0.0, seed=seed)
+    a, b, c = ([call.completions for call in asked(tmp_path / folder)] for folder in "abc")
+    assert a == b and a[0] != a[1] and a[0] != c[0]
+
+
+# ----------------------------------------------------------------------------------------------- memory and speed
+
+
+@every_stage
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
+    """--dtype that is ignored in training, in sampling or in scoring: the run is merely slow. The weights stay float32,
+    and a little rounding changes the first step's figures by little."""
+    scorer = {"reward": str(tmp_path / "rm" / "out")}
+    if stage in ("ppo", "grpo"):
+        run("reward_model", tmp_path / "rm")
+    changes = scorer if stage in ("ppo", "grpo") else {}
+    with watching() as watch:
+        _, model, log = run(stage, tmp_path, **one_step(stage), **changes, dtype=dtype)
+    wanted = getattr(torch, dtype)
+    assert watch.products[True] == {wanted}
+    if stage in ("reward_model", "ppo", "grpo"):  # whose samples and scores are in it too
+        assert watch.products[False] == {wanted}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in watch.steps[0].optimizer.param_groups[0]["params"]} == {torch.float32}
+    exact = run(stage, tmp_path / "exact", **one_step(stage), **changes).log[0]
+    assert (log[0]["grad_norm"] != exact["grad_norm"]) == (dtype == "bfloat16")
+    if STAGES[stage].data == "data":
+        assert log[0]["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+
+@every_stage
+def test_every_block_is_compiled(tmp_path, monkeypatch, stage):
+    """--compile that is ignored or leaves one of the networks as it was; or a graph of a whole network, which gives its
+    parameters other names."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    run(stage, tmp_path)
+    assert not compiled
+    with watching() as watch:
+        run(stage, tmp_path, compile=True)
+    assert all(type(module) is Block for module in compiled) and len(compiled) == len(set(compiled))
+    networks = {p.network for p in (watch.passes if STAGES[stage].data == "prompts" else watch.training())}
+    assert {m for network in networks for m in network.modules() if isinstance(m, Block)} <= set(compiled)
+
+
+@every_stage
+def test_every_trained_block_is_recomputed(tmp_path, stage):
+    """--recompute that is ignored or leaves a network out: out of memory where it was asked for. Every block that is
+    trained runs once more in each backward pass, and the run is the same to the last bit."""
+    runs, logs = [], []
+    for recompute in (False, True):
+        with watching() as watch:
+            logs.append(same_figures(run(stage, tmp_path, **one_step(stage), recompute=recompute).log))
+        trained = [m for p in watch.training() for m in p.network.modules() if isinstance(m, Block)]
+        runs.append(len(watch.block_runs))
+    assert runs[1] == runs[0] + len(trained) and trained
+    assert logs[0] == logs[1]
+
+
+@every_stage
+def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, float64, stage):
+    """--train_layers that is ignored, that freezes too much or too little, or frozen weights that decay all the same.
+    What is trained takes the very step that it takes in a run that trains everything."""
+    start = toy_policy(n_layer=3)
+    decay = {"weight_decay": 0.1} if stage in ("sft", "reward_model") else {}
+    above = ("h.2.", "ln_f.", "gpt.h.2.", "gpt.ln_f.", "head.", "block.", "ln.", "direction")
+    before = dict(run(stage, tmp_path, start, **one_step(stage), lr=0.0).model.named_parameters())
+    after = run(stage, tmp_path, start, **one_step(stage), train_layers=1, **decay).model
+    with torch.no_grad():
+        moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith(above)}
+    plain_sgd(monkeypatch)
+    some, everything = (run(stage, tmp_path, start, **one_step(stage), train_layers=n).model for n in (1, 0))
+    for (name, a), b in zip(some.named_parameters(), everything.parameters(), strict=True):
+        if name.startswith(above):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(UserError, match="--train_layers 4: the model has 3 blocks"):
+        run(stage, tmp_path, start, train_layers=4)
+
+
+@every_stage
+def test_dropout_is_on_in_training_where_it_belongs_and_off_elsewhere(tmp_path, stage):
+    """Dropout in evaluation, sampling or a reference: a figure that depends on chance. None in training, after an
+    evaluation in the middle of it for example: a flag that does nothing. PPO, GRPO and DPO compare two networks, so
+    they train without."""
+    held_out = None if stage in ("ppo", "grpo") else settings(stage, tmp_path)["data"]
+    changes = {"held_out": read_lines(held_out)} if held_out else {}
+    changes |= {"dropout": 0.5, "eval_every": 1} if stage == "sft" else {}
+    with watching() as watch:
+        log = run(stage, tmp_path, toy_policy(dropout=0.5), **one_step(stage, 3), lr=0.0, **changes).log
+    assert {p.dropout for p in watch.training()} == {STAGES[stage].dropout}
+    assert not any(p.dropout for p in watch.passes if not p.training)
+    losses = [row["loss"] for row in log if "loss" in row]
+    if losses:  # on the same batch three times: the order of the rows alone differs
+        assert (max(losses) - min(losses) > 1e-4) == STAGES[stage].dropout
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+def test_the_reference_stays_frozen(tmp_path, stage):
+    """A reference that shares storage with what is trained, or learns along: the KL penalty would hold nothing."""
+    start = toy_policy()
+    with watching() as watch:
+        after = run(stage, tmp_path, start, lr=1e-2).model
+    trained = {p.network for p in watch.training()}
+    (reference,) = {p.network for p in watch.passes if isinstance(p.network, GPT)} - trained
+    storages = {p.data_ptr() for network in trained for p in network.parameters()}
+    for (name, p), original in zip(reference.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(p, original), name
+        assert not p.requires_grad and p.grad is None and p.data_ptr() not in storages
+    assert not torch.equal(after.wte.weight, start.wte.weight)
+
+
+# ------------------------------------------------------------------------------------------------ whose data it is
+
+
+@learns_from_files
+def test_held_out_figures_are_those_of_the_held_out_data(tmp_path, float64, stage):
+    """Figures of the training data under the name of held-out ones, or of a policy before the last step: the same data
+    as training data and held out, and then other data that says the contrary."""
+    rows = numbered(stage, [2] * 6)
+    other = [
+        {**row, "completion": "bb"} if stage == "sft" else {**row, "chosen": "bb", "rejected": "aa"} for row in rows
+    ]
+    changes = {**one_step(stage, 15), "lr": 5e-3}
+    same, contrary = (run(stage, tmp_path, rows=rows, held_out=held_out, **changes) for held_out in (rows, other))
+    assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), contrary.model.parameters(), strict=True))
+    if stage == "sft":
+        assert contrary.results["held_out_loss"] > same.results["held_out_loss"] + 1
+    else:
+        assert (same.results["accuracy"], contrary.results["accuracy"]) == (1.0, 0.0)
+        assert contrary.results["loss"] > same.results["loss"]
+
+
+def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "tiny", **changes) -> dict:
+    """The stage's flags for data of the embedded task, or of one's own, in this vocabulary, from a policy that was
+    trained on the embedded task."""
+    n_vocab = load_tokenizer(vocabulary).n_vocab
+    policy = make_gpt(14, vocab=n_vocab, block_size=192, n_layer=1, n_embd=16)
+    save_model(folder / "policy", policy, vocabulary, "sft.py", sft.Config(), of_policy)
+    rows, held_out = own_pairs(4, gold=True) if own else task_rankings(4), own_pairs(2, 4, gold=True) if own else None
+    held_out = held_out or task_rankings(2, 2)
+    if stage == "sft":
+        rows, held_out = (
+            demonstrations([(row["prompt"], row["completions"][0]) for row in some]) for some in (rows, held_out)
+        )
+        changes |= {"init": str(folder / "policy"), "tokenizer": "auto"}
+    else:
+        changes["policy"] = str(folder / "policy")
+    if stage in ("ppo", "grpo"):
+        rows, held_out = [{"prompt": row["prompt"]} for row in rows], None
+        changes = {"iterations": 1, "reward": str(folder / "rm"), **changes}
+        scorer = ScalarModel.from_gpt(policy)
+        save_model(folder / "rm", scorer, vocabulary, "reward_model.py", sft.Config(), "" if own else "tiny")
+    if stage == "reward_model":
+        changes["normalise_samples"] = 2
+    return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
+
+
+@every_stage
+@pytest.mark.parametrize("vocabulary", ["tiny", "bytes"])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, stage, vocabulary, own):
+    """Own data in the tiny vocabulary got the embedded task's gates, so that a good run FAILED; the task's data in
+    another vocabulary lost them. A policy of the embedded task on own data is rarely meant, and noted; sft.py is there
+    to teach it something else."""
+    results = run(stage, tmp_path, **on_task(stage, tmp_path, own, vocabulary)).results
+    said = capsys.readouterr().out
+    assert len(results["gates"]) == said.count("GATE") == (0 if own else STAGES[stage].gates)
+    assert ("NOTE" in said) == (own and stage != "sft")
+    assert load_model(tmp_path / "out", CPU, STAGES[stage].kind).task == ("" if own else "tiny")
+    if not own:  # a failed gate is one of a resumed run too
+        changes = on_task(stage, tmp_path, own, vocabulary)
+        assert run(stage, tmp_path, **changes, resume=True).results == results
+
+
+@every_stage
+def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage):
+    """With data of one's own the stage was judged on the demo's held-out data, or normalised on the demo's prompts, in
+    silence. What lies beside the data is taken where it is there, and every file that is read is named."""
+    own, opened = beside_a_demo(tmp_path, monkeypatch)
+    changes = {"held_out_data": "auto"} if STAGES[stage].held_out else {}
+    changes |= {"prompts": "auto"} if stage == "reward_model" else {}
+    flags = settings(stage, own, **changes)
+    for left_over in ("held_out.jsonl", "prompts.jsonl"):
+        if STAGES[stage].data == "data":
+            (own / left_over).unlink(missing_ok=True)
+    data, start = flags[STAGES[stage].data], flags[STAGES[stage].start]
+    module = STAGES[stage].module
+    results = module.train(module.Config(**flags))
+    said = capsys.readouterr().out
+    assert f"{data}: " in said and f"{start}/model.pt: made by" in said and "accuracy" not in results
+    assert load_model(own / "out", CPU, STAGES[stage].kind).task == ""
+    if STAGES[stage].held_out:
+        assert "data_held_out.jsonl" in said  # what is missing is said
+        twin = write_lines(own / "data_held_out.jsonl", read_lines(data)[:3])
+        prompts = write_lines(own / "prompts.jsonl", [{"prompt": "ttt"}, {"prompt": "sss"}])
+        results = module.train(module.Config(**flags))
+        said = capsys.readouterr().out
+        assert f"{twin}: 3 " in said and {"accuracy", "held_out_loss"} & set(results)
+        assert (f"{prompts}: 2 prompts" in said) == (stage == "reward_model")
+    assert opened == []
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+REFUSED = {
+    "every": [
+        {"micro_batch": -1},  # range(0, n, -1) is empty: it would go through and learn nothing
+        {"grad_clip": -1.0},  # would climb
+        {"grad_clip": math.nan},
+        {"lr": math.nan},
+        {"lr": math.inf},
+        {"seed": 2**64},
+        {"seed": -1},
+        {"train_layers": 3},
+        {"train_layers": -1},
+        {"warmup": 99},
+        {"dtype": "float16"},
+        {"log_every": 0},
+    ],
+    "sft": [{"epochs": 0}, {"batch_size": 0}, {"dropout": 1.0}],
+    "reward_model": [{"epochs": 0}, {"normalise_samples": 1}, {"expectation": "perhaps"}],
+    "ppo": [
+        {"temperature": 0.0},
+        {"minibatch": 13},
+        {"minibatch": 0},
+        {"lam": 1.1},
+        {"gamma": -0.1},
+        {"clip": 0.0},
+        {"kl_coef": -0.1},
+        {"rollouts": 0},
+        {"max_new_tokens": 24},
+        {"iterations": 0},
+        {"kl_target": 4.0, "kl_coef": 0.0},  # a coefficient of 0 stays 0 whatever the target is
+        {"kl_target": 4.0, "kl_horizon": 0.0},
+        {"kl_target": -1.0},
+        {"kl": "k4"},
+        {"reward_combine": "product"},
+        {"reward_weights": [1.0, 1.0]},
+        {"reward_weights": [math.nan]},
+        {"ptx_coef": 0.5},  # and no demonstrations beside the prompts
+    ],
+    "grpo": [
+        {"rollouts": 10},  # no multiple of the group
+        {"minibatch": 13},
+        {"kl": "k1"},  # in the loss it has no gradient on average
+        {"kind": "reinforce"},
+        {"max_new_tokens": 24},
+        {"iterations": 0},
+    ],
+    "dpo": [
+        {"beta": 0.0},
+        {"beta": math.inf},
+        {"label_smoothing": 0.5},
+        {"kind": "ipo", "label_smoothing": 0.1},
+        {"kind": "hinge"},
+        {"epochs": 0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [(stage, changes) for stage in STAGES for changes in (*REFUSED["every"], *REFUSED[stage])],
+    ids=str,
+)
+def test_impossible_settings_are_refused(tmp_path, stage, changes):
+    """A setting that can't work, or would be ignored, stops at once with one line that names its flag, before anything
+    is written: not as a crash or as silent nonsense after the first step."""
+    with pytest.raises(UserError) as error:
+        run(stage, tmp_path, **changes)
+    assert "\n" not in str(error.value)
+    assert any(f"--{name}" in str(error.value) for name in changes)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
