@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.cli import flag, run_main
+from lib.cli import Flags, flag, run_main
 from study.results import BLOCK, SHAPES, fitted, read
 from study.style import COLOURS, TEXT, line, save, style
 from study.tables import MAXIMISED
 
 
 @dataclass
-class Config:
+class Config(Flags):
     results: str = flag("study/results.json", "what study/results.py has gathered")
     assets: str = flag("assets", "folder for the figures")
 

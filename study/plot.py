@@ -24,14 +24,14 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lib.cli import check, flag, run_main
+from lib.cli import Flags, check, flag, run_main
 from data.files import read_jsonl
 from study.metrics import METRICS, Metric, bounded
 from study.style import HEALTHY, HEALTHY_ALPHA, check_figure_name, line, save, style
 
 
 @dataclass
-class Config:
+class Config(Flags):
     runs: list[str] = flag(["out"], "runs, or folders of runs; `--runs` itself may be left out where they come first")
     out: str = flag("auto", "figure to write, .svg, .png or .pdf (auto: curves.svg in the first folder)")
     metrics: list[str] = flag([], "metrics to show, in this order (none: all that were logged)")

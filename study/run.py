@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import UserError, check, check_ranges, flag, run_main
+from lib.cli import Flags, UserError, check, flag, run_main
 from lib.run import write_json
 from study import jobs as experiments
 from study import tables
@@ -30,7 +30,7 @@ from study.results import gather
 
 
 @dataclass
-class Config:
+class Config(Flags):
     out: str = flag("auto", "folder for everything that is trained (auto: out/study, with --quick out/study_quick)")
     quick: bool = flag(False, "tiny networks, one seed: nothing is learned; results and figures stay in --out")
     only: list[str] = flag([], "experiments, by their function in study/jobs.py (none: all)")
@@ -142,7 +142,6 @@ def with_needs(chosen: list[Job], everything: list[Job]) -> list[Job]:
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     size = QUICK if config.quick else FULL
     out = config.out if config.out != "auto" else "out/study_quick" if config.quick else "out/study"
     everything = experiments.jobs(size, out)

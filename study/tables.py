@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import check, flag, run_main
+from lib.cli import Flags, check, flag, run_main
 from lib.run import write_text
 from study.jobs import PPO_FLAGS, SFT_BROKEN
 from study.results import read
 
 
 @dataclass
-class Config:
+class Config(Flags):
     results: str = flag("study/results.json", "what study/results.py has gathered")
     document: str = flag("docs/study.md", "file for all tables")
     page: str = flag("docs/experiments.md", "file whose table of mistakes is brought up to date (empty: none)")

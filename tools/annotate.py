@@ -35,7 +35,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.cli import UserError, check, flag, run_main
+from lib.cli import Flags, UserError, check, flag, run_main
 from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, replacing, turns_of
 from data.files import write_jsonl
 
@@ -619,7 +619,7 @@ def compare_people(paths: list[Path], people: dict[str, dict]) -> list[str]:
 
 
 @dataclass
-class Config:
+class Config(Flags):
     files: list[str] = flag([], "rankings, a file for each person", positional=True)
     out: str = flag("", "file for the rankings of all of them (empty: none)")
 

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lib.cli import UserError, check, flag, run_main
+from lib.cli import Flags, UserError, check, flag, run_main
 from data.files import prompt_json, text_field, turns_of, write_jsonl
 from tools.records import Dropped, Turns, conversation, messages, prompt_turns, read_records, transcript
 
@@ -146,7 +146,7 @@ FORMATS = {
 
 
 @dataclass
-class Config:
+class Config(Flags):
     files: list[str] = flag([], "published data, see above", positional=True)
     format: str = flag("auto", "format of the records", choices=("auto", *FORMATS))
     out_dir: str = flag("out/real", "folder for the files")
