@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from helpers import EOS, RANKINGS, TOY, checkpoint, make_gpt, read_lines, write_lines
+from helpers import EOS, RANKINGS, TOY, checkpoint, make_gpt, own_pairs, read_lines, task_rankings, write_lines
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -20,7 +20,8 @@ import grpo
 import ppo
 import reward_model
 import sft
-from lib.checkpoint import load_model
+from data.tokenizer import load_tokenizer
+from lib.checkpoint import load_model, save_model
 from model import GPT, Block, ScalarModel
 
 CPU = torch.device("cpu")
@@ -147,6 +148,15 @@ def toy_policy(seed: int = 1, **sizes) -> GPT:
     return policy
 
 
+def eos_lover(seed: int = 0, **sizes) -> GPT:
+    """A policy that ends every text at once."""
+    policy = make_gpt(seed, **{"block_size": 24, **sizes})
+    with torch.no_grad():
+        policy.ln_f.weight.zero_()
+        policy.wte.weight[EOS] = 100 * policy.ln_f.bias / policy.ln_f.bias.norm() ** 2
+    return policy
+
+
 def settings(name: str, folder: Path, model=None, rows=None, held_out=None, **changes) -> dict:
     """The fields of the stage's Config for a small run in this folder, whose files are written. model: what it starts
     from; rows, held_out: what it learns from and what is held out (none unless given)."""
@@ -179,6 +189,31 @@ def run(name: str, folder: Path, model=None, rows=None, held_out=None, **changes
     results = module.train(module.Config(**made))
     out = Path(made["out_dir"])
     return Ran(results, load_model(out, CPU, STAGES[name].kind).model, read_lines(out / "metrics.jsonl"))
+
+
+def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "tiny", **changes) -> dict:
+    """The stage's flags for data of the embedded task, or of one's own, in this vocabulary, from a policy that was
+    trained on the embedded task."""
+    n_vocab = load_tokenizer(vocabulary).n_vocab
+    policy = make_gpt(14, vocab=n_vocab, block_size=192, n_layer=1, n_embd=16)
+    save_model(folder / "policy", policy, vocabulary, "sft.py", sft.Config(), of_policy)
+    rows, held_out = own_pairs(4, gold=True) if own else task_rankings(4), own_pairs(2, 4, gold=True) if own else None
+    held_out = held_out or task_rankings(2, 2)
+    if stage == "sft":
+        rows, held_out = (
+            demonstrations([(row["prompt"], row["completions"][0]) for row in some]) for some in (rows, held_out)
+        )
+        changes |= {"init": str(folder / "policy"), "tokenizer": "auto"}
+    else:
+        changes["policy"] = str(folder / "policy")
+    if stage in ("ppo", "grpo"):
+        rows, held_out = [{"prompt": row["prompt"]} for row in rows], None
+        changes = {"iterations": 1, "reward": str(folder / "rm"), **changes}
+        scorer = ScalarModel.from_gpt(policy)
+        save_model(folder / "rm", scorer, vocabulary, "reward_model.py", sft.Config(), "" if own else "tiny")
+    if stage == "reward_model":
+        changes["normalise_samples"] = 2
+    return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
 
 
 # ------------------------------------------------------------------------------------------------ what can be seen

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,41 +19,24 @@ from helpers import (
     RANKINGS,
     TOY,
     assert_same_weights,
-    assert_steps_hold_all_lengths,
-    beside_a_demo,
-    checkpoint,
     completion_logprobs,
     descend,
-    distance,
     finite_difference_gradient,
     frame_batch,
     gradient_of,
     log_sigmoid,
     make_gpt,
-    own_pairs,
     plain_sgd,
-    rankings_of_all_lengths,
-    read_lines,
-    record_steps,
-    strict_json,
-    task_rankings,
-    write_lines,
 )
+from stages import on_task, run
 from torch import Tensor
 
 import dpo
-import frame
-import sft
 from lib.cli import UserError
-from lib.checkpoint import load_model, save_model
-from data.batches import RankedExamples, encode_rankings, ranked_batch
-from data.files import Ranking
-from data.tokenizer import load_tokenizer
+from data.batches import RankedExamples, ranked_batch
 from dpo import (
     Config,
-    add_reference_logprobs,
     dpo_loss,
-    figures_of,
     ranking_logprobs,
     ranking_pairs,
     sequence_logprobs,
@@ -301,25 +283,6 @@ def test_rankings_expand_to_all_strict_pairs():
         assert item.n_pairs == math.comb(len(item.ranks), 2)
 
 
-def test_reference_logprobs_do_not_depend_on_the_batches(float64):
-    """Cached log-probs that belong to another ranking, or change with who was scored
-    beside whom; then h is not 0 at the start."""
-    reference = make_gpt(5)
-    for repeats in (1, 40):  # one batch; several of them, in another order than the rankings
-        items = [copy.copy(item) for _ in range(repeats) for item in ITEMS]
-        add_reference_logprobs(reference, items, Config())
-        for item in items:
-            expected = [completion_logprobs(reference, e.prompt, e.completion).sum().item() for e in item.examples]
-            assert item.ref_logprobs.tolist() == pytest.approx(expected, abs=1e-10)
-            assert not item.ref_logprobs.requires_grad
-    items = items[: len(ITEMS)]
-    logprobs = ranking_logprobs(reference, ranked_batch(items, CPU), "float32")
-    for row, item in zip(logprobs, items, strict=True):
-        k = len(item.ranks)
-        torch.testing.assert_close(row[:k].detach(), item.ref_logprobs, rtol=0, atol=1e-10)
-        assert (row[k:] == 0).all()
-
-
 @pytest.mark.parametrize("rope_base", [0.0, 100.0])
 def test_the_shared_prompt_changes_no_logprob(float64, rope_base):
     """Completions that share a prompt must not see each other: each has the log-probs, and the gradients, that it has
@@ -330,6 +293,7 @@ def test_the_shared_prompt_changes_no_logprob(float64, rope_base):
     sum_of = (shared * weights).sum()
     alone = 0.0
     for n, item in enumerate(ITEMS):
+        assert (shared[n, len(item.examples) :] == 0).all()
         for k, e in enumerate(item.examples):
             mask = torch.tensor([[False] * len(e.prompt) + [True] * len(e.completion)])
             logprob = sequence_logprobs(model, torch.tensor([e.ids]), mask)[0]
@@ -340,98 +304,51 @@ def test_the_shared_prompt_changes_no_logprob(float64, rope_base):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_the_reference_pass_may_go_in_slices(float64, monkeypatch):
-    """Without gradients a few rankings go through the model at a time: each with its own positions and its own mask."""
+def test_the_reference_pass_may_go_in_slices(float64):
+    """Without gradients a few rankings go through the model at a time: each with its own positions and its own mask.
+    Here with a pretended vocabulary, one at a time."""
     reference = make_gpt(5)
     whole = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32").detach()
-    assert len(ITEMS) > 2
-    monkeypatch.setattr(frame, "rows_at_a_time", lambda tokens, model: 2)
+    reference.config.vocab_size = 2**26
     with torch.no_grad():
         sliced = ranking_logprobs(reference, ranked_batch(ITEMS, CPU), "float32")
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-10)
 
 
-def test_figures_by_hand():
-    """Equal rewards counted as wrong (accuracy 0 at the start), or the margin of the wrong things."""
-    losses, chosen, rejected = numbers(0.5, 0.7, 0.9), numbers(1.0, 0.0, -1.0), numbers(0.0, 0.0, 1.0)
-    logprobs = numbers(-1.0, -2.0, -3.0), numbers(-4.0, -5.0, -9.0)
-    figures = figures_of(torch.stack([losses, chosen, rejected, *logprobs]))
-    expected = {"loss": 0.7, "accuracy": 0.5, "margin": -1 / 3, "chosen_reward": 0.0, "rejected_reward": 1 / 3}
-    assert figures == pytest.approx({**expected, "chosen_logprob": -2.0, "rejected_logprob": -6.0})
-
-
-@pytest.mark.parametrize(("kind", "eps"), [("sigmoid", 0.1), ("ipo", 0.0)])
-def test_held_out_figures_equal_a_loop(float64, kind, eps):
-    """A mean of batch means, dropout in evaluation, or the reference's log-probs of other rankings."""
-    policy, reference = make_gpt(6, dropout=0.5), make_gpt(7)
-    policy.train()
-    config = Config(beta=0.2, label_smoothing=eps, kind=kind)
-    items = [copy.copy(item) for item in ITEMS]
-    add_reference_logprobs(reference, items, config)
-    found = dpo.evaluate(policy, items, config)
-    many = [copy.copy(item) for _ in range(30) for item in items]  # several batches, whose pairs are of unequal number
-    assert dpo.evaluate(policy, many, config) == pytest.approx(found, rel=1e-10)
-    policy.eval()
-    losses, hits, margins = [], [], []
-    for item in ITEMS:
-        new = [completion_logprobs(policy, e.prompt, e.completion).sum().item() for e in item.examples]
-        old = [completion_logprobs(reference, e.prompt, e.completion).sum().item() for e in item.examples]
-        for i, j in itertools.combinations(range(len(new)), 2):
-            if item.ranks[i] != item.ranks[j]:
-                h = (new[i] - old[i]) - (new[j] - old[j])
-                sigmoid = -(1 - eps) * log_sigmoid(0.2 * h) - eps * log_sigmoid(-0.2 * h)
-                losses.append(sigmoid if kind == "sigmoid" else (h - 2.5) ** 2)
-                margins.append(0.2 * h)
-                hits.append(float(h > 0))
-    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-10)
-    assert found["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-10)
-    assert found["accuracy"] == pytest.approx(sum(hits) / len(hits), abs=1e-10)
-
-
 # ------------------------------------------------------------------------------------------------ the script
 
 
-def run_dpo(tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes) -> tuple[dict, object, list[dict]]:
-    """dpo.train on toy rankings; -> results, the trained policy, the log."""
-    out = Path(changes.get("out_dir", tmp_path / "out"))
-    settings = {
-        "data": write_lines(tmp_path / "r.jsonl", rankings),
-        "held_out_data": write_lines(tmp_path / "h.jsonl", held_out) if held_out else "",
-        "policy": checkpoint(tmp_path / "policy", policy),
-        **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "grad_clip": 1e9},
-        **{"lr": 0.02, "log_every": 1, "max_new_tokens": 6, "device": "cpu"},
-        **{"beta": 0.1, "kind": "sigmoid", "label_smoothing": 0.0, "epochs": 1},
-    }
-    results = dpo.train(Config(**{**settings, **changes}))
-    return results, load_model(out, CPU).model, read_lines(out / "metrics.jsonl")
-
-
-def slow_loss(policy, reference, beta: float, eps: float = 0.0, kind: str = "sigmoid", cut: bool = False) -> Tensor:
-    """The mean over all strict pairs of GROUPS, or of CUT_GROUPS, text by text in float64."""
-    losses = []
+def slow_ratios(policy, reference=None, cut: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """log pi/pi_ref (log pi without a reference) of the better and of the worse text, for every strict pair of GROUPS
+    or CUT_GROUPS, text by text in float64."""
+    pairs = []
     for prompt, groups in CUT_GROUPS if cut else GROUPS:
         ratios = []
         for rank, texts in enumerate(groups):
             for text in texts:
                 end = [EOS] if text.endswith(".") or not cut else []
                 ids = TOY.encode(prompt), [*TOY.encode(text.removesuffix(".")), *end]
-                new, old = (completion_logprobs(model, *ids).sum() for model in (policy, reference))
-                ratios.append((rank, new - old.detach()))
-        for (rank_a, a), (rank_b, b) in itertools.combinations(ratios, 2):
-            if rank_a != rank_b:
-                p = torch.sigmoid(beta * (a - b))
-                sigmoid = -(1 - eps) * p.log() - eps * (1 - p).log()
-                losses.append(sigmoid if kind == "sigmoid" else (a - b - 1 / (2 * beta)) ** 2)
+                old = completion_logprobs(reference, *ids).sum().detach() if reference else 0.0
+                ratios.append((rank, completion_logprobs(policy, *ids).sum() - old))
+        pairs += [(a, b) for (better, a), (worse, b) in itertools.combinations(ratios, 2) if better != worse]
+    return pairs
+
+
+def slow_loss(policy, reference, beta: float, eps: float = 0.0, kind: str = "sigmoid", cut: bool = False) -> Tensor:
+    """The mean over those pairs, by the formula."""
+    losses = []
+    for a, b in slow_ratios(policy, reference, cut):
+        p = torch.sigmoid(beta * (a - b))
+        sigmoid = -(1 - eps) * p.log() - eps * (1 - p).log()
+        losses.append(sigmoid if kind == "sigmoid" else (a - b - 1 / (2 * beta)) ** 2)
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(
-    ("kind", "eps", "micro_batch"), [("sigmoid", 0.0, 0), ("sigmoid", 0.1, 1), ("sigmoid", 0.1, 4), ("ipo", 0.0, 2)]
-)
+@pytest.mark.parametrize(("kind", "eps", "micro_batch"), [("sigmoid", 0.0, 0), ("sigmoid", 0.1, 2), ("ipo", 0.0, 4)])
 def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, kind, eps, micro_batch):
-    """Two steps of the script against float64 descent on the definition, whatever the
-    micro-batch: a mean of micro-batch means, EOS or prompt in the sum, ties as pairs, the
-    reference that learns along, eps on the wrong side."""
+    """Two steps of the script against float64 descent on the definition: a mean of micro-batch means, EOS or prompt in
+    the sum, ties as pairs, a reference that learns along or whose log-probs are matched with other rankings, eps on the
+    wrong side. The order of the rows, which the seed decides, changes nothing."""
     plain_sgd(monkeypatch)
     before = make_gpt(8, block_size=24)
     reference, expected, losses = copy.deepcopy(before), copy.deepcopy(before), []
@@ -440,165 +357,71 @@ def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, flo
         loss = slow_loss(expected, reference, 0.2, eps, kind)
         losses.append(loss.item())
         descend(expected, loss, lr * factor)
-    changes = {"epochs": 2, "beta": 0.2, "label_smoothing": eps, "kind": kind, "lr": lr}
-    _, after, log = run_dpo(tmp_path, before, micro_batch=micro_batch, **changes)
-    assert_same_weights(after, expected, before)
-    assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
+    changes = {"epochs": 2, "beta": 0.2, "label_smoothing": eps, "kind": kind, "lr": lr, "micro_batch": micro_batch}
+    for seed in (1, 2):
+        _, after, log = run("dpo", tmp_path, before, seed=seed, **changes)
+        assert_same_weights(after, expected, before)
+        assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1])
-def test_cut_texts_have_no_eos_to_learn_from(tmp_path, monkeypatch, float64, micro_batch):
+def test_cut_texts_have_no_eos_to_learn_from(tmp_path, monkeypatch, float64):
     """An EOS behind each text that --max_new_tokens cut: DPO learns to stop in mid-sentence. A step on rankings with
     "ended", against the definition."""
     plain_sgd(monkeypatch)
     before = make_gpt(8, block_size=24)
     expected = copy.deepcopy(before)
-    loss = slow_loss(expected, before, 0.1, cut=True)
-    descend(expected, loss, 0.02)
-    _, after, log = run_dpo(tmp_path, before, CUT_RANKINGS, micro_batch=micro_batch)
+    descend(expected, slow_loss(expected, before, 0.1, cut=True), 0.02)
+    _, after, log = run("dpo", tmp_path, before, CUT_RANKINGS, micro_batch=1)
     assert_same_weights(after, expected, before)
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-6)
 
 
-def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
-    """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
-    steps = []
-    record_steps(steps, monkeypatch, dpo)
-    policy = make_gpt(10, block_size=32, n_layer=1)
-    run_dpo(tmp_path, policy, rankings_of_all_lengths(96), epochs=2, batch_size=8, lr=1e-4)
-    assert_steps_hold_all_lengths(steps, 96, 2)
-
-
-def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
-    """--train_layers that is ignored, or that freezes the reference alone: last block and final LayerNorm move as the
-    definition says, everything before them not at all."""
-    plain_sgd(monkeypatch)
-    before = make_gpt(8, block_size=24)
-    expected = copy.deepcopy(before)
-    for name, p in expected.named_parameters():
-        p.requires_grad_(name.startswith(("h.1.", "ln_f.")))
-    descend(expected, slow_loss(expected, before, 0.1), 0.02)
-    _, after, _ = run_dpo(tmp_path, before, train_layers=1)
-    assert_same_weights(after, expected, before)
-    for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, start) or name.startswith(("h.1.", "ln_f.")), name
-
-
-def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
-    """Log-probs of the reference that are matched with the wrong rankings once the rows are shuffled."""
-    plain_sgd(monkeypatch)
-    policy = make_gpt(9, block_size=24)
-    trained = [run_dpo(tmp_path, policy, seed=seed, micro_batch=2, epochs=2)[1] for seed in (1, 2, 3)]
-    for other in trained[1:]:
-        assert_same_weights(other, trained[0], policy)
+@pytest.mark.parametrize(("kind", "eps"), [("sigmoid", 0.1), ("ipo", 0.0)])
+def test_figures_equal_a_loop(tmp_path, float64, kind, eps):
+    """Logged and held-out figures: a mean of batch means, dropout in evaluation, a margin of the wrong things, rewards
+    or log-probs exchanged, an equal pair that counts as wrong (accuracy 0 at the start)."""
+    before = make_gpt(6, block_size=24, dropout=0.5)
+    settings = {"beta": 0.2, "label_smoothing": eps, "kind": kind, "micro_batch": 2, "epochs": 2}
+    settings["lr"] = 0.01 if kind == "sigmoid" else 1e-4
+    results, after, _ = run("dpo", tmp_path, before, held_out=RANKINGS, **settings)
+    ratios = slow_ratios(after, before)
+    margins = [0.2 * (a - b).item() for a, b in ratios]
+    assert results["loss"] == pytest.approx(slow_loss(after, before, 0.2, eps, kind).item(), rel=1e-9)
+    assert results["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-9)
+    assert results["accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins), abs=1e-9)
+    # the figures that a step logs are those of the policy before it
+    first, second = run("dpo", tmp_path, before, **settings).log
+    middle = run("dpo", tmp_path, before, **settings | {"epochs": 1}).model
+    assert first["accuracy"] == 0.5 and first["margin"] == 0
+    ratios, logprobs = slow_ratios(middle, before), slow_ratios(middle)
+    chosen, rejected = (sum(pair[i].item() for pair in ratios) / len(ratios) for i in (0, 1))
+    assert second["chosen_reward"] == pytest.approx(0.2 * chosen, abs=1e-6)
+    assert second["rejected_reward"] == pytest.approx(0.2 * rejected, abs=1e-6)
+    chosen, rejected = (sum(pair[i].item() for pair in logprobs) / len(logprobs) for i in (0, 1))
+    assert second["chosen_logprob"] == pytest.approx(chosen, abs=1e-6)
+    assert second["rejected_logprob"] == pytest.approx(rejected, abs=1e-6)
 
 
 def test_the_first_logged_step_is_ln_2_and_the_loss_falls(tmp_path):
     """Stuck at 0.6931 with rewards of exactly 0: the first step must be ln 2 with a
     gradient, and the later ones below it."""
     policy = make_gpt(10, block_size=24, dropout=0.3)
-    results, _, log = run_dpo(tmp_path, policy, held_out=RANKINGS, epochs=20, lr=4e-3, grad_clip=1.0)
+    results, _, log = run("dpo", tmp_path, policy, held_out=RANKINGS, epochs=20, lr=4e-3, grad_clip=1.0)
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-5)
     assert (log[0]["chosen_reward"], log[0]["rejected_reward"]) == pytest.approx((0, 0), abs=1e-4)
     assert log[0]["grad_norm"] > 0.01
     assert log[1]["loss"] < LN2 - 1e-3
     assert results["loss"] < 0.3
     assert results["accuracy"] == 1.0
-    assert {"chosen_logprob", "rejected_logprob", "margin", "accuracy"} <= log[0].keys()
-    strict_json(tmp_path / "out" / "results.json")
 
 
 def test_in_bfloat16_policy_and_reference_still_agree_at_the_start(tmp_path):
     """The policy's log-probs in bfloat16 against the reference's in float32: rewards that are
     rounding noise from the first step on."""
-    _, _, log = run_dpo(tmp_path, make_gpt(11, block_size=24), dtype="bfloat16", beta=1.0, lr=0.0)
+    log = run("dpo", tmp_path, make_gpt(11, block_size=24), dtype="bfloat16", beta=1.0, lr=0.0).log
     assert log[0]["loss"] == pytest.approx(LN2, abs=1e-3)
     assert abs(log[0]["chosen_reward"]) < 1e-2
-    _, _, exact = run_dpo(tmp_path, make_gpt(11, block_size=24), beta=1.0, lr=0.0)
-    assert log[0]["chosen_logprob"] != exact[0]["chosen_logprob"]  # --dtype is not ignored
-    assert log[0]["chosen_logprob"] == pytest.approx(exact[0]["chosen_logprob"], rel=0.05)
-
-
-def test_the_reference_stays_frozen(tmp_path, monkeypatch):
-    """A reference that shares storage with the policy, or learns along: the log-ratios stay 0 and nothing is held."""
-    seen = []
-    original = add_reference_logprobs
-
-    def record(reference, *args):
-        seen.append(reference)
-        return original(reference, *args)
-
-    monkeypatch.setattr(dpo, "add_reference_logprobs", record)
-    policies = []
-    evaluate = dpo.evaluate
-    monkeypatch.setattr(dpo, "evaluate", lambda policy, *args: policies.append(policy) or evaluate(policy, *args))
-    start = make_gpt(12, block_size=24)
-    _, policy, _ = run_dpo(tmp_path, start, held_out=RANKINGS, epochs=2)
-    storages = {p.data_ptr() for p in policies[0].parameters()}
-    assert len(seen) == 2  # for the training and for the held-out rankings
-    for reference in seen:
-        for p, original_p in zip(reference.parameters(), start.parameters(), strict=True):
-            assert torch.equal(p, original_p)
-            assert not p.requires_grad
-            assert p.grad is None
-            assert p.data_ptr() not in storages
-    assert not torch.equal(policy.wte.weight, start.wte.weight)
-
-
-def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
-    """Clipping before backward clips nothing: the length of the step tells."""
-    plain_sgd(monkeypatch)
-    before = make_gpt(13, block_size=24)
-    _, after, log = run_dpo(tmp_path, before, micro_batch=4, grad_clip=1e-3, lr=1.0, beta=1.0)
-    assert distance(after, before) == pytest.approx(1e-3, rel=1e-2)
-    assert log[0]["grad_norm"] > 0.1
-
-
-def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
-    """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
-    plain_sgd(monkeypatch)
-    before = make_gpt(13, block_size=24)
-    _, after, log = run_dpo(tmp_path, before, grad_clip=0.0, lr=1.0, beta=2.0)
-    assert log[0]["grad_norm"] > 1.1  # 1 would be the default limit
-    assert distance(after, before) == pytest.approx(log[0]["grad_norm"], rel=1e-5)
-
-
-def test_a_text_cut_by_the_block_size_is_not_compared_with_an_invented_eos(float64):
-    """Truncation after EOS was appended drops it silently; a completion that was cut must end
-    without EOS, and count its own tokens only."""
-    items = encode_rankings([Ranking("a", ["bcdefgh", "c"], [0, 1], [True, True])], TOY, block_size=5)
-    long, short = items[0].examples
-    assert long.completion == [1, 2, 3, 4]
-    assert short.completion == [2, EOS]
-    model = make_gpt(14)
-    expected = [completion_logprobs(model, e.prompt, e.completion).sum().item() for e in (long, short)]
-    assert ranking_logprobs(model, ranked_batch(items, CPU), "float32")[0].tolist() == pytest.approx(
-        expected, abs=1e-11
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"beta": 0.0}, "--beta"),
-        ({"label_smoothing": 0.5}, "--label_smoothing"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "--label_smoothing"),
-        ({"kind": "hinge"}, "--kind"),
-        ({"micro_batch": -1}, "--micro_batch"),
-        ({"grad_clip": -1.0}, "--grad_clip"),  # would climb
-        ({"lr": math.nan}, "--lr"),
-        ({"beta": math.inf}, "--beta"),
-        ({"seed": 2**64}, "--seed"),
-        ({"train_layers": 3}, "--train_layers"),
-        ({"warmup": 2}, "--warmup"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(tmp_path, changes, says):
-    """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
-    with pytest.raises(UserError, match=says):
-        run_dpo(tmp_path, make_gpt(16, block_size=24), **changes)
 
 
 # ------------------------------------------------------------------------------------------------ did it work?
@@ -609,7 +432,7 @@ def test_a_collapse_shows_without_held_out_data(tmp_path, capsys):
     warning where they say that the policy is gone, and none where it has not moved."""
     policy = make_gpt(10, block_size=24)
     for lr, collapsed in ((0.0, False), (0.3, True)):
-        results, _, _ = run_dpo(tmp_path, policy, epochs=5, lr=lr, max_new_tokens=18)
+        results = run("dpo", tmp_path, policy, epochs=5, lr=lr, max_new_tokens=18).results
         said = capsys.readouterr().out
         assert results["kl"] > 25 if collapsed else results["kl"] == pytest.approx(0, abs=1e-4)
         if not collapsed:
@@ -643,72 +466,12 @@ def test_each_gate_can_fail(kind, start):
         assert [g["name"] for g in gates if not g["ok"]] == ([failed] if failed else [])
 
 
-def run_on_task(tmp_path, vocabulary: str, own: bool, **changes) -> dict:
-    """dpo.train from a policy of the embedded task, on data of the task or of one's own."""
-    tokenizer = load_tokenizer(vocabulary)
-    policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
-    save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
-    rows, held_out = (
-        (own_pairs(4, gold=True), own_pairs(2, 4, gold=True)) if own else (task_rankings(4), task_rankings(2))
-    )
-    settings = {"data": write_lines(tmp_path / "r.jsonl", rows), "policy": str(tmp_path / "policy"), "device": "cpu"}
-    settings |= {"held_out_data": write_lines(tmp_path / "h.jsonl", held_out), "out_dir": str(tmp_path / "dpo")}
-    return dpo.train(Config(**{**settings, "warmup": 0, "max_new_tokens": 4, **changes}))
-
-
 def test_a_learning_rate_of_a_million_does_not_pass(tmp_path):
     """With Adam the weights stay finite and the accuracy can be anything: a gate fails, or no model is saved."""
     try:
-        results = run_on_task(tmp_path, "tiny", False, lr=1e6, batch_size=1)
+        changes = on_task("dpo", tmp_path, own=False, vocabulary="tiny") | {"lr": 1e6, "batch_size": 1}
+        results = run("dpo", tmp_path, **changes).results
     except UserError as error:
-        assert "--lr" in str(error) and not (tmp_path / "dpo" / "model.pt").exists()
+        assert "--lr" in str(error) and not (tmp_path / "out" / "model.pt").exists()
     else:
         assert not all(g["ok"] for g in results["gates"])
-
-
-# ------------------------------------------------------------------------------------------------ data of one's own
-
-
-def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
-    """With --data alone it reported a held-out accuracy on the demo's rankings, in silence. The twin beside the data is
-    taken, where it is there, and every file that is read is named."""
-    own, opened = beside_a_demo(tmp_path, monkeypatch)
-    policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
-    data = write_lines(own / "mine.jsonl", own_pairs(8))
-    settings = {"data": data, "policy": policy, "out_dir": str(own / "dpo"), "warmup": 0, "device": "cpu"}
-    results = dpo.train(Config(**settings, max_new_tokens=4))
-    said = capsys.readouterr().out
-    assert "accuracy" not in results and results["gates"] == []
-    assert "mine_held_out.jsonl" in said and data in said and policy in said
-
-    twin = write_lines(own / "mine_held_out.jsonl", own_pairs(3, start=8))
-    results = dpo.train(Config(**settings, max_new_tokens=4))
-    assert f"{twin}: 3 rankings" in capsys.readouterr().out
-    trained = load_model(own / "dpo", CPU)
-    assert trained.task == ""
-    hits = []
-    with torch.no_grad():
-        for row in own_pairs(3, start=8):
-            ids, ratios = TOY.encode(row["prompt"]), []
-            for text in row["completions"]:
-                new, old = (
-                    completion_logprobs(model, ids, [*TOY.encode(text), EOS]).sum().item()
-                    for model in (trained.model, load_model(policy, CPU).model)
-                )
-                ratios.append(new - old)
-            hits.append(float(ratios[0] > ratios[1]))
-    assert results["accuracy"] == pytest.approx(sum(hits) / 3)
-    assert opened == []
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
-)
-def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, vocabulary, own, gates):
-    """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them. A policy
-    of the embedded task on own data is noted."""
-    results = run_on_task(tmp_path, vocabulary, own)
-    said = capsys.readouterr().out
-    assert len(results["gates"]) == said.count("GATE") == gates
-    assert ("NOTE" in said) == own
-    assert load_model(tmp_path / "dpo", CPU).task == ("" if own else "tiny")

@@ -18,14 +18,9 @@ from helpers import (
     GROUPS,
     ITEMS,
     MIXED_RANKS,
-    RANKINGS,
     TOY,
     assert_same_weights,
-    assert_steps_hold_all_lengths,
-    beside_a_demo,
-    checkpoint,
     descend,
-    distance,
     finite_difference_gradient,
     frame_batch,
     gradient_of,
@@ -36,30 +31,21 @@ from helpers import (
     own_pairs,
     plain_sgd,
     ranked,
-    rankings_of_all_lengths,
-    read_lines,
-    record_dtypes,
-    record_steps,
-    text_before,
+    score_rankings,
     slow_hidden,
-    strict_json,
-    task_rankings,
     write_lines,
 )
+from stages import eos_lover, on_task, run, watching
 from torch import Tensor
 
 import reward_model
-import sft
 from lib.cli import UserError
-from lib.checkpoint import load_model, save_model
-from lib.train import generator_for
+from lib.checkpoint import load_model
 from data import tiny
-from data.batches import encode_rankings, ranked_batch
-from data.files import Ranking
-from data.tokenizer import format_prompt, load_tokenizer
-from model import GPTConfig, ScalarModel
-from sampling import generate
-from reward_model import Config, accuracy_by_part, annotators_bayes_accuracy, evaluate, normalise, pair_accuracy
+from data.batches import contrast_rankings, ranked_batch
+from data.tokenizer import load_tokenizer
+from model import ScalarModel
+from reward_model import accuracy_by_part, annotators_bayes_accuracy, evaluate, pair_accuracy
 from reward_model import ranking_loss
 
 CPU = torch.device("cpu")
@@ -250,39 +236,21 @@ def test_padding_changes_no_gradient(float64, make):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-# ------------------------------------------------------------------------------------------------ normalisation
-
-
-def samples_of(policy, prompts, seed):
-    """The samples that `normalise` draws: one batch, in the order of length."""
-    return generate(policy, sorted(prompts, key=len), 10, eos_id=EOS, generator=generator_for(CPU, seed))
-
-
-def test_normalise_gives_the_policys_samples_mean_0_and_std_1(float64):
-    """A normalisation computed on other texts than the policy's, at the wrong position, or
-    on scores that were normalised before."""
-    policy, model = make_gpt(5), make_scalar(6)
-    prompts = [[i % 20, (3 * i) % 20][: 1 + i % 2] for i in range(60)]
-    rollout = samples_of(policy, prompts, seed=7)
-    raw = model.score(rollout.tokens, rollout.lens).detach()
-    model.mean.fill_(5.0)  # an earlier normalisation must not matter
-    model.std.fill_(0.1)
-    for _ in range(2):
-        normalise(model, policy, prompts, 10, EOS, seed=7)
-        scores = model.score(rollout.tokens, rollout.lens).detach()
-        assert scores.mean().item() == pytest.approx(0, abs=1e-10)
-        assert scores.std().item() == pytest.approx(1, abs=1e-10)
-        assert model.mean.item() == pytest.approx(raw.mean().item(), abs=1e-10)
-    assert torch.equal(scores.argsort(), raw.argsort())  # what is better stays better
-    torch.testing.assert_close(scores, (raw - raw.mean()) / raw.std(), rtol=0, atol=1e-10)
-
-
-def test_normalise_refuses_a_constant_model():
-    """Division by a standard deviation of 0: every later score would be nan."""
-    policy, model = make_gpt(5), make_scalar(6)
-    torch.nn.init.zeros_(model.head.weight)
-    with pytest.raises(UserError, match="same score"):
-        normalise(model, policy, [[1], [2], [3]], 4, EOS, seed=1)
+@pytest.mark.parametrize("expectation", [False, True])
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
+def test_a_score_is_that_of_the_text_alone(float64, rope_base, expectation):
+    """Completions that share a prompt must not see each other: each scores what it scores in a row of its own."""
+    model = make_scalar(9, rope_base=rope_base, expectation=expectation).eval()
+    batch = ranked_batch(ITEMS, CPU)
+    scores = score_rankings(model, batch)
+    for n, item in enumerate(ITEMS):
+        for k, example in enumerate(item.examples):
+            alone = model(torch.tensor([example.ids]))[0, -1]
+            torch.testing.assert_close(scores[n, k], alone, rtol=0, atol=1e-11)
+    model.gpt.wte.weight.grad = None
+    scores[0, 1].backward()  # the second completion's score pulls at its own tokens and its prompt's, at nobody else's
+    touched = set(model.gpt.wte.weight.grad.abs().sum(1).nonzero().flatten().tolist())
+    assert touched == set(ITEMS[0].examples[1].ids)
 
 
 # ------------------------------------------------------------------------------------------------ held-out figures
@@ -362,47 +330,20 @@ def test_bayes_accuracy_by_hand(tmp_path):
     assert annotators_bayes_accuracy(human) is None
 
 
-class Judge:
-    """A reward model that knows one part of the embedded task's truth, and nothing else."""
-
-    def __init__(self, *parts: str, block_size: int = 96):
-        self.parts, self.tokenizer = parts, load_tokenizer("tiny")
-        self.config = GPTConfig(self.tokenizer.n_vocab, block_size, 1, 1, 8)
-
-    def eval(self) -> None:
-        pass
-
-    def __call__(self, tokens: Tensor, where: Tensor, branches) -> Tensor:
-        start, end = format_prompt("\0").split("\0")
-        scores = []
-        for place in where.flatten().tolist():
-            ids = text_before(tokens, branches, place)
-            assert ids[-1] == self.tokenizer.eos_id
-            prompt, completion = self.tokenizer.decode(ids[:-1]).removeprefix(start).split(end)
-            parts = tiny.gold_parts(prompt, completion)
-            scores.append(sum((parts[name] for name in self.parts), 0.0))
-        return torch.tensor(scores).view(where.shape)
-
-
-@pytest.mark.parametrize(
-    ("knows", "better"),
-    [
-        (["correct"], ["right_vs_wrong", "right_vs_evasive", "finished_vs_cut"]),  # cut before its answer
-        (["polite"], ["polite_vs_plain", "plain_vs_rude"]),
-        (["to_the_point"], ["short_vs_rambling", "once_vs_repeated"]),
-        (["ended"], ["finished_vs_cut"]),
-        (["not_repeated"], ["once_vs_repeated"]),
-        ([], []),
-        (tiny.PARTS, NAMES),
-    ],
-    ids=str,
-)
-def test_accuracy_part_by_part(knows, better):
-    """Who knows a single part is right where that part differs, in every pair, and has no preference elsewhere: equal
-    scores are one half. What a single accuracy hides, this shows: manners without facts."""
-    prompts = [p for p in tiny.distinct_prompts(150, random.Random(3), "dev") if tiny.parse_prompt(p)[0] != "story"]
-    found = accuracy_by_part(Judge(*knows), prompts, load_tokenizer("tiny"), CPU)
-    assert found == {name: 1.0 if name in better else 0.5 for name in NAMES}
+def test_accuracy_part_by_part():
+    """A share of other pairs, or of a judge by length: of each contrast, how often the better text scores higher."""
+    tokenizer = load_tokenizer("tiny")
+    prompts = tiny.distinct_prompts(12, random.Random(3), "dev")
+    model = make_told(15, vocab=tokenizer.n_vocab, block_size=96, n_embd=16, n_layer=1)
+    found = accuracy_by_part(model, prompts, tokenizer, CPU)
+    contrasts = contrast_rankings(prompts, tokenizer, 96)
+    assert list(found) == list(contrasts) and len(set(found.values())) > 2
+    for name, items in contrasts.items():
+        wins = []
+        for item in items:
+            better, worse = (model(torch.tensor([e.ids]))[0, -1].item() for e in item.examples)
+            wins.append(better > worse)
+        assert found[name] == pytest.approx(sum(wins) / len(wins), abs=1e-6), name
 
 
 def test_every_gate_can_fail(capsys):
@@ -427,28 +368,12 @@ def test_every_gate_can_fail(capsys):
 # ------------------------------------------------------------------------------------------------ the script
 
 
-def run_reward_model(
-    tmp_path: Path, policy, rankings=RANKINGS, held_out=None, **changes
-) -> tuple[dict, ScalarModel, list[dict]]:
-    """reward_model.train on toy rankings; -> results, the trained model, the log."""
-    out = Path(changes.get("out_dir", tmp_path / "out"))
-    settings = {
-        "data": write_lines(tmp_path / "r.jsonl", rankings),
-        "held_out_data": write_lines(tmp_path / "h.jsonl", held_out) if held_out else "",
-        "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in "abcdefgh"]),
-        "policy": checkpoint(tmp_path / "policy", policy),
-        **{"out_dir": str(out), "batch_size": 8, "warmup": 0, "weight_decay": 0.0},
-        **{"grad_clip": 1e9, "lr": 0.02, "log_every": 1},
-        **{"max_new_tokens": 6, "normalise_samples": 8, "device": "cpu"},
-    }
-    results = reward_model.train(Config(**{**settings, **changes}))
-    return results, load_model(out, CPU, "scalar").model, read_lines(out / "metrics.jsonl")
-
-
-def fresh_reward_model(policy, seed: int = 1, expectation: bool = True) -> ScalarModel:
-    """What the script starts from: policies of less than 4 blocks need to be told what was expected."""
-    torch.manual_seed(seed)
-    return ScalarModel.from_gpt(policy, expectation)
+def start_of(folder: Path, policy, **changes) -> ScalarModel:
+    """What the script starts from: a run that learns nothing, without the normalisation at its end."""
+    model = run("reward_model", folder, policy, lr=0.0, **changes).model
+    model.mean.fill_(0.0)
+    model.std.fill_(1.0)
+    return model
 
 
 def slow_loss(model: ScalarModel, cut: bool = False) -> Tensor:
@@ -467,22 +392,24 @@ def slow_loss(model: ScalarModel, cut: bool = False) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("micro_batch", "expectation"), [(0, "auto"), (1, "auto"), (2, "yes"), (4, "yes"), (2, "no")])
-def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, micro_batch, expectation):
-    """A mean of micro-batch means, ties as wins, a score beside the last token, equal texts compared, gradients that
-    pile up: two steps of the script against float64 descent on the definition, whatever the micro-batch."""
+@pytest.mark.parametrize("expectation", ["yes", "no"])
+def test_training_steps_are_the_gradient_of_all_pairs(tmp_path, monkeypatch, float64, expectation):
+    """A mean of micro-batch means, ties as wins, a score beside the last token, equal texts compared, completions of
+    other prompts compared, gradients that pile up: two steps of the script against float64 descent on the definition,
+    whatever the order of the rows, which the seed decides."""
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
-    before = fresh_reward_model(policy, expectation=expectation != "no")
-    expected, losses = copy.deepcopy(before), []
-    for lr in (0.02, 0.01):  # linear decay over two steps
-        loss = slow_loss(expected)
-        losses.append(loss.item())
-        descend(expected, loss, lr)
-    settings = {"micro_batch": micro_batch, "expectation": expectation, "epochs": 2}
-    _, after, log = run_reward_model(tmp_path, policy, **settings)
-    assert_same_weights(after, expected, before)
-    assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
+    for seed in (1, 2):
+        settings = {"micro_batch": 2, "expectation": expectation, "seed": seed}
+        before = start_of(tmp_path, policy, **settings)
+        expected, losses = copy.deepcopy(before), []
+        for lr in (0.02, 0.01):  # linear decay over two steps
+            loss = slow_loss(expected)
+            losses.append(loss.item())
+            descend(expected, loss, lr)
+        _, after, log = run("reward_model", tmp_path, policy, epochs=2, **settings)
+        assert_same_weights(after, expected, before)
+        assert [row["loss"] for row in log] == pytest.approx(losses, abs=1e-6)  # the log rounds to six digits
 
 
 @pytest.mark.parametrize(
@@ -493,281 +420,87 @@ def test_shallow_networks_are_told_what_was_expected(tmp_path, expectation, n_la
     """auto: below four blocks; yes and no are obeyed. The checkpoint says it, and the policy's body is what it starts
     from."""
     policy = make_gpt(10, block_size=24, n_layer=n_layer, n_embd=8)
-    _, after, _ = run_reward_model(tmp_path, policy, expectation=expectation, lr=0.0)
-    assert after.config.expectation is told and policy.config.expectation is False
+    after = run("reward_model", tmp_path, policy, expectation=expectation, lr=0.0).model
     assert all(torch.equal(p, after.gpt.state_dict()[name]) for name, p in policy.state_dict().items())
     assert {name.split(".")[0] for name, _ in after.named_parameters()} == (
         {"gpt", "head", "block", "ln", "direction"} if told else {"gpt", "head"}
     )
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1])
-def test_cut_texts_are_read_without_eos(tmp_path, monkeypatch, float64, micro_batch):
+def test_cut_texts_are_read_without_eos(tmp_path, monkeypatch, float64):
     """PPO scores cut texts at their last token, where no EOS stands: a reward model that has seen each of them with one
     has never seen what it scores. A step on rankings with "ended", against the definition."""
     plain_sgd(monkeypatch)
     policy = make_gpt(10, block_size=24)
-    before = fresh_reward_model(policy)
+    before = start_of(tmp_path, policy)
     expected = copy.deepcopy(before)
     loss = slow_loss(expected, cut=True)
     descend(expected, loss, 0.02)
-    _, after, log = run_reward_model(tmp_path, policy, CUT_RANKINGS, micro_batch=micro_batch)
+    _, after, log = run("reward_model", tmp_path, policy, CUT_RANKINGS, micro_batch=1)
     assert_same_weights(after, expected, before)
     assert log[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
-
-
-def test_a_step_holds_rankings_of_all_lengths(tmp_path, monkeypatch):
-    """Steps of similar lengths: the learning rate's decay, and each step's clipping, would fall on one length alone."""
-    steps = []
-    record_steps(steps, monkeypatch, reward_model)
-    policy = make_gpt(10, block_size=32, n_layer=1)
-    run_reward_model(tmp_path, policy, rankings_of_all_lengths(96), epochs=2, batch_size=8, lr=1e-3)
-    assert_steps_hold_all_lengths(steps, 96, 2)
-
-
-def test_only_the_last_layers_are_trained(tmp_path, monkeypatch, float64):
-    """--train_layers that is ignored, or that freezes the head or what stands before it alone: last block, final
-    LayerNorm, what is told, its block and the head move as the definition says, everything before them not at all."""
-    plain_sgd(monkeypatch)
-    policy = make_gpt(10, block_size=24)
-    before = fresh_reward_model(policy)
-    expected = copy.deepcopy(before)
-    trained = ("gpt.h.1.", "gpt.ln_f.", "direction", "block.", "ln.", "head.")
-    for name, p in expected.named_parameters():
-        p.requires_grad_(name.startswith(trained))
-    descend(expected, slow_loss(expected), 0.02)
-    _, after, _ = run_reward_model(tmp_path, policy, train_layers=1)
-    assert_same_weights(after, expected, before)
-    for (name, p), start in zip(after.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, start) is not name.startswith(trained), name
-
-
-def test_order_of_the_rows_does_not_matter(tmp_path, monkeypatch, float64):
-    """A loss that pairs completions of different prompts depends on who stands next to whom."""
-    plain_sgd(monkeypatch)
-    policy = make_gpt(11, block_size=24)
-    original = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: original(1))  # the same head; the seed sets the order alone
-    trained = [run_reward_model(tmp_path, policy, seed=seed, micro_batch=2)[1] for seed in (1, 2, 3)]
-    for model in trained[1:]:
-        assert_same_weights(model, trained[0], fresh_reward_model(policy))
-
-
-def test_gradient_is_clipped_after_it_is_there(tmp_path, monkeypatch, float64):
-    """Clipping before backward clips nothing: the length of the step tells."""
-    plain_sgd(monkeypatch)
-    policy = make_gpt(12, block_size=24)
-    _, after, log = run_reward_model(tmp_path, policy, micro_batch=4, grad_clip=0.01, lr=1.0)
-    before = fresh_reward_model(policy)
-    assert distance(after, before) == pytest.approx(0.01, rel=1e-3)
-    assert log[0]["grad_norm"] > 0.1
-
-
-def test_a_gradient_clip_of_0_clips_nothing(tmp_path, monkeypatch, float64):
-    """As a largest norm, 0 trained nothing: every gradient was scaled down to it."""
-    plain_sgd(monkeypatch)
-    policy = make_gpt(12, block_size=24)
-    _, after, log = run_reward_model(tmp_path, policy, grad_clip=0.0, lr=1.0)
-    assert log[0]["grad_norm"] > 1.1  # 1 would be the default limit
-    assert distance(after, fresh_reward_model(policy)) == pytest.approx(log[0]["grad_norm"], rel=1e-5)
-
-
-def test_bfloat16_reaches_the_scores(tmp_path):
-    """A --dtype that is ignored gives the same run to the last digit; rounding gives one that is a little off."""
-    policy = make_gpt(12, block_size=24)
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        _, _, log = run_reward_model(tmp_path, policy, dtype=dtype)
-        losses[dtype] = log[0]["loss"], log[0]["grad_norm"]
-    assert losses["bfloat16"] != losses["float32"]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_samples_of_the_normalisation_are_in_the_dtype_too(tmp_path, monkeypatch, dtype):
-    """The scale is that of the samples and scores that PPO will see, --dtype included."""
-    seen = record_dtypes(monkeypatch, reward_model, "generate", "score_rollout")
-    run_reward_model(tmp_path, make_gpt(12, block_size=24), dtype=dtype)
-    assert seen == {"generate": {dtype}, "score_rollout": {dtype}}
 
 
 def test_twenty_pairs_can_be_learned_by_heart(tmp_path):
     """An accuracy that is stuck near one half: wrong position, wrong sign or
     detached scores can't reach 100% on 20 pairs."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
+    generator, rows = torch.Generator().manual_seed(0), []
     for _ in range(20):
         prompt, a, b = (TOY.decode(torch.randint(0, 22, (n,), generator=generator).tolist()) for n in (3, 4, 4))
         rows.append({"prompt": prompt, "chosen": a, "rejected": b})
     changes = {"epochs": 30, "lr": 3e-3, "batch_size": 10, "grad_clip": 1.0}
     policy = make_gpt(13, n_layer=1, block_size=16)
-    results, _, log = run_reward_model(tmp_path, policy, rows, held_out=rows, **changes)
+    results, _, log = run("reward_model", tmp_path, policy, rows, held_out=rows, **changes)
     assert results["accuracy"] == 1.0
     assert results["loss"] < 0.2 < log[0]["loss"]
 
 
-def test_the_saved_model_scores_the_policys_samples_in_standard_units(tmp_path, float64):
-    """A normalisation that is not saved, or that another stage doesn't see."""
+def test_the_policy_s_samples_have_standard_scores(tmp_path, float64):
+    """A normalisation that is not saved, of other texts than the policy's, at the wrong position, or with the variance
+    in the place of the deviation: PPO's coefficients would mean something else. The policy's logits are so large that
+    its samples are known."""
     policy = make_gpt(14, block_size=24)
-    results, model, _ = run_reward_model(tmp_path, policy)
-    prompts = [TOY.encode(p) for p in "acdefh"]  # of a..h those that no ranking asks
-    rollout = generate(policy, prompts, 6, eos_id=EOS, generator=generator_for(CPU, 1))
-    scores = model.score(rollout.tokens, rollout.lens)
-    assert scores.mean().item() == pytest.approx(0, abs=1e-10)
-    assert scores.std().item() == pytest.approx(1, abs=1e-10)
+    with torch.no_grad():
+        policy.ln_f.weight *= 300
+        policy.ln_f.bias *= 300
+    results, model, _ = run("reward_model", tmp_path, policy)
+    scores = []
+    for prompt in "acdefh":  # of a..h those that no ranking asks
+        ids = TOY.encode(prompt)
+        while len(ids) < 1 + 6 and EOS not in ids[1:]:
+            ids.append(int(policy(torch.tensor([ids]))[0, -1].argmax()))
+        scores.append(model(torch.tensor([ids]))[0, -1].item())
+    assert torch.tensor(scores).mean().item() == pytest.approx(0, abs=1e-9)
+    assert torch.tensor(scores).std().item() == pytest.approx(1, abs=1e-9)
     assert (results["mean"], results["std"]) == (model.mean.item(), model.std.item())
-    strict_json(tmp_path / "out" / "results.json")
 
 
-def test_texts_that_became_equal_are_no_comparison():
-    """Pairs that truncation made identical teach nothing (loss ln 2 for ever) and must be dropped."""
-    rankings = [
-        Ranking("a", ["bcdefgh", "bcdefgi"], [0, 1], [True, True]),
-        Ranking("a", ["b", "c"], [0, 1], [True, True]),
-        Ranking("a", ["b", "b"], [0, 1], [True, True]),
-        Ranking("a", ["b", "c"], [0, 0], [True, True]),
-    ]
-    kept = encode_rankings(rankings, TOY, block_size=6)
-    assert [[e.completion for e in item.examples] for item in kept] == [[[1, EOS], [2, EOS]]]
+def test_a_model_that_scores_all_samples_alike_is_refused(tmp_path):
+    """Division by a standard deviation of 0: every later score would be nan."""
+    with pytest.raises(UserError, match="same score"):
+        run("reward_model", tmp_path, eos_lover(), prompts=write_lines(tmp_path / "one.jsonl", [{"prompt": "a"}] * 4))
 
 
-def test_a_batch_holds_every_prompt_and_every_completion_once():
-    """The K - 1 comparisons of a text in one forward pass, its prompt in one for all K: `ends`, `ranks` find them."""
-    batch = ranked_batch(ITEMS, CPU)
-    for n, item in enumerate(ITEMS):
-        whole = item.examples[0].prompt + [i for e in item.examples for i in e.completion]
-        assert batch.tokens[n].tolist() == whole + [0] * (batch.tokens.size(1) - len(whole)) and len(whole) == len(item)
-        for k, example in enumerate(item.examples):
-            assert text_before(batch.tokens, batch.branches, int(batch.ends[n, k])) == example.ids
-            assert batch.ranks[n, k] == item.ranks[k] and batch.lens[n, k] == len(example.completion)
-        assert (batch.ranks[n, len(item.ranks) :] == -1).all()
-
-
-@pytest.mark.parametrize("expectation", [False, True])
-@pytest.mark.parametrize("rope_base", [0.0, 100.0])
-def test_a_score_is_that_of_the_text_alone(float64, rope_base, expectation):
-    """Completions that share a prompt must not see each other: each scores what it scores in a row of its own."""
-    model = make_scalar(9, rope_base=rope_base, expectation=expectation).eval()
-    batch = ranked_batch(ITEMS, CPU)
-    scores = model(batch.tokens, batch.ends, batch.branches)
-    for n, item in enumerate(ITEMS):
-        for k, example in enumerate(item.examples):
-            alone = model(torch.tensor([example.ids]))[0, -1]
-            torch.testing.assert_close(scores[n, k], alone, rtol=0, atol=1e-11)
-    model.gpt.wte.weight.grad = None
-    scores[0, 1].backward()  # the second completion's score pulls at its own tokens and its prompt's, at nobody else's
-    touched = set(model.gpt.wte.weight.grad.abs().sum(1).nonzero().flatten().tolist())
-    assert touched == set(ITEMS[0].examples[1].ids)
-
-
-def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path, monkeypatch):
+def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path):
     """On the texts that it has learned from the reward model is too sure: their scores spread wider than those of PPO's
     samples, and every coefficient of PPO is off. It must not matter where in the prompts file the ranked ones stand."""
-    asked = []
-
-    def record(policy, prompts, *args, **kwargs):
-        asked.extend(prompts)
-        return generate(policy, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(reward_model, "generate", record)
     prompts = [TOY.decode([i, 20 - i, 3]) for i in range(20)]
     rankings = [{"prompt": p, "chosen": "ab", "rejected": "cde"} for p in prompts[::2]]
     path = write_lines(tmp_path / "all.jsonl", [{"prompt": p} for p in prompts])
-    run_reward_model(tmp_path, make_gpt(14, block_size=24), rankings, prompts=path, normalise_samples=8)
-    assert len(asked) == 8
-    assert not {TOY.decode(p) for p in asked} & {row["prompt"] for row in rankings}
+    with watching() as watch:
+        run("reward_model", tmp_path, make_gpt(14, block_size=24), rankings, prompts=path, normalise_samples=8)
+    scored = [t[:3] for p in watch.passes if not p.training and isinstance(p.network, ScalarModel) for t in p.texts()]
+    assert len(scored) == 8
+    assert not set(scored) & {row["prompt"] for row in rankings}
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"micro_batch": -1}, "--micro_batch"),  # range(0, n, -1) is empty: it would go through and learn nothing
-        ({"grad_clip": -1.0}, "--grad_clip"),  # would climb
-        ({"grad_clip": math.nan}, "--grad_clip"),
-        ({"lr": math.inf}, "--lr"),
-        ({"epochs": 0}, "--epochs"),
-        ({"normalise_samples": 1}, "--normalise_samples"),
-        ({"seed": 2**64}, "--seed"),
-        ({"seed": -1}, "--seed"),
-        ({"train_layers": 3}, "--train_layers"),
-        ({"warmup": 2}, "--warmup"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(tmp_path, changes, says):
-    """A setting that can't work, or would be ignored, stops at once with one line that names the flag."""
-    with pytest.raises(UserError, match=says):
-        run_reward_model(tmp_path, make_gpt(15, block_size=24), **changes)
-
-
-# ------------------------------------------------------------------------------------------------ data of one's own
-
-
-def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
-    """With --data alone it was judged on the demo's rankings and normalised on the demo's prompts, in silence. What
-    lies beside the data is taken, where it is there, and every file that is read is named."""
-    own, opened = beside_a_demo(tmp_path, monkeypatch)
-    policy = checkpoint(own / "sft", make_gpt(14, block_size=24))
-    data = write_lines(own / "mine.jsonl", own_pairs(8))
-    settings = {"data": data, "policy": policy, "out_dir": str(own / "rm"), "warmup": 0, "device": "cpu"}
-    settings |= {"max_new_tokens": 4, "normalise_samples": 8}
-    results = reward_model.train(Config(**settings))
-    said = capsys.readouterr().out
-    assert "accuracy" not in results and results["gates"] == []
-    assert "mine_held_out.jsonl" in said and data in said and policy in said
-
-    twin = write_lines(own / "mine_held_out.jsonl", own_pairs(3, start=8))
-    prompts = write_lines(own / "prompts.jsonl", [{"prompt": "ttt"}, {"prompt": "sss"}])
-    results = reward_model.train(Config(**settings))
-    said = capsys.readouterr().out
-    assert f"{twin}: 3 rankings" in said and f"{prompts}: 2 prompts" in said
-    held_out = encode_rankings(
-        [Ranking(r["prompt"], r["completions"], [0, 1], [True] * 2) for r in own_pairs(3, 8)], TOY, 24
-    )
-    trained = load_model(own / "rm", CPU, "scalar")
-    assert trained.task == ""
-    assert results["accuracy"] == evaluate(trained.model, held_out, CPU)["accuracy"]
-    assert opened == []
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "own", "gates"), [("tiny", True, 0), ("tiny", False, 3), ("bytes", True, 0), ("bytes", False, 3)]
-)
-def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, vocabulary, own, gates):
-    """Own data in the tiny vocabulary got the embedded task's gates, the task's data in another one lost them; also
-    where own simulated annotators tell their truth. A policy of the embedded task on own data is noted."""
-    tokenizer = load_tokenizer(vocabulary)
-    policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
-    save_model(tmp_path / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
-    rows, held_out = (
-        (own_pairs(4, gold=True), own_pairs(2, 4, gold=True)) if own else (task_rankings(4), task_rankings(2, 2))
-    )
-    settings = {"data": write_lines(tmp_path / "r.jsonl", rows), "policy": str(tmp_path / "policy"), "device": "cpu"}
-    settings |= {"held_out_data": write_lines(tmp_path / "h.jsonl", held_out), "out_dir": str(tmp_path / "rm")}
-    results = reward_model.train(Config(**settings, warmup=0, max_new_tokens=4))
-    assert len(results["gates"]) == gates
-    assert ("by_part" in results) is not own
-    if not own:  # of the held-out prompts
-        trained = load_model(tmp_path / "rm", CPU, "scalar").model
-        assert results["by_part"] == accuracy_by_part(trained, [r["prompt"] for r in held_out], tokenizer, CPU)
-    assert results["bayes_accuracy"] is not None
-    said = capsys.readouterr().out
-    assert ("NOTE" in said) == own
-    assert said.count("GATE") == gates
-    assert load_model(tmp_path / "rm", CPU, "scalar").task == ("" if own else "tiny")
-
-
-@pytest.mark.parametrize("own", ["data", "held_out_data"])
+@pytest.mark.parametrize("own", ["data", "held_out"])
 def test_parts_of_the_task_need_both_files_to_be_of_it(tmp_path, own):
     """The task's rankings judged on held-out data of one's own ended in a traceback after the training, when the parts
     of the task's reward were looked for in prompts that are not of it; and the other way round they would say nothing.
     Neither has the task's parts or gates."""
-    tokenizer = load_tokenizer("tiny")
-    policy = make_gpt(14, vocab=tokenizer.n_vocab, block_size=192, n_layer=1, n_embd=16)
-    save_model(tmp_path / "policy", policy, "tiny", "sft.py", sft.Config(), "tiny")
-    rows = {"data": task_rankings(4), "held_out_data": task_rankings(2, 2)} | {own: own_pairs(4, gold=True)}
-    settings = {name: write_lines(tmp_path / f"{name}.jsonl", column) for name, column in rows.items()}
-    settings |= {"policy": str(tmp_path / "policy"), "out_dir": str(tmp_path / "rm"), "device": "cpu"}
-    results = reward_model.train(Config(**settings, warmup=0, max_new_tokens=4))
+    changes = on_task("reward_model", tmp_path, own=False, vocabulary="tiny")
+    changes["rows" if own == "data" else own] = own_pairs(4, gold=True)
+    results = run("reward_model", tmp_path, **changes).results
     assert results["gates"] == [] and "by_part" not in results and 0 <= results["accuracy"] <= 1
-    assert load_model(tmp_path / "rm", CPU, "scalar").task == ("" if own == "data" else "tiny")
+    assert load_model(tmp_path / "out", CPU, "scalar").task == ("" if own == "data" else "tiny")

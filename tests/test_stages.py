@@ -15,21 +15,16 @@ from helpers import (
     TOY,
     assert_same_weights,
     beside_a_demo,
-    make_gpt,
-    own_pairs,
     plain_sgd,
     read_lines,
     strict_json,
-    task_rankings,
     write_lines,
 )
-from stages import CPU, PROMPTS, STAGES, asked, demonstrations, run, settings, toy_policy, watching
+from stages import CPU, PROMPTS, STAGES, asked, demonstrations, on_task, run, settings, toy_policy, watching
 
-import sft
-from data.tokenizer import load_tokenizer
-from lib.checkpoint import load_file, load_model, save_model
+from lib.checkpoint import load_file, load_model
 from lib.cli import TrainConfig, UserError
-from model import GPT, Block, ScalarModel
+from model import GPT, Block
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
 learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
@@ -511,31 +506,6 @@ def test_held_out_figures_are_those_of_the_held_out_data(tmp_path, float64, stag
     else:
         assert (same.results["accuracy"], contrary.results["accuracy"]) == (1.0, 0.0)
         assert contrary.results["loss"] > same.results["loss"]
-
-
-def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "tiny", **changes) -> dict:
-    """The stage's flags for data of the embedded task, or of one's own, in this vocabulary, from a policy that was
-    trained on the embedded task."""
-    n_vocab = load_tokenizer(vocabulary).n_vocab
-    policy = make_gpt(14, vocab=n_vocab, block_size=192, n_layer=1, n_embd=16)
-    save_model(folder / "policy", policy, vocabulary, "sft.py", sft.Config(), of_policy)
-    rows, held_out = own_pairs(4, gold=True) if own else task_rankings(4), own_pairs(2, 4, gold=True) if own else None
-    held_out = held_out or task_rankings(2, 2)
-    if stage == "sft":
-        rows, held_out = (
-            demonstrations([(row["prompt"], row["completions"][0]) for row in some]) for some in (rows, held_out)
-        )
-        changes |= {"init": str(folder / "policy"), "tokenizer": "auto"}
-    else:
-        changes["policy"] = str(folder / "policy")
-    if stage in ("ppo", "grpo"):
-        rows, held_out = [{"prompt": row["prompt"]} for row in rows], None
-        changes = {"iterations": 1, "reward": str(folder / "rm"), **changes}
-        scorer = ScalarModel.from_gpt(policy)
-        save_model(folder / "rm", scorer, vocabulary, "reward_model.py", sft.Config(), "" if own else "tiny")
-    if stage == "reward_model":
-        changes["normalise_samples"] = 2
-    return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
 
 
 @every_stage
