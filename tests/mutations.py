@@ -3906,14 +3906,7 @@ MUTATIONS = [
         right="    with autocast(model.device, dtype):",
         wrong='    with autocast(model.device, "float32"):',
         effect="--dtype is ignored",
-        tests="tests/test_dpo.py::test_in_bfloat16_policy_and_reference_still_agree_at_the_start",
-    ),
-    Mutation(
-        "dpo.py",
-        right="    policy.eval()\n    parts = micro_batches(",
-        wrong="    parts = micro_batches(",
-        effect="held-out figures with dropout, where the caller has left it on",
-        tests="tests/test_dpo.py::test_figures_equal_a_loop",
+        tests="tests/test_stages.py::test_the_dtype_is_that_of_the_products",
     ),
     Mutation(
         "dpo.py",

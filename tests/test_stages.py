@@ -15,16 +15,32 @@ from helpers import (
     TOY,
     assert_same_weights,
     beside_a_demo,
+    checkpoint,
+    make_told,
     plain_sgd,
     read_lines,
     strict_json,
     write_lines,
 )
-from stages import CPU, PROMPTS, STAGES, asked, demonstrations, on_task, run, settings, toy_policy, watching
+from stages import (
+    CPU,
+    DEMONSTRATIONS,
+    PROMPTS,
+    STAGES,
+    asked,
+    demonstrations,
+    on_task,
+    reward_file,
+    run,
+    settings,
+    steady_policy,
+    toy_policy,
+    watching,
+)
 
 from lib.checkpoint import load_file, load_model
 from lib.cli import TrainConfig, UserError
-from model import GPT, Block
+from model import GPT, Block, ScalarModel
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
 learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
@@ -148,16 +164,20 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, stage, train_layers):
     """Killed after a saved state and resumed, with half a line in its log and torch's generator elsewhere, a run ends
     with the same weights to the bit and the same log and results. An optimiser that starts anew, a data position or a
     KL coefficient that is lost, dropout of other draws, a common trunk that is common no more."""
-    changes = {"model": toy_policy(dropout=0.1, n_layer=3), **one_step(stage, 4), "train_layers": train_layers}
+    start = toy_policy(dropout=0.1, n_layer=3)
+    changes = {"model": start, **one_step(stage, 8), "train_layers": train_layers}
     changes |= {"dropout": 0.1} if stage == "sft" else {}
-    changes |= {"kl_target": 3.0} if stage == "ppo" else {}
+    if stage == "ppo":
+        mine = write_lines(tmp_path / "mine.jsonl", demonstrations(DEMONSTRATIONS))
+        changes |= {"kl_target": 3.0, "ptx_coef": 0.1, "ptx_data": mine}
+        changes |= {"reward": checkpoint(tmp_path / "rm", ScalarModel.from_gpt(start))}
     whole = run(stage, tmp_path / "whole", **changes)
-    die_after_state(stage, tmp_path / "broken", 2, save_every=2, **changes)
+    die_after_state(stage, tmp_path / "broken", 6, save_every=6, **changes)
     with open(tmp_path / "broken" / "out" / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 3, "loss"')  # a line that the crash cut short
+        file.write('{"step": 7, "loss"')  # a line that the crash cut short
     torch.manual_seed(12345)
     with watching() as watch:
-        resumed = run(stage, tmp_path / "broken", save_every=2, resume=True, **changes)
+        resumed = run(stage, tmp_path / "broken", save_every=6, resume=True, **changes)
     assert len(watch.steps) == 2
     for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -379,6 +399,27 @@ def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
     assert a == b and a[0] != a[1] and a[0] != c[0]
 
 
+@samples
+def test_samples_are_drawn_at_the_temperature_from_the_whole_vocabulary(tmp_path, stage):
+    """A temperature that is not passed on, top-k or top-p in rollouts: the policy sampled from is not the one that is
+    scored, and KL turns negative. Of a policy whose next token has the same known distribution everywhere: each token's
+    share within 4.5 standard errors."""
+    logits = [3.0, 2.0, 1.0, *[0.0] * 19, 1.0]
+    few = {"minibatch": 240, "micro_batch": 0, "ppo_epochs": 1}
+    run(stage, tmp_path, steady_policy(logits), rollouts=240, iterations=1, lr=0.0, temperature=0.7, **few)
+    (call,) = asked(tmp_path)
+    written = [
+        i
+        for text, ended in zip(call.completions, call.ended, strict=True)
+        for i in [*TOY.encode(text), EOS][: len(text) + ended]
+    ]
+    probabilities = (torch.tensor(logits) / 0.7).softmax(0).tolist()
+    assert len(written) > 1000
+    for token, p in enumerate(probabilities):
+        share = written.count(token) / len(written)
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / len(written)), token
+
+
 # ----------------------------------------------------------------------------------------------- memory and speed
 
 
@@ -387,16 +428,21 @@ def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
 def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
     """--dtype that is ignored in training, in sampling or in scoring: the run is merely slow. The weights stay float32,
     and a little rounding changes the first step's figures by little."""
-    scorer = {"reward": str(tmp_path / "rm" / "out")}
-    if stage in ("ppo", "grpo"):
-        run("reward_model", tmp_path / "rm")
-    changes = scorer if stage in ("ppo", "grpo") else {}
+    changes = {}
+    if STAGES[stage].data == "prompts":
+        scorer = checkpoint(tmp_path / "rm", make_told(2, block_size=24))
+        changes["reward"] = [scorer, f"{reward_file(tmp_path)}:letters"]
+    if stage == "ppo":
+        mine = write_lines(tmp_path / "mine.jsonl", demonstrations(DEMONSTRATIONS))
+        changes |= {"ptx_coef": 0.5, "ptx_data": mine}
     with watching() as watch:
         _, model, log = run(stage, tmp_path, **one_step(stage), **changes, dtype=dtype)
     wanted = getattr(torch, dtype)
     assert watch.products[True] == {wanted}
     if stage in ("reward_model", "ppo", "grpo"):  # whose samples and scores are in it too
         assert watch.products[False] == {wanted}
+    if "reward" in changes:  # a function of the user's own is called without autocast
+        assert not any(call.autocast for call in asked(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in watch.steps[0].optimizer.param_groups[0]["params"]} == {torch.float32}
     exact = run(stage, tmp_path / "exact", **one_step(stage), **changes).log[0]
@@ -453,6 +499,17 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     with pytest.raises(UserError, match="--train_layers 4: the model has 3 blocks"):
         run(stage, tmp_path, start, train_layers=4)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+def test_frozen_blocks_never_run_with_gradients(tmp_path, stage):
+    """With --train_layers what the frozen blocks say of a text is the same for policy and reference and in every pass
+    over it: computed again in every update, it is most of the time that the flag should save."""
+    with watching() as watch:
+        run(stage, tmp_path, toy_policy(n_layer=3), train_layers=1)
+    (policy,) = {p.network for p in watch.training(GPT)}
+    runs = {block for block, gradients in watch.block_runs if gradients}
+    assert [block in runs for block in policy.h] == [False, False, True]
 
 
 @every_stage
@@ -523,6 +580,20 @@ def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, s
     if not own:  # a failed gate is one of a resumed run too
         changes = on_task(stage, tmp_path, own, vocabulary)
         assert run(stage, tmp_path, **changes, resume=True).results == results
+
+
+@samples
+def test_only_the_usual_reward_of_the_task_is_judged(tmp_path, stage):
+    """The expected ranges are those of one reward model, unweighted, on the embedded task: for any other reward a gate
+    would fail, or pass, by accident."""
+    changes = on_task(stage, tmp_path, own=False, vocabulary="bytes")
+    usual, letters = changes.pop("reward"), f"{reward_file(tmp_path)}:letters"
+    for other in (
+        {"reward": letters},
+        {"reward": [usual, letters]},
+        {"reward": usual, "reward_weights": [2.0]},
+    ):
+        assert run(stage, tmp_path, **changes, **other, gold="").results["gates"] == [], other
 
 
 @every_stage
