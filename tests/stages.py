@@ -4,12 +4,14 @@ steps of its optimisers, the passes of its networks, what its reward function wa
 from __future__ import annotations
 
 import copy
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 from helpers import EOS, RANKINGS, TOY, checkpoint, make_gpt, own_pairs, read_lines, task_rankings, write_lines
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ import ppo
 import reward_model
 import sft
 from data.tokenizer import load_tokenizer
-from lib.checkpoint import load_model, save_model
+from lib.checkpoint import load_file, load_model, save_model
 from model import GPT, Block, ScalarModel
 from sampling import Rollout
 
@@ -239,6 +241,24 @@ def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "ti
     if stage == "reward_model":
         changes["normalise_samples"] = 2
     return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
+
+
+class Killed(Exception):
+    pass
+
+
+def die_after_state(stage: str, folder, step: int, **changes) -> None:
+    """A run that is killed as soon as the state after this step is saved."""
+    replace = os.replace
+
+    def replace_and_die(source, target):
+        replace(source, target)
+        if str(target).endswith("state.pt") and load_file(target)["step"] == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_and_die)
+        run(stage, folder, **changes)
 
 
 # ------------------------------------------------------------------------------------------------ what can be seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import os
 
@@ -23,6 +24,7 @@ from helpers import (
     write_lines,
 )
 from stages import (
+    die_after_state,
     CPU,
     DEMONSTRATIONS,
     PROMPTS,
@@ -97,6 +99,8 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, stage):
     assert made == {"script": f"{stage}.py", "config": config, "task": ""}
     assert load_file(out / "state.pt")["step"] == log[-1]["step"]
     assert all(p.isfinite().all() for p in model.parameters())
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 @every_stage
@@ -138,24 +142,6 @@ def test_a_run_that_blows_up_stops_and_leaves_no_model(tmp_path, stage, lr):
 
 
 # ------------------------------------------------------------------------------------------------ resuming
-
-
-class Killed(Exception):
-    pass
-
-
-def die_after_state(stage: str, folder, step: int, **changes) -> None:
-    """A run that is killed as soon as the state after this step is saved."""
-    replace = os.replace
-
-    def replace_and_die(source, target):
-        replace(source, target)
-        if str(target).endswith("state.pt") and load_file(target)["step"] == step:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", replace_and_die)
-        run(stage, folder, **changes)
 
 
 @every_stage
@@ -205,21 +191,25 @@ def test_a_finished_run_goes_on_for_longer_or_is_left_as_it_is(tmp_path, stage):
 
 @every_stage
 def test_a_state_belongs_to_its_configuration(tmp_path, stage):
-    """Another learning rate, seed, start or data: refused, the flag named, no byte changed. A run that has been started
-    anew in the meantime has no state until it saves its first."""
-    run(stage, tmp_path, save_every=1)
+    """Going on from one run's weights with another learning rate, seed, start or data gives neither run, and a run that
+    shrinks has done more than it was asked for: refused, the flag named, no byte changed. A run that is started anew
+    has no results of the one before; the model stays until there is a new one: a mistyped flag must not cost it."""
+    changes = {**one_step(stage, 2), "save_every": 1}
+    if STAGES[stage].data == "prompts":
+        rewards = [f"{reward_file(tmp_path)}:{name}" for name in ("letters", "stops")]
+        changes["reward"] = rewards
+    run(stage, tmp_path, **changes)
     before = files_of(tmp_path / "out")
-    flag, start = STAGES[stage].data, STAGES[stage].start
-    made = settings(stage, tmp_path)
-    other = write_lines(tmp_path / "other.jsonl", read_lines(made[flag]))
-    for name, value in {"lr": 1e-4, "seed": 2, "grad_clip": 0.5, flag: other, start: str(tmp_path / "x")}.items():
-        if name == start:
-            (tmp_path / "start").rename(tmp_path / "x")
-            made[start] = value
-        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} "):
-            run(stage, tmp_path, save_every=1, resume=True, **{name: value})
-        assert files_of(tmp_path / "out") == before
-    die_after_state(stage, tmp_path, 1, save_every=1, seed=2)
+    flag, start, longer = STAGES[stage].data, STAGES[stage].start, STAGES[stage].longer
+    other = write_lines(tmp_path / "other.jsonl", read_lines(settings(stage, tmp_path)[flag]))
+    changed = {"lr": 1e-4, "seed": 2, "grad_clip": 0.5, "warmup": 1, longer: 1, flag: other}
+    changed[start] = checkpoint(tmp_path / "elsewhere", toy_policy())
+    changed |= {"reward": rewards[::-1]} if "reward" in changes else {}
+    for name, value in changed.items():
+        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} ") as error:
+            run(stage, tmp_path, **changes | {name: value}, resume=True)
+        assert "\n" not in str(error.value) and files_of(tmp_path / "out") == before
+    die_after_state(stage, tmp_path, 1, **changes | {"seed": 2})
     assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "model.pt").exists()
 
 
@@ -486,12 +476,13 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
     What is trained takes the very step that it takes in a run that trains everything."""
     start = toy_policy(n_layer=3)
     decay = {"weight_decay": 0.1} if stage in ("sft", "reward_model") else {}
-    above = ("h.2.", "ln_f.", "gpt.h.2.", "gpt.ln_f.", "head.", "block.", "ln.", "direction")
     before = dict(run(stage, tmp_path, start, **one_step(stage), lr=0.0).model.named_parameters())
-    after = run(stage, tmp_path, start, **one_step(stage), train_layers=1, **decay).model
-    with torch.no_grad():
+    for n, blocks in ((2, "h.1. h.2."), (1, "h.2.")):
+        above = ("ln_f.", "gpt.ln_f.", "head.", "block.", "ln.", "direction", *blocks.split())
+        above += tuple(f"gpt.{block}" for block in blocks.split())
+        after = run(stage, tmp_path, start, **one_step(stage), train_layers=n, **decay).model
         moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name.startswith(above)}
+        assert moved == {name for name in before if name.startswith(above)}
     plain_sgd(monkeypatch)
     some, everything = (run(stage, tmp_path, start, **one_step(stage), train_layers=n).model for n in (1, 0))
     for (name, a), b in zip(some.named_parameters(), everything.parameters(), strict=True):
@@ -612,6 +603,7 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage
     results = module.train(module.Config(**flags))
     said = capsys.readouterr().out
     assert f"{data}: " in said and f"{start}/model.pt: made by" in said and "accuracy" not in results
+    assert "NOTE" not in said  # the policy isn't the demo's
     assert load_model(own / "out", CPU, STAGES[stage].kind).task == ""
     if STAGES[stage].held_out:
         assert "data_held_out.jsonl" in said  # what is missing is said
