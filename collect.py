@@ -21,21 +21,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.cli import DTYPES, UserError, check, check_ranges, flag, run_main
-from frozen import sampling
-from lib.checkpoint import load_model, note_task
-from lib.reward import call_reward, gold_function
-from lib.train import generator_for, pick_device
-from tools.annotate import Sample, Session, in_browser, in_terminal
 from data.batches import encode_prompts
 from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
 from data.tiny import annotator_ranking, annotators_agreement, task_of
-from data.tokenizer import load_tokenizer
+from lib.checkpoint import load_model, note_task
+from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
+from lib.reward import gold_function
+from lib.train import autocast, generator_for, pick_device
 from sampling import generate
+from tools.annotate import Sample, Session, in_browser, in_terminal
 
 
 @dataclass
-class Config:
+class Config(Flags):
     policies: list[str] = flag(["out/sft"], "checkpoints to sample from, in turn")
     temperatures: list[float] = flag([1.0], "sampling temperatures, in turn", above=0)
     prompts: str = flag("out/data/prompts.jsonl", "prompts to complete")
@@ -113,7 +111,7 @@ def sampled_chunks(
             repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
             options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
             options["generator"] = generator_for(device, config.seed, first, source)
-            with sampling(model, config.dtype):
+            with autocast(device, config.dtype):
                 rollout = generate(model, repeated, config.max_new_tokens, **options)
             for row, (completion, ended) in enumerate(zip(rollout.completions(), rollout.ended.tolist(), strict=True)):
                 samples[row // count].append(Sample(tokenizer.decode(completion), ended))
@@ -128,7 +126,7 @@ def simulate(config: Config, chunks: Iterator, gold: Callable, path: Path, done:
             for prompt, answers in chunk:
                 rng.shuffle(answers)  # as for people, so that the order of equal ranks says nothing either
                 texts, ended = [s.text for s in answers], [s.ended for s in answers]
-                golds = call_reward(gold, [prompt] * len(texts), texts, ended, "the gold reward")
+                golds = gold([prompt] * len(texts), texts, ended)
                 ranks = rank_simulated(texts, golds, config.annotator_temperature, rng)
                 if prompt in done:
                     continue
@@ -153,15 +151,14 @@ def shuffled_items(chunks: Iterator) -> Iterator[list[tuple[str, list[Sample]]]]
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     check(bool(config.policies) and bool(config.temperatures), "--policies and --temperatures need a value each")
     check(re.fullmatch(r"[\w-]*", config.annotator_name) is not None, "--annotator_name takes letters, digits, _ and -")
     path = rankings_file(config)
     check(not path.is_dir(), f"--out {path} is a folder; name a file in it")
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
-    tokenizer = load_tokenizer(loaded[0].tokenizer)
-    check(all(c.tokenizer == tokenizer.saved for c in loaded), "the policies must share one tokenizer")
+    tokenizer = loaded[0].tokenizer
+    check(all(c.vocabulary == tokenizer.saved for c in loaded), "the policies must share one tokenizer")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
     check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
     task = task_of(config.prompts)

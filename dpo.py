@@ -13,27 +13,47 @@ the reward model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from lib.cli import TrainConfig, check, check_ranges, flag, run_main
-from frozen import keep_trunk
-from lib.checkpoint import load_model
+from data.batches import RankedBatch, RankedExamples, epoch_batches, micro_batches, ranked_batch
+from frame import action_logprobs, token_logprobs
+from frozen import make_reference, trainable, trunk
+from lib.checkpoint import save_model
+from lib.cli import TrainConfig, check, flag, run_main
 from lib.run import RunFolder, gate
+from lib.setup import load_policy, load_preferences
 from lib.show import compare_samples
-from lib.train import autocast, clip_gradients, due, lr_at
-from frozen import make_reference
-from lib.checkpoint import note_task, save_model
-from lib.train import pick_device, prepare_blocks, progress, set_lr
-from frozen import train_last_layers, trainable
-from data.batches import RankedBatch, RankedExamples, epoch_batches, load_preferences, micro_batches, ranked_batch
-from data.tokenizer import load_tokenizer
-from frame import token_logprobs
-from model import GPT
+from lib.train import autocast, clip_gradients, prepare_blocks, set_lr
+from model import GPT, flat_before
+
+
+class Kind(NamedTuple):
+    """A loss of the margin h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), (B,) in nats."""
+
+    loss: Callable[[Tensor, float, float], Tensor]  # (h, beta, label_smoothing) -> (B,)
+    at_start: Callable[[float], float]  # beta -> the loss at pi = pi_ref, where h = 0
+
+
+def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+def ipo_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    return (h - 1 / (2 * beta)) ** 2
+
+
+KINDS = {
+    # Rafailov et al. 2023, eq. 7; with label_smoothing Mitchell 2023
+    "sigmoid": Kind(sigmoid_loss, lambda beta: math.log(2)),
+    # Azar et al. 2023, arXiv:2310.12036, eq. 17
+    "ipo": Kind(ipo_loss, lambda beta: 1 / (4 * beta**2)),
+}
 
 
 @dataclass
@@ -43,7 +63,7 @@ class Config(TrainConfig):
     policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
     out_dir: str = flag("out/dpo", "folder for the checkpoint and the logs")
     beta: float = flag(0.2, "strength of the pull towards the reference, in reward per nat", above=0)
-    kind: str = flag("sigmoid", "loss: sigmoid (DPO) or ipo", choices=("sigmoid", "ipo"))
+    kind: str = flag("sigmoid", "loss: sigmoid (DPO) or ipo", choices=tuple(KINDS))
     label_smoothing: float = flag(0.0, "probability that a label is wrong (sigmoid only)", low=0, below=0.5)
     epochs: int = flag(1, "passes over the data; DPO overfits soon", low=1)
     batch_size: int = flag(12, "rankings an optimiser step; all pairs of a ranking are used", low=1)
@@ -56,6 +76,9 @@ class Config(TrainConfig):
 
 # What the embedded task gives at default settings; the loss as a share of what it is before training.
 EXPECTED_ACCURACY, EXPECTED_LOSS, EXPECTED_EOS = (0.62, 0.90), (0.6, 0.95), (0.98, 1.0)
+
+
+# -------------------------------------------------------------------------------- the mathematics
 
 
 def sequence_logprobs(model: GPT, tokens: Tensor, completion_mask: Tensor) -> Tensor:
@@ -80,20 +103,17 @@ def dpo_loss(
     """Losses of preference pairs: sequence log-probs in nats, (B,) -> losses, chosen_rewards, rejected_rewards, (B,).
 
     With h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected) and e = label_smoothing:
-    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)     Rafailov et al. 2023, eq. 7; e > 0 Mitchell 2023
-    ipo       (h - 1 / (2 beta))^2                                    Azar et al. 2023, arXiv:2310.12036, eq. 17
-    At pi = pi_ref: ln 2, and 1 / (4 beta^2). The implicit rewards beta * log pi/pi_ref are for logging: no gradient."""
+    sigmoid   -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)     ln 2 at pi = pi_ref
+    ipo       (h - 1 / (2 beta))^2                                    1 / (4 beta^2) at pi = pi_ref
+    The implicit rewards beta * log pi/pi_ref are for logging: no gradient."""
     if beta <= 0:
         raise ValueError(f"beta must be above 0, not {beta}: at 0 the loss is constant")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
-    if kind not in ("sigmoid", "ipo") or (kind == "ipo" and label_smoothing):
-        raise ValueError(f"kind must be 'sigmoid', or 'ipo' without label_smoothing, not {kind!r}")
+    if kind not in KINDS or (kind != "sigmoid" and label_smoothing):
+        raise ValueError(f"kind must be 'sigmoid', or one of {', '.join(KINDS)} without label_smoothing, not {kind!r}")
     chosen_ratio, rejected_ratio = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,)
-    h = chosen_ratio - rejected_ratio
-    losses = (h - 1 / (2 * beta)) ** 2
-    if kind == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    losses = KINDS[kind].loss(chosen_ratio - rejected_ratio, beta, label_smoothing)
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
@@ -104,32 +124,32 @@ def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs[:, i][strict], logprobs[:, j][strict]
 
 
-def ranking_logprobs(model: GPT, batch: RankedBatch, dtype: str) -> Tensor:
-    """(N, K) sequence_logprobs of the completions of N rankings, 0 where one has fewer; the prompt is read once for all
-    of them. Policy and reference go through here alike, in the same dtype: only then does the loss start at ln 2."""
+# -------------------------------------------------------------------------------- rankings
+
+
+def ranking_logprobs(model: GPT, batch: RankedBatch, below: Tensor | None = None) -> Tensor:
+    """(N, K) sequence_logprobs of the completions of N rankings, 0 where one has fewer. The prompt is read once for all
+    of them. below (N, T, C): what the frozen blocks make of the batch's tokens, if that is known."""
     owner, K = batch.owner[:, 1:], batch.ranks.size(1)  # (N, T-1)
-    with autocast(model.device, dtype):
-        logprobs = token_logprobs(model, batch.tokens, 1.0, owner < K, batch.branches, batch.below)  # (N, T-1)
+    sampled = owner < K  # (N, T-1) where the next token is a completion's
+    before = flat_before(batch.positions)[:, 1:][sampled]  # (n,) the token before it in its own text predicts it
+    logits = model(batch.tokens, before, batch.positions, below=below)  # (n, V)
+    logprobs = action_logprobs(logits, batch.tokens, sampled)  # (N, T-1)
     return logprobs.new_zeros(len(owner), K + 1).scatter_add(1, owner, logprobs)[:, :K]
-
-
-@torch.no_grad()
-def add_reference_logprobs(reference: GPT, items: list[RankedExamples], config: Config) -> None:
-    """The reference never changes: one pass over the data before training gives each ranking its ref_logprobs, (k,)."""
-    for part in micro_batches(items, config.micro_batch or 64):
-        logprobs = ranking_logprobs(reference, ranked_batch(part, reference.device), config.dtype)  # (N, K)
-        for item, found in zip(part, logprobs, strict=True):
-            item.ref_logprobs = found[: len(item.ranks)]
 
 
 PAIR_FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob")
 
 
-def pair_losses(policy: GPT, items: list[RankedExamples], config: Config) -> Tensor:
+def pair_losses(policy: GPT, reference: GPT, items: list[RankedExamples], config: Config) -> Tensor:
     """PAIR_FIGURES of all P strict pairs of some rankings, (5, P). The losses alone carry a gradient."""
     batch = ranked_batch(items, policy.device)
-    logprobs = ranking_logprobs(policy, batch, config.dtype)  # (N, K)
-    ref_logprobs = pad_sequence([item.ref_logprobs for item in items], batch_first=True)  # (N, K)
+    # policy and reference in the same dtype: only then does the loss start at ln 2
+    with autocast(policy.device, config.dtype):
+        below = trunk(policy, batch.tokens, batch.positions)  # (N, T, C) with --train_layers, once for both
+        logprobs = ranking_logprobs(policy, batch, below)  # (N, K)
+        with torch.no_grad():
+            ref_logprobs = ranking_logprobs(reference, batch, below)  # (N, K)
     chosen, rejected = ranking_pairs(logprobs, batch.ranks)  # (P,) each
     ref_chosen, ref_rejected = ranking_pairs(ref_logprobs, batch.ranks)  # (P,) each
     figures = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind)
@@ -146,11 +166,11 @@ def figures_of(pairs: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(policy: GPT, items: list[RankedExamples], config: Config) -> dict[str, float]:
+def evaluate(policy: GPT, reference: GPT, items: list[RankedExamples], config: Config) -> dict[str, float]:
     """The figures over all pairs of held-out rankings."""
     policy.eval()
     parts = micro_batches(items, config.micro_batch or 64)
-    return figures_of(torch.cat([pair_losses(policy, part, config) for part in parts], 1))
+    return figures_of(torch.cat([pair_losses(policy, reference, part, config) for part in parts], 1))
 
 
 def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:
@@ -163,64 +183,51 @@ def report(results: dict, train_accuracy: float, config: Config, task: str) -> l
         print("WARNING: it knows the training pairs by heart; take fewer --epochs or a lower --lr")
     if task != "tiny":
         return []
-    start = math.log(2) if config.kind == "sigmoid" else 1 / (4 * config.beta**2)
+    share = loss / KINDS[config.kind].at_start(config.beta)
     return [
         gate("DPO held-out accuracy", accuracy, *EXPECTED_ACCURACY, f"margin {results['margin']:.2f}"),
-        gate("DPO held-out loss, share of the start's", loss / start, *EXPECTED_LOSS),
+        gate("DPO held-out loss, share of the start's", share, *EXPECTED_LOSS),
         gate("DPO EOS rate", results["eos_rate"], *EXPECTED_EOS),
     ]
 
 
+# -------------------------------------------------------------------------------- the loop
+
+
 def train(config: Config) -> dict:
-    check_ranges(config)
     check(config.kind == "sigmoid" or config.label_smoothing == 0, "--label_smoothing belongs to --kind sigmoid")
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    start_from = load_model(config.policy, device, made_by="python sft.py")
-    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
-    train_last_layers(policy, config.train_layers)
-    reference = make_reference(policy)
-    block_size = policy.config.block_size
-    items, held_out, task = load_preferences(config, tokenizer, block_size)
-    note_task(start_from, task, config.data)
-    for rankings in (items, held_out):
-        keep_trunk(policy, rankings, config)
-        add_reference_logprobs(reference, rankings, config)
-    batches = epoch_batches(items, config)
+    start = load_policy(config)
+    policy, reference, tokenizer = start.model, make_reference(start.model), start.tokenizer
+    data = load_preferences(config, start)
+    batches = epoch_batches(data.items, config)
     optimizer = torch.optim.AdamW(trainable(policy), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    prepare_blocks(config, policy)
-    run = RunFolder(config, len(batches))
+    prepare_blocks(config, policy, reference)
+    run = RunFolder(config, len(batches), policy=policy, optimizer=optimizer)
     if run.done:
         return run.done
-    start = run.resume(policy=policy, optimizer=optimizer)["step"]
 
     policy.eval()  # no dropout: policy and reference must differ by their weights alone
-    bar = progress(start, len(batches), "dpo")
-    for step in bar:
+    for step in run.steps("dpo"):
         n_pairs = sum(item.n_strict_pairs for item in batches[step])  # of the whole step
-        set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
+        lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
         optimizer.zero_grad(set_to_none=True)
-        parts = []
+        parts = []  # (5, p) each, PAIR_FIGURES
         for part in micro_batches(batches[step], config.micro_batch):
-            pairs = pair_losses(policy, part, config)  # (5, P)
+            pairs = pair_losses(policy, reference, part, config)
             (pairs[0].sum() / n_pairs).backward()
             parts.append(pairs.detach())
         norm = clip_gradients(policy, config.grad_clip)
         optimizer.step()
-
-        if step == 0 or due(step, config.log_every, len(batches)):
+        if step == 0 or run.due(step, config.log_every):
             figures = figures_of(torch.cat(parts, 1))
-            run.log(step=step + 1, **figures, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item())
-            bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "accuracy", "margin")})
-        if due(step, config.save_every, len(batches)):
-            run.save_state(step + 1, policy=policy, optimizer=optimizer)
+            run.log(step + 1, "loss accuracy margin", **figures, lr=lr, grad_norm=norm.item())
 
-    save_model(config.out_dir, policy, tokenizer.saved, "dpo.py", config, task)
-    prompts = [item.examples[0].prompt for item in (held_out or items)[:256]]
+    save_model(config.out_dir, policy, tokenizer.saved, "dpo.py", config, data.task)
+    prompts = [item.examples[0].prompt for item in (data.held_out or data.items)[:256]]
     results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
-    results |= evaluate(policy, held_out, config) if held_out else {}
+    results |= evaluate(policy, reference, data.held_out, config) if data.held_out else {}
     last = [row["accuracy"] for row in run.history("accuracy")[-10:]]  # on the training pairs of the last logged steps
-    results["gates"] = report(results, sum(last) / len(last), config, task)
+    results["gates"] = report(results, sum(last) / len(last), config, data.task)
     return run.finish(results)
 
 

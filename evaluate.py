@@ -14,37 +14,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lib.cli import DTYPES, UserError, check, check_ranges, flag, run_main
-from lib.checkpoint import load_model, load_scorer, note_task
-from lib.reward import call_reward, check_task, gold_function
-from lib.run import gate
-from lib.train import generator_for
-from frozen import sampling
-from lib.reward import score_rollout
-from lib.run import write_json
-from lib.train import pick_device
-from data.batches import by_length, encode_prompts, load_examples, load_rankings
+from data.batches import by_length, contrast_rankings, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
-from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
+from data.tokenizer import Tokenizer, vocabulary_name
 from frame import put_back, rows_at_a_time
+from lib.checkpoint import Checkpoint, load_model, load_scorer, note_task
+from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
+from lib.reward import check_task, gold_function, score_rollout
+from lib.run import gate, write_json
+from lib.train import autocast, generator_for, pick_device
 from model import GPT, ScalarModel
-from sampling import Rollout, generate
 from ppo import distribution_kl
 from reward_model import accuracy_by_part
 from reward_model import evaluate as evaluate_reward_model
+from sampling import Rollout, generate
 from sft import Config as LossConfig
 from sft import held_out_loss
 
 
 @dataclass
-class Config:
+class Config(Flags):
     policies: list[str] = flag(["out/sft", "out/ppo", "out/dpo"], "checkpoints to compare; the first is the baseline")
     reward: str = flag("out/reward_model", "reward model that scores them and picks the best of n; empty: none")
     prompts: str = flag("out/data/prompts_held_out.jsonl", "held-out prompts")
@@ -91,23 +87,24 @@ def sample_policy(
     tokenizer: Tokenizer,
     config: Config,
     seed: int,
+    temperature: float,
 ) -> dict[str, list]:
-    """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm, ended,
-    length."""
+    """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm (None
+    without a reward model), ended, length."""
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
-    options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature}
+    options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
     for number, rows in enumerate(by_length(ids, 128)):
         rng = generator_for(policy.device, seed, number)
-        with sampling(policy, config.dtype):
+        with autocast(policy.device, config.dtype):
             rollout = generate(policy, [ids[i] for i in rows], config.max_new_tokens, generator=rng, **options)
-            scores = score_rollout(reward_model, rollout) if reward_model else torch.zeros(len(rows))
+            scores = score_rollout(reward_model, rollout).tolist() if reward_model else [None] * len(rows)
         kl = torch.zeros(rollout.action_mask.shape, device=policy.device)  # (b, T-1)
         if policy is not reference:
-            kl = token_kl(policy, reference, rollout, config.temperature)
+            kl = token_kl(policy, reference, rollout, temperature)
         batch = {
             "completion": [tokenizer.decode(c) for c in rollout.completions()],
             "kl": kl.sum(1).tolist(),
-            "rm": scores.tolist(),
+            "rm": scores,
             "ended": rollout.ended.tolist(),
             "length": (rollout.lens - rollout.prompt_lens).tolist(),
         }
@@ -119,7 +116,7 @@ def sample_policy(
 
 def likeliest(policy: GPT, ids: list[list[int]], tokenizer: Tokenizer, config: Config) -> dict[str, list]:
     """What sample_policy returns, at temperature 0."""
-    return sample_policy(policy, policy, None, ids, tokenizer, replace(config, temperature=0.0), 0)
+    return sample_policy(policy, policy, None, ids, tokenizer, config, 0, 0.0)
 
 
 def token_kl(policy: GPT, reference: GPT, rollout: Rollout, temperature: float) -> Tensor:
@@ -150,14 +147,13 @@ def best_of_n(
     for number, rows in enumerate(by_length(ids, max(1, 256 // most))):
         repeated = [ids[i] for i in rows for _ in range(most)]
         rng = generator_for(policy.device, config.seed, 1000, number)
-        with sampling(policy, config.dtype):
+        with autocast(policy.device, config.dtype):
             rollout = generate(policy, repeated, config.max_new_tokens, generator=rng, **options)
             scores[rows] = score_rollout(reward_model, rollout).cpu().view(-1, most)
         if gold:
             asked = [prompts[i] for i in rows for _ in range(most)]
             completions = [tokenizer.decode(c) for c in rollout.completions()]
-            found = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
-            golds[rows] = torch.tensor(found).view(-1, most)
+            golds[rows] = torch.tensor(gold(asked, completions, rollout.ended.tolist())).view(-1, most)
     results = {}
     for n in config.best_of:
         rm = expected_best(scores, scores, n)  # (P,)
@@ -234,29 +230,94 @@ def unique_names(paths: list[str]) -> list[str]:
     return [name if names.index(name) == i else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
+def load_policies(config: Config, device: torch.device) -> list[Checkpoint]:
+    """The checkpoints to compare, which must have one vocabulary; the first is the baseline."""
+    made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "grpo": "python grpo.py", "dpo": "python dpo.py"}
+    loaded = [load_model(p, device, made_by=made_by.get(Path(p).name, "")) for p in config.policies]
+    first, baseline = config.policies[0], loaded[0]
+    for path, found in zip(config.policies, loaded, strict=True):
+        smaller = found.model.config.block_size < baseline.model.config.block_size
+        check(not smaller, f"{path}: its block_size is smaller than that of {first}")
+        same, names = (
+            found.vocabulary == baseline.vocabulary,
+            [vocabulary_name(c.vocabulary) for c in (found, baseline)],
+        )
+        check(same, f"{path} has the {names[0]} vocabulary, {first} has {names[1]}")
+    return loaded
+
+
+def judge_reward_model(model: ScalarModel, prompts: list[str], tokenizer: Tokenizer, task: str, config: Config) -> dict:
+    """The reward model's accuracy on rankings beside the prompts, if there are any; part by part on the embedded task's
+    prompts."""
+    path = beside(config.prompts, config.rankings, "rankings")
+    if not path:
+        return {}
+    block_size, device = model.config.block_size, model.gpt.device
+    items = load_rankings(path, tokenizer, block_size, "python collect.py")
+    results = evaluate_reward_model(model, items, device) | {"bayes_accuracy": annotators_bayes_accuracy(path)}
+    if task == "tiny":
+        results |= accuracy_by_part(model, contrast_rankings(prompts, tokenizer, block_size), device)
+    return results
+
+
+def win_figures(samples: dict, baseline: dict, by_truth: bool) -> dict[str, float | None]:
+    """Win rates with their intervals: by the truth where it is known, and by the reward model; else by that alone.
+    None for the baseline itself."""
+    keys, none = ("rate", "low", "high"), (None, None, None)
+    judged = "gold" if by_truth else "rm"
+    wins = none if samples is baseline else win_rate(samples[judged], baseline[judged])
+    both = by_truth and samples is not baseline and samples["rm"][0] is not None
+    by_rm = win_rate(samples["rm"], baseline["rm"]) if both else none
+    figures = {f"win_{key}": x for key, x in zip(keys, wins, strict=True)}
+    return figures | {f"rm_win_{key}": x for key, x in zip(keys, by_rm, strict=True)}
+
+
+def figures_of(samples: dict, baseline: dict, by_truth: bool, by_model: bool, loss: float | None) -> dict:
+    """A policy's row of the table: means over the prompts."""
+    return {
+        "gold": mean(samples["gold"]) if by_truth else None,
+        "gold_se": standard_error(samples["gold"]) if by_truth else None,
+        "rm": mean(samples["rm"]) if by_model else None,
+        "kl": mean(samples["kl"]),
+        **win_figures(samples, baseline, by_truth),
+        "eos_rate": mean([float(e) for e in samples["ended"]]),
+        "length": mean(samples["length"]),
+        "distinct": len(set(samples["completion"])) / len(samples["completion"]),
+        "headroom_closed": None,
+        "correct": None,
+        "correct_greedy": None,
+        "loss": loss,
+    }
+
+
+def task_figures(prompts: list[str], samples: dict, greedy: dict, baseline: dict, ceiling: float) -> dict:
+    """What only the embedded task can tell of a policy: how much of the way to the ceiling it went, each part of its
+    gold reward, and how many answers are right, sampled and at temperature 0."""
+    start = mean(baseline["gold"])
+    each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
+    greedy["right"] = [gold_parts(p, c)["correct"] > 0 for p, c in zip(prompts, greedy["completion"], strict=True)]
+    return {
+        "headroom_closed": (mean(samples["gold"]) - start) / ((ceiling - start) or math.inf),
+        "correct": mean([float(e["correct"] > 0) for e in each]),
+        "correct_greedy": mean([float(right) for right in greedy["right"]]),
+        "parts": {k: mean([e[k] for e in each]) for k in PARTS},
+    }
+
+
 def run(config: Config) -> dict:
-    check_ranges(config)
     check(bool(config.policies), "--policies needs at least one checkpoint")
     check(not Path(config.out_dir).is_file(), f"--out_dir {config.out_dir} is a file; name a folder")
     device = pick_device(config.device)
-    made_by = {"sft": "python sft.py", "ppo": "python ppo.py", "grpo": "python grpo.py", "dpo": "python dpo.py"}
-    loaded = [load_model(p, device, made_by=made_by.get(Path(p).name, "")) for p in config.policies]
-    baseline = loaded[0]
-    reference, tokenizer = baseline.model, load_tokenizer(baseline.tokenizer)
-    for path, found in zip(config.policies, loaded, strict=True):
-        smaller = found.model.config.block_size < reference.config.block_size
-        check(not smaller, f"{path}: its block_size is smaller than that of {config.policies[0]}")
-        same = found.tokenizer == baseline.tokenizer
-        names = vocabulary_name(found.tokenizer), vocabulary_name(baseline.tokenizer)
-        check(same, f"{path} has the {names[0]} vocabulary, {config.policies[0]} has {names[1]}")
+    loaded = load_policies(config, device)
+    reference, tokenizer = loaded[0].model, loaded[0].tokenizer
     prompts = read_prompts(config.prompts, "python -m data.tiny")[: config.n_prompts or None]
     task = task_of(config.prompts)
-    note_task(baseline, task, config.prompts)
-    scorer = load_scorer(config.reward, baseline, device) if config.reward else None
-    if scorer:
+    note_task(loaded[0], task, config.prompts)
+    reward_model, gold = None, gold_function(config.gold, task)
+    if config.reward:
+        scorer = load_scorer(config.reward, loaded[0], device)
         check_task(scorer, config.reward, task)
-    reward_model = scorer.model if scorer else None
-    gold = gold_function(config.gold, task)
+        reward_model = scorer.model
     if gold is None and reward_model is None:
         raise UserError("nothing to judge by: give --gold file.py:function or --reward CHECKPOINT")
     ids = encode_prompts(prompts, tokenizer, reference.config.block_size, config.max_new_tokens, config.prompts)
@@ -267,60 +328,26 @@ def run(config: Config) -> dict:
     results: dict = {"ceiling": ceiling, "demonstrations": None, "reward_model": {}, "policies": {}, "best_of_n": {}}
     if gold and (path := beside(config.prompts, config.demonstrations, "demonstrations")):
         rows = read_demonstrations(path, "python -m data.tiny")
-        results["demonstrations"] = mean(call_reward(gold, [p for p, _ in rows], [c for _, c in rows]))
+        results["demonstrations"] = mean(gold([p for p, _ in rows], [c for _, c in rows]))
         print(f"{path}: {len(rows):,} demonstrations")
-    if reward_model and (path := beside(config.prompts, config.rankings, "rankings")):
-        items = load_rankings(path, tokenizer, reference.config.block_size, "python collect.py")
-        results["reward_model"] = evaluate_reward_model(reward_model, items, device)
-        results["reward_model"]["bayes_accuracy"] = annotators_bayes_accuracy(path)
-        if task == "tiny":
-            results["reward_model"] |= accuracy_by_part(reward_model, prompts, tokenizer, device)
+    if reward_model:
+        results["reward_model"] = judge_reward_model(reward_model, prompts, tokenizer, task, config)
 
     examples = load_examples(config.loss_data, tokenizer, reference.config.block_size)
-    shown: dict[str, dict[str, list]] = {}  # policy -> what it says to the first prompts at temperature 0
-    judged_baseline: list[float] = []
-    rm_baseline: list[float] = []
-    greedy: dict[str, list[str]] = {}  # policy -> what it says to every prompt at temperature 0
-    right: dict[str, list[bool]] = {}  # policy -> whether that is right
+    greedy: dict[str, dict[str, list]] = {}  # policy -> what it says at temperature 0
+    baseline: dict[str, list] = {}  # the first policy's samples
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
-        seed = config.seed * 100 + number
-        samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
-        golds = call_reward(gold, prompts, samples["completion"], samples["ended"], "the gold reward") if gold else None
-        judged = golds if golds is not None else samples["rm"]  # by the truth where it is known
-        judged_baseline = judged_baseline or judged
-        rm_baseline = rm_baseline or samples["rm"]
-        if config.show:
-            shown[name] = likeliest(found.model, ids[: config.show], tokenizer, config)
-        rate, low, high = win_rate(judged, judged_baseline) if number else (None, None, None)
-        by_rm = (None, None, None)
-        if number and golds is not None and reward_model:  # and by the reward model beside it
-            by_rm = win_rate(samples["rm"], rm_baseline)
-        figures = {
-            "gold": mean(golds) if golds else None,
-            "gold_se": standard_error(golds) if golds else None,
-            "rm": mean(samples["rm"]) if reward_model else None,
-            "kl": mean(samples["kl"]),
-            "win_rate": rate,
-            "win_low": low,
-            "win_high": high,
-            **dict(zip(("rm_win_rate", "rm_win_low", "rm_win_high"), by_rm, strict=True)),
-            "eos_rate": mean([float(e) for e in samples["ended"]]),
-            "length": mean(samples["length"]),
-            "distinct": len(set(samples["completion"])) / len(prompts),
-            "headroom_closed": None,
-            "correct": None,
-            "correct_greedy": None,
-            "loss": held_out_loss(found.model, examples, LossConfig()) if examples else None,
-        }
+        seed, networks = config.seed * 100 + number, (found.model, reference, reward_model)
+        samples = sample_policy(*networks, ids, tokenizer, config, seed, config.temperature)
+        samples["gold"] = gold(prompts, samples["completion"], samples["ended"]) if gold else []
+        baseline = baseline or samples
+        loss = held_out_loss(found.model, examples, LossConfig()) if examples else None
+        figures = figures_of(samples, baseline, gold is not None, reward_model is not None, loss)
+        if ceiling is not None or config.show:
+            needed = ids if ceiling is not None else ids[: config.show]
+            greedy[name] = likeliest(found.model, needed, tokenizer, config)
         if ceiling is not None:
-            start = mean(judged_baseline)
-            figures["headroom_closed"] = (mean(golds) - start) / ((ceiling - start) or math.inf)
-            each = [gold_parts(p, c) for p, c in zip(prompts, samples["completion"], strict=True)]
-            figures["parts"] = {k: mean([e[k] for e in each]) for k in PARTS}
-            figures["correct"] = mean([float(e["correct"] > 0) for e in each])
-            greedy[name] = likeliest(found.model, ids, tokenizer, config)["completion"]
-            right[name] = [gold_parts(p, c)["correct"] > 0 for p, c in zip(prompts, greedy[name], strict=True)]
-            figures["correct_greedy"] = mean([float(r) for r in right[name]])
+            figures |= task_figures(prompts, samples, greedy[name], baseline, ceiling)
         results["policies"][name] = figures
     if reward_model and config.best_of:
         results["best_of_n"] = best_of_n(reference, reward_model, prompts, ids, gold, tokenizer, config)
@@ -330,12 +357,12 @@ def run(config: Config) -> dict:
     print(f"{len(prompts)} prompts; win rates against {config.policies[0]}, judged by {judge}")
     for i in range(min(config.show, len(prompts))):
         print(f"\n{prompts[i]}")
-        for name, answers in shown.items():
+        for name, answers in greedy.items():
             print(f"  {name:12} {answers['completion'][i]!r}" + ("" if answers["ended"][i] else " [cut]"))
     results["gates"] = []
     if ceiling is not None:
         results["gates"] = report_task(results)
-        show_answers(prompts, greedy, right)
+        show_answers(prompts, greedy)
     write_json(results, Path(config.out_dir) / "results.json")
     return results
 
@@ -348,17 +375,17 @@ def beside(prompts: str, path: str, kind: str) -> str:
     return sibling(prompts, name.replace("prompts", kind)) if "prompts" in name else ""
 
 
-def show_answers(prompts: list[str], greedy: dict[str, list[str]], right: dict[str, list[bool]]) -> None:
+def show_answers(prompts: list[str], greedy: dict[str, dict[str, list]]) -> None:
     """What every policy says at temperature 0: four prompts that all get right, and up to two that each gets wrong."""
-    everyone = [i for i in range(len(prompts)) if all(column[i] for column in right.values())]
+    everyone = [i for i in range(len(prompts)) if all(answers["right"][i] for answers in greedy.values())]
     shown = everyone[:4]
-    for column in right.values():
-        shown += [i for i in range(len(prompts)) if not column[i] and i not in shown][:2]
+    for answers in greedy.values():
+        shown += [i for i in range(len(prompts)) if not answers["right"][i] and i not in shown][:2]
     print("\nanswers at temperature 0, right ones and wrong ones:")
     for i in shown:
         print(f"  {prompts[i]}")
         for name, answers in greedy.items():
-            print(f"    {name:10} {'right' if right[name][i] else 'WRONG'}  {answers[i]}")
+            print(f"    {name:10} {'right' if answers['right'][i] else 'WRONG'}  {answers['completion'][i]}")
 
 
 def report_task(results: dict) -> list[dict]:

@@ -19,63 +19,39 @@ its own group's mean; with --kl k2 at pi ~ pi_ref exp(Q / b). In grpo each group
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lib.cli import TrainConfig, check, check_ranges, flag, run_main
-from lib.reward import COMBINES, call_reward, gold_function
-from lib.run import RunFolder
-from lib.train import autocast, clip_gradients, due, generator_for
-from frozen import make_reference
-from lib.checkpoint import load_model, note_task
-from lib.reward import load_reward
-from lib.run import last_quarter
-from lib.train import lr_at, pick_device, prepare_blocks
-from frozen import sampling, train_last_layers
+from data.batches import micro_batches, minibatches
+from frame import action_logprobs
 from lib.checkpoint import save_model
-from lib.show import rollout_figures, shares, show_samples
-from lib.train import progress, set_lr
-from data.batches import encode_prompts, micro_batches, minibatches
-from data.files import read_prompts
-from data.tiny import task_of
-from data.tokenizer import load_tokenizer
-from frame import token_logprobs
+from lib.cli import check, flag, run_main
+from lib.run import RunFolder
+from lib.setup import RewardConfig, set_up
+from lib.show import rollout_figures, show_samples
+from lib.train import autocast, clip_gradients, generator_for, set_lr
 from model import GPT
+from ppo import Experience, kl_penalty, make_optimizer, measure, policy_loss, report, shaped_rewards
 from sampling import Rollout, generate
-from ppo import EXPECTED, Experience, kl_penalty, make_optimizer, may_cut, measure, policy_loss, shaped_rewards
 
 
 @dataclass
-class Config(TrainConfig):
-    prompts: str = flag("out/data/prompts.jsonl", "prompts to practise on")
-    policy: str = flag("out/sft", "checkpoint to start from; its frozen copy is the reference")
-    reward: list[str] = flag(["out/reward_model"], "reward models' checkpoints or file.py:function, one or several")
-    reward_weights: list[float] = flag([], "factor of each reward (none: 1 each)")
-    reward_combine: str = flag("sum", "one reward from several, after weighting", choices=COMBINES)
+class Config(RewardConfig):
     out_dir: str = flag("out/grpo", "folder for the checkpoint and the logs")
     kind: str = flag("grpo", "advantage, weight of a token, place of the penalty", choices=("grpo", "dr_grpo", "rloo"))
     iterations: int = flag(21, "rollout-and-update rounds", low=1)
-    rollouts: int = flag(192, "completions sampled each iteration", low=2)
-    group: int = flag(8, "of them for each prompt", low=2)
-    max_new_tokens: int = flag(48, "longest completion, tokens", low=1)
-    temperature: float = flag(1.0, "of sampling; the log-probs of policy and reference are taken at it too", above=0)
+    group: int = flag(8, "completions of each prompt", low=2)
     ppo_epochs: int = flag(1, "passes over each iteration's rollouts", low=1)
-    minibatch: int = flag(48, "rollouts an optimiser step", low=1)
-    micro_batch: int = flag(24, "rollouts a forward pass; changes memory and nothing else (0: the minibatch)", low=0)
     lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup: int = flag(2, "iterations of linear warm-up, before the linear decay", low=0)
     clip: float = flag(0.2, "clip range of the probability ratio", above=0)
     kl: str = flag("auto", "estimate of the KL (auto: k1 for rloo, else k3)", choices=("auto", "k1", "k2", "k3"))
     kl_coef: float = flag(0.1, "KL penalty, in reward per nat", low=0)
-    eos_penalty: float = flag(1.0, "subtracted from the score of a completion that was cut before EOS", low=0)
-    gold: str = flag("auto", "true reward to log, file.py:function (auto: the embedded task's; empty: none)")
-    log_every: int = flag(10, "iterations between printed samples", low=1)
 
     def __post_init__(self):
-        self.reward = [self.reward] if isinstance(self.reward, str) else self.reward
+        super().__post_init__()
         if self.kl == "auto":
             self.kl = "k1" if self.kind == "rloo" else "k3"
 
@@ -102,27 +78,29 @@ def token_weights(action_mask: Tensor, kind: str, n_rows: int, longest: int) -> 
 def make_experience(policy: GPT, reference: GPT, rollout: Rollout, scores: Tensor, config: Config) -> Experience:
     """KL and group advantages of a rollout with its scores (B,)."""
     mask = rollout.action_mask  # (B, T-1)
-    told = measure(policy, reference, None, rollout, config)
-    rewards = shaped_rewards(scores, told["kl"], mask, config.kl_coef if config.kind == "rloo" else 0.0)  # (B, T-1)
+    measured = measure(policy, reference, None, rollout, config)
+    rewards = shaped_rewards(scores, measured["kl"], mask, config.kl_coef if config.kind == "rloo" else 0.0)
     above = group_advantages(rewards.sum(1), config.group, config.kind)  # (B,)
     advantages = torch.where(mask, above[:, None], 0.0)  # (B, T-1)
     shaped = {"rewards": rewards, "advantages": advantages, "returns": torch.zeros_like(rewards)}
-    return Experience(rollout.tokens, rollout.lens, rollout.ended, mask, **told, **shaped)
+    return Experience(rollout.tokens, rollout.lens, rollout.ended, mask, **measured, **shaped)
 
 
 def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience, config: Config, generator) -> dict:
-    """Clipped steps on an iteration's rollouts -> means over the steps."""
+    """Clipped steps on an iteration's rollouts -> policy_loss, clip_fraction and grad_norm, means over the steps."""
     policy.eval()  # no dropout: the first ratio is exactly 1
     lens, device, steps = experience.lens.tolist(), experience.tokens.device, []
     for rows in minibatches(len(lens), config.minibatch, config.ppo_epochs, generator):
+        n_tokens = experience.action_mask[rows].sum()  # of the whole step
         optimizer.zero_grad(set_to_none=True)
-        figures = torch.zeros(3, device=device)
+        sums = torch.zeros(2, device=device)
         for part in micro_batches(rows, config.micro_batch, length=lambda i: lens[i]):
-            old = experience.rows(part, may_cut(config, device))
+            old = experience.rows(part, config.may_trim(device))
             mask = old.action_mask  # (b, t-1), like all of `old`
             weights = token_weights(mask, config.kind, len(rows), config.max_new_tokens)
             with autocast(device, config.dtype):
-                logprobs = token_logprobs(policy, old.tokens, config.temperature, mask, below=old.below)
+                logits = policy(old.tokens, mask, below=old.below)  # (n, V)
+                logprobs = action_logprobs(logits, old.tokens, mask, config.temperature)
             if not steps:  # nothing has moved yet
                 off = torch.where(mask, logprobs - old.logprobs, 0.0).abs().max().item()
                 check(off <= 1e-3, f"the first log-ratio is {off:.4f}, not 0: rollout and update disagree")
@@ -132,73 +110,57 @@ def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience
                 penalty = torch.where(mask, kl_penalty(logprobs, old.ref_logprobs, config.kl), 0.0)
                 loss = loss + config.kl_coef * (weights * penalty).sum()
             loss.backward()
-            figures[:2] += torch.stack([loss.detach(), clipped / experience.action_mask[rows].sum()])
-        figures[2] = clip_gradients(policy, config.grad_clip)
+            sums += torch.stack([loss.detach(), clipped / n_tokens])
+        norm = clip_gradients(policy, config.grad_clip)
         optimizer.step()
-        steps.append(figures)
+        steps.append(torch.cat([sums, norm[None]]))
     return dict(zip(("policy_loss", "clip_fraction", "grad_norm"), torch.stack(steps).mean(0).tolist(), strict=True))
 
 
 def train(config: Config) -> dict:
-    check_ranges(config)
     check(config.rollouts % config.group == 0, f"--rollouts must be a multiple of --group ({config.group})")
-    check(config.minibatch <= config.rollouts, f"--minibatch must be at most --rollouts ({config.rollouts})")
     check(config.kind == "rloo" or config.kl != "k1", "--kl k1 in the loss has no gradient on average; take k2 or k3")
-    device, cpu = pick_device(config.device), torch.device("cpu")
-    torch.manual_seed(config.seed)
-    start_from = load_model(config.policy, device, made_by="python sft.py")
-    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
-    train_last_layers(policy, config.train_layers)
-    reference = make_reference(policy)
-    texts, task = read_prompts(config.prompts, "python -m data.tiny"), task_of(config.prompts)
-    note_task(start_from, task, config.prompts)
-    mix = {"weights": config.reward_weights, "combine": config.reward_combine, "dtype": config.dtype}
-    score, reward_models = load_reward(config.reward, start_from, task, device, **mix)
-    gold = gold_function(config.gold, task)
-    block_size = policy.config.block_size
-    prompts = encode_prompts(texts, tokenizer, block_size, config.max_new_tokens, config.prompts)
+    start = set_up(config)
+    policy, reference, tokenizer = start.policy, start.reference, start.tokenizer
     optimizer = make_optimizer(policy, None, config)
-    prepare_blocks(config, policy, reference)
-    run = RunFolder(config, config.iterations)
+    run = RunFolder(config, config.iterations, policy=policy, optimizer=optimizer)
     if run.done:
         return run.done
 
-    bar = progress(run.resume(policy=policy, optimizer=optimizer)["step"], config.iterations, "grpo")
-    for iteration in bar:
-        clock = [time.perf_counter()]
-        rng = generator_for(cpu, config.seed, iteration, 0)
-        drawn = torch.randint(len(prompts), (config.rollouts // config.group,), generator=rng)
-        drawn = drawn.repeat_interleave(config.group).tolist()  # a group side by side
-        asked = [texts[i] for i in drawn]
-        rng = generator_for(device, config.seed, iteration, 1)
+    for iteration in run.steps("grpo"):
+        # 1. sample prompts, each for a group side by side
+        rng = generator_for("cpu", config.seed, iteration, 0)
+        drawn = torch.randint(len(start.prompts), (config.rollouts // config.group,), generator=rng)
+        drawn = drawn.repeat_interleave(config.group).tolist()
+        asked = [start.texts[i] for i in drawn]
+        # 2. roll out
+        rng = generator_for(policy.device, config.seed, iteration, 1)
         options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
-        with sampling(policy, config.dtype):
-            rollout = generate(policy, [prompts[i] for i in drawn], config.max_new_tokens, **options)
+        with autocast(policy.device, config.dtype):
+            rollout = generate(policy, [start.prompts[i] for i in drawn], config.max_new_tokens, **options)
         completions = [tokenizer.decode(c) for c in rollout.completions()]
-        clock.append(time.perf_counter())
-        raw_scores = score(rollout, asked, completions)  # (B,)
-        scores = raw_scores - config.eos_penalty * (~rollout.ended)
+        run.lap("rollout")
+        # 3. score
+        raw_scores = start.score(rollout, asked, completions)  # (B,)
+        scores = raw_scores - config.eos_penalty * (~rollout.ended)  # (B,)
+        # 4. KL penalty, 5. shaped rewards, 6. advantages
         experience = make_experience(policy, reference, rollout, scores, config)
-        clock.append(time.perf_counter())
-        lr = config.lr * lr_at(iteration, config.iterations, config.warmup, "linear")
-        set_lr(optimizer, lr)
-        stats = update(policy, optimizer, experience, config, generator_for(cpu, config.seed, iteration, 2))
-        clock.append(time.perf_counter())
-        figures = rollout_figures(experience, completions, raw_scores, scores, config.kl_coef) | stats
-        if gold is not None:
-            golds = call_reward(gold, asked, completions, rollout.ended.tolist(), "the gold reward")
+        run.lap("score")
+        # 7. update
+        lr = set_lr(optimizer, iteration, config.iterations, config.warmup, "linear")
+        stats = update(policy, optimizer, experience, config, generator_for("cpu", config.seed, iteration, 2))
+        run.lap("update")
+        # 8. log
+        figures = rollout_figures(experience, completions, raw_scores, scores, config.kl_coef)
+        if start.gold is not None:
+            golds = start.gold(asked, completions, rollout.ended.tolist())
             figures["gold"] = sum(golds) / len(golds)
-        run.log(step=iteration + 1, **figures, lr=lr, **shares(clock, ("rollout", "score", "update")))
-        bar.set_postfix({k: f"{figures[k]:.2f}" for k in ("score", "kl", "gold") if k in figures})
-        if iteration == 0 or due(iteration, config.log_every, config.iterations):
+        run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
+        if iteration == 0 or run.due(iteration, config.log_every):
             show_samples(rollout, tokenizer, raw_scores)
-        if due(iteration, config.save_every, config.iterations):
-            run.save_state(iteration + 1, policy=policy, optimizer=optimizer)
 
-    save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config, task)
-    usual = task == "tiny" and len(reward_models) == len(config.reward) == 1 and not config.reward_weights
-    expected = [(figure, name.replace("PPO", config.kind), *ends) for figure, name, *ends in EXPECTED if usual]
-    return run.finish(last_quarter(run.history("score"), expected))
+    save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config, start.task)
+    return run.finish(report(run.history("score"), config.kind, start.usual))
 
 
 def main() -> None:

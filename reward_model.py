@@ -23,20 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.cli import TrainConfig, check, check_ranges, flag, run_main
-from lib.checkpoint import load_model, note_task
-from lib.run import RunFolder, gate
-from lib.train import autocast, clip_gradients, due, generator_for, lr_at
-from frozen import train_last_layers
+from data.batches import RankedExamples, by_length, epoch_batches, micro_batches, pair_accuracy, ranked_batch
+from frozen import choose_trainable
 from lib.checkpoint import save_model
+from lib.cli import TrainConfig, check, flag, run_main
 from lib.reward import score_rollout
-from lib.train import pick_device, prepare_blocks, progress, set_lr
-from frozen import trainable
-from data.batches import RankedExamples, by_length, contrast_rankings, encode_prompts, epoch_batches
-from data.batches import load_preferences, micro_batches, pair_accuracy, ranked_batch
-from data.files import held_out_twin, prompts_beside, read_prompts
-from data.tiny import annotators_bayes_accuracy, task_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from lib.run import RunFolder, gate
+from lib.setup import load_policy, load_preferences, sampling_prompts
+from lib.train import autocast, clip_gradients, generator_for, prepare_blocks, set_lr
 from model import GPT, ScalarModel
 from sampling import generate
 
@@ -94,7 +88,7 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
     loss, pairs, per_ranking = 0.0, [], []
     for part in micro_batches(items, batch_size):
         batch = ranked_batch(part, device)
-        scores = model(batch.tokens, batch.ends, batch.branches)  # (N, K)
+        scores = model(batch.tokens, batch.ends, batch.positions)  # (N, K)
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
         longer, _ = pair_accuracy(batch.lens.float(), batch.ranks)  # (N, P)
         strict = gap > 0
@@ -115,10 +109,9 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
     return results | {f"accuracy_gap_{int(g)}": right[gaps == g].mean().item() for g in gaps.unique().tolist()}
 
 
-def accuracy_by_part(model: ScalarModel, prompts: list[str], tokenizer: Tokenizer, device) -> dict[str, float]:
+def accuracy_by_part(model: ScalarModel, contrasts: dict[str, list[RankedExamples]], device) -> dict[str, float]:
     """How often it prefers the better of two texts that differ in one respect (tiny.contrasts), for each of them."""
-    parts = contrast_rankings(prompts, tokenizer, model.config.block_size)
-    return {name: evaluate(model, items, device)["accuracy"] for name, items in parts.items()}
+    return {name: evaluate(model, items, device)["accuracy"] for name, items in contrasts.items()}
 
 
 @torch.no_grad()
@@ -139,42 +132,35 @@ def normalise(
 
 
 def train(config: Config) -> dict:
-    check_ranges(config)
-    device = pick_device(config.device)
-    start_from = load_model(config.policy, device, made_by="python sft.py")
-    policy, tokenizer = start_from.model, load_tokenizer(start_from.tokenizer)
-    torch.manual_seed(config.seed)
-    told = config.expectation == "yes" or (config.expectation == "auto" and policy.config.n_layer < 4)
-    model = ScalarModel.from_gpt(policy, expectation=told)
-    train_last_layers(model, config.train_layers)
-    block_size = policy.config.block_size
-    items, held_out, task = load_preferences(config, tokenizer, block_size)
-    note_task(start_from, task, config.data)
-    max_new_tokens = min(config.max_new_tokens, block_size - 1)
-    path, learned = prompts_beside(config.data, config.prompts), set(read_prompts(config.data))
-    # it is too sure of answers to prompts that it has learned from; where there are no others, those have to do
-    texts = [p for p in read_prompts(path) if p not in learned] or read_prompts(path)
-    prompts = encode_prompts(texts[-config.normalise_samples :], tokenizer, block_size, max_new_tokens, path)
-    batches = epoch_batches(items, config)
+    start = load_policy(config)
+    policy, tokenizer = start.model, start.tokenizer
+    torch.manual_seed(config.seed)  # of the head
+    shallow = policy.config.n_layer < 4
+    expectation = config.expectation == "yes" or (config.expectation == "auto" and shallow)
+    model = ScalarModel.from_gpt(policy, expectation)
+    parameters = choose_trainable(model, config)
+    data = load_preferences(config, start)
+    max_new_tokens = min(config.max_new_tokens, policy.config.block_size - 1)
+    prompts = sampling_prompts(config, start, max_new_tokens)
+    batches = epoch_batches(data.items, config)
     adamw = {"lr": config.lr, "betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(trainable(model), **adamw)
+    optimizer = torch.optim.AdamW(parameters, **adamw)
     prepare_blocks(config, model)
-    run = RunFolder(config, len(batches))
+    run = RunFolder(config, len(batches), model=model, optimizer=optimizer)
     if run.done:
         return run.done
-    start = run.resume(model=model, optimizer=optimizer)["step"]
 
-    bar = progress(start, len(batches), "reward model")
-    for step in bar:
+    device = policy.device
+    for step in run.steps("reward model"):
         model.train()
         n_pairs = sum(item.n_pairs for item in batches[step])  # of the whole step
-        set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup, "linear"))
+        lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
         optimizer.zero_grad(set_to_none=True)
         loss, right, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
         for part in micro_batches(batches[step], config.micro_batch):
             batch = ranked_batch(part, device)
             with autocast(device, config.dtype):
-                scores = model(batch.tokens, batch.ends, batch.branches)  # (N, K), best first
+                scores = model(batch.tokens, batch.ends, batch.positions)  # (N, K), best first
             part_loss = ranking_loss(scores, batch.ranks, n_pairs)
             part_loss.backward()
             loss += part_loss.detach()
@@ -183,24 +169,19 @@ def train(config: Config) -> dict:
             strict_pairs += (gap > 0).sum()
         norm = clip_gradients(model, config.grad_clip)
         optimizer.step()
-
-        if step == 0 or due(step, config.log_every, len(batches)):
-            accuracy, lr = (right / strict_pairs).item(), optimizer.param_groups[0]["lr"]
-            run.log(step=step + 1, loss=loss.item(), accuracy=accuracy, lr=lr, grad_norm=norm.item())
-            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
-        if due(step, config.save_every, len(batches)):
-            run.save_state(step + 1, model=model, optimizer=optimizer)
+        if step == 0 or run.due(step, config.log_every):
+            figures = {"loss": loss.item(), "accuracy": (right / strict_pairs).item(), "lr": lr}
+            run.log(step + 1, "loss accuracy", **figures, grad_norm=norm.item())
 
     with autocast(device, config.dtype):
         normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
-    save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, task)
+    save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, data.task)
     results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
-    if held_out:
-        path = held_out_twin(config.data, config.held_out_data)
-        results |= evaluate(model, held_out, device, config.micro_batch or 64)
-        results["bayes_accuracy"] = annotators_bayes_accuracy(path)
-        if task == task_of(path) == "tiny":
-            results["by_part"] = accuracy_by_part(model, read_prompts(path)[:400], tokenizer, device)
+    if data.held_out:
+        results |= evaluate(model, data.held_out, device, config.micro_batch or 64)
+        results["bayes_accuracy"] = data.bayes_accuracy
+        if data.contrasts:
+            results["by_part"] = accuracy_by_part(model, data.contrasts, device)
         results["gates"] = report(results)
     return run.finish(results)
 

@@ -12,19 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import UserError, check, check_ranges, flag, run_main
-from lib.checkpoint import Checkpoint, check_scorer, load_model, load_scorer
-from lib.reward import call_reward, gold_function
-from lib.train import generator_for
-from lib.train import pick_device
-from lib.reward import score_rollout
 from data.batches import encode_prompts
-from data.tokenizer import load_tokenizer
+from lib.checkpoint import Checkpoint, check_scorer, load_model, load_scorer
+from lib.cli import Flags, UserError, check, flag, run_main
+from lib.reward import gold_function, score_rollout
+from lib.train import generator_for, pick_device
 from sampling import generate
 
 
 @dataclass
-class Config:
+class Config(Flags):
     policy: str = flag("out/ppo", "checkpoint to talk to")
     compare: list[str] = flag([], "checkpoints to put side by side, instead of --policy")
     prompt: str = flag("", "answer this one prompt and end; empty: ask for prompts")
@@ -41,7 +38,7 @@ class Config:
 
 def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: Checkpoint | None) -> list[str]:
     """Completions of one prompt, each as a line with its scores."""
-    tokenizer, gold = load_tokenizer(policy.tokenizer), gold_function(config.gold, policy.task)
+    tokenizer, gold = policy.tokenizer, gold_function(config.gold, policy.task)
     ids = encode_prompts([prompt], tokenizer, policy.model.config.block_size, config.max_new_tokens, "")[0]
     rollout = generate(
         policy.model,
@@ -60,7 +57,7 @@ def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: C
         notes = [] if score is None else [f"reward {score:+.2f}"]
         if gold:
             try:
-                notes.append(f"gold {call_reward(gold, [prompt], [text], [ended])[0]:+.2f}")
+                notes.append(f"gold {gold([prompt], [text], [ended])[0]:+.2f}")
             except UserError:  # not a prompt of the task: its truth is not known
                 notes.append("gold unknown for this prompt")
         notes += [] if ended else ["cut"]
@@ -69,7 +66,6 @@ def answer(policy: Checkpoint, prompt: str, config: Config, seed: int, scorer: C
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     device = pick_device(config.device)
     paths = config.compare or [config.policy]
     loaded = [load_model(p, device, made_by="make demo") for p in paths]

@@ -1,8 +1,13 @@
-"""Sampling."""
+"""Sampling completions: the whole batch at once, a cache of keys and values, one token a row and step.
+
+Shapes: B rows, S tokens in the longest of them, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frame import completion_mask
-from model import GPT, KVCache, Step, at_least_float32
+from frozen import cast_once
+from model import GPT, GPTConfig, KVCache, at_least_float32
 
 
 @dataclass
@@ -39,6 +45,9 @@ def join(rollouts: list[Rollout], filler: int) -> Rollout:
     return Rollout(tokens, *rest)
 
 
+# -------------------------------------------------------------------------------- one token
+
+
 def sample_token(
     logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
@@ -63,22 +72,46 @@ def sample_token(
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
-def prefill(model: GPT, tokens: Tensor, lens: Tensor, caches: list[KVCache]) -> Tensor:
-    """One pass over right-padded prompts, tokens (B, T), lens (B,), fills the caches -> logits (B, V) of what follows.
-    Filler's keys land in slots behind the prompt, which are overwritten before anything looks at them."""
-    return model.lm_head(model.hidden(tokens, F.one_hot(lens - 1, tokens.size(1)).bool(), caches))
+def prefill(model: GPT, tokens: Tensor, lens: Tensor, cache: KVCache) -> Tensor:
+    """Read right-padded prompts, tokens (B, T), lens (B,), into the cache -> logits (B, V) of what follows each. Filler
+    writes into slots behind its prompt, which are overwritten before anything looks at them."""
+    return model(tokens, F.one_hot(lens - 1, tokens.size(1)).bool(), cache=cache)
 
 
-def decode_one_token(model: GPT, last: Tensor, positions: Tensor, caches: list[KVCache]) -> Tensor:
-    """Feed one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next."""
-    B, G, S = last.size(0), model.config.n_kv_head, caches[0].kv.size(3)
-    behind = torch.arange(S, device=last.device) > positions[:, None]  # (B, S)
-    bias = caches[0].kv.new_zeros(B, G, S).masked_fill_(behind[:, None], -math.inf).view(B * G, 1, S)
-    step = Step(torch.arange(B, device=last.device), positions, bias)
-    return model.lm_head(model.hidden(last[:, None], None, caches, step)[:, 0])
+def decode_one_token(model: GPT, last: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Read one token a row, last (B,) at its own positions (B,) -> logits (B, V) of the next."""
+    return model(last[:, None], positions=positions[:, None], cache=cache)[:, 0]
+
+
+# -------------------------------------------------------------------------------- whole completions
+
+
+def read_once(prompts: list[list[int]], width: int, filler: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each of the U distinct prompts once -> tokens (U, width), lens (U,), and the number of every prompt's, (B,)."""
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tokens = torch.full((len(number), width), filler)
+    for prompt, n in number.items():
+        tokens[n, : len(prompt)] = torch.tensor(prompt)
+    return tokens, torch.tensor([len(p) for p in number]), torch.tensor([number[tuple(p)] for p in prompts])
+
+
+@contextlib.contextmanager
+def without_dropout(model: GPT) -> Iterator[None]:
+    """In eval mode, and afterwards as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 CACHE_NUMBERS = 2**29  # keys and values that `generate` holds at a time: 2 GiB in float32
+
+
+def numbers_cached(config: GPTConfig) -> int:
+    """Keys and values of one token, in all blocks."""
+    return 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head)
 
 
 @torch.no_grad()
@@ -95,54 +128,47 @@ def generate(
 ) -> Rollout:
     """Sample a completion of every prompt, the whole batch at once; a row stops at EOS, the loop when all rows have.
 
-    Prompts of unequal length need no left padding: they stand on the left, each row's new tokens are written right
-    behind its own prompt. A prompt that occurs several times is read once. If the cache would exceed CACHE_NUMBERS, the
-    rows go in slices. Raises ValueError if a prompt is empty or has no room for max_new_tokens within block_size."""
+    Prompts of unequal length need no left padding: they stand on the left, and each row's new tokens are written right
+    behind its own prompt. If the cache would exceed CACHE_NUMBERS, the rows go in slices. Raises ValueError if a prompt
+    is empty or has no room for max_new_tokens within block_size."""
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no prompt may be empty")
     bad_cut = (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1)
     if max_new_tokens < 1 or temperature < 0 or bad_cut:
         raise ValueError("generate needs max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1")
-    B, longest = len(prompts), max(map(len, prompts))
-    S, c, device = longest + max_new_tokens, model.config, model.device
-    if S > c.block_size:
-        raise ValueError(f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {c.block_size}")
-    fit = max(1, CACHE_NUMBERS // (c.numbers_cached * S))  # rows whose keys and values may exist at a time
+    B, longest, config, device = len(prompts), max(map(len, prompts)), model.config, model.device
+    S = longest + max_new_tokens
+    if S > config.block_size:
+        raise ValueError(
+            f"{longest} prompt tokens and {max_new_tokens} new ones don't fit block_size {config.block_size}"
+        )
+    fit = max(1, CACHE_NUMBERS // (numbers_cached(config) * S))  # rows whose keys and values may exist at a time
     if fit < B:
         options = {"eos_id": eos_id, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         parts = [generate(model, prompts[i : i + fit], max_new_tokens, **options) for i in range(0, B, fit)]
         return join(parts, eos_id)
-    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # of each distinct prompt
-    distinct = torch.full((len(number), S), eos_id)
-    for prompt, n in number.items():
-        distinct[n, : len(prompt)] = torch.tensor(prompt)
-    distinct, distinct_lens = distinct.to(device), torch.tensor([len(p) for p in number], device=device)
-    source = torch.tensor([number[tuple(p)] for p in prompts], device=device)  # (B,)
+
+    distinct, distinct_lens, source = (x.to(device) for x in read_once(prompts, S, eos_id))  # (U, S), (U,), (B,)
     tokens, prompt_lens = distinct[source], distinct_lens[source]  # (B, S), (B,)
-    # one number a step for every row, also for those that will have left: what a row draws doesn't depend on the others
+    # One number a step for every row, also for those that will have left: what a row draws doesn't depend on others.
     uniforms = torch.zeros(max_new_tokens, B, device=device)
     if temperature:
         uniforms.uniform_(generator=generator)
     on_gpu = device.type == "cuda"
-    training = model.training
-    model.eval()  # dropout off
-    try:
-        # a GPU wants constant shapes; a CPU has less to do with a cache that grows 16 slots at a time
-        slots = S if on_gpu else min(S, longest + 16)
-        caches = [KVCache(len(number), slots, c, model.wte.weight) for _ in model.h]
-        logits = prefill(model, distinct[:, :longest], distinct_lens, caches)[source]  # (B, V)
+    with cast_once(model), without_dropout(model):
+        # A GPU wants constant shapes; a CPU has less to do with a cache that grows 16 slots at a time.
+        cache = KVCache(len(distinct), S if on_gpu else min(S, longest + 16), config, model.wte.weight)
+        logits = prefill(model, distinct[:, :longest], distinct_lens, cache)[source]  # (B, V)
         if logits.isnan().any():
             raise ValueError("the model's logits are nan")
-        if len(number) < B:
-            for cache in caches:
-                cache.keep(source)
-        # the rows that are still computed, at first all of them; where each goes on; whether it does: (b,) each
+        if len(distinct) < B:
+            cache.keep(source)
+        # The rows that are still computed, at first all of them; where each goes on; whether it does: (b,) each.
         rows, positions = torch.arange(B, device=device), prompt_lens.clone()
         going = torch.ones(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
-            drawn = uniforms[step] if len(rows) == B else uniforms[step, rows]
-            # a row that has ended goes on with filler
-            new = torch.where(going, sample_token(logits, drawn, temperature, top_k, top_p), eos_id)  # (b,)
+            new = sample_token(logits, uniforms[step, rows], temperature, top_k, top_p)  # (b,)
+            new = torch.where(going, new, eos_id)  # a row that has ended goes on with filler
             tokens[rows, positions] = new
             going &= new != eos_id
             # To look at `going` makes the CPU wait for the GPU, so there only every 8th step.
@@ -151,18 +177,14 @@ def generate(
                 if alive == 0:
                     break
                 if not on_gpu and alive <= 0.8 * len(rows):  # leave the rows that have ended behind
-                    for cache in caches:
-                        cache.keep(going)
+                    cache.keep(going)
                     rows, new, positions, going = (x[going] for x in (rows, new, positions, going))
             if step + 1 == max_new_tokens:
                 break
-            if longest + step >= caches[0].kv.size(3):
-                for cache in caches:
-                    cache.grow(min(16, S - cache.kv.size(3)))
-            logits = decode_one_token(model, new, positions, caches)  # (b, V)
+            if longest + step >= cache.slots:
+                cache.grow(min(16, S - cache.slots))
+            logits = decode_one_token(model, new, positions, cache)  # (b, V)
             positions += 1
-    finally:
-        model.train(training)
     stops = completion_mask(prompt_lens, prompt_lens + max_new_tokens, S) & (tokens == eos_id)  # (B, S) EOS and filler
     ended = stops.any(1)
     lens = torch.where(ended, stops.int().argmax(1) + 1, prompt_lens + max_new_tokens)

@@ -21,22 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import LLAMA
-from lib.cli import TrainConfig, UserError, check, check_ranges, flag, run_main
-from lib.checkpoint import is_published, load_model, load_published
-from lib.run import RunFolder, gate
-from lib.train import autocast, clip_gradients, due, lr_at
-from lib.checkpoint import save_model
-from lib.show import sample_prompts, show_samples
-from lib.train import pick_device, prepare_blocks, progress, set_lr
-from frozen import train_last_layers, trainable
-from lib.checkpoint import start_vocabulary
-from data.batches import Example, epoch_batches, load_examples, make_batch, micro_batches
-from data.files import held_out_twin
-from data.tiny import task_of
-from data.tokenizer import TEMPLATES, load_tokenizer, vocabulary_name
+from data.batches import Example, epoch_batches, make_batch, micro_batches
+from data.tokenizer import TEMPLATES
 from frame import completion_mask
-from model import GPT, GPTConfig, at_least_float32
+from frozen import choose_trainable, trainable
+from lib.checkpoint import save_model
+from lib.cli import TrainConfig, flag, run_main
+from lib.run import RunFolder, gate
+from lib.setup import load_demonstrations, start_network
+from lib.show import sample_prompts, show_samples
+from lib.train import autocast, clip_gradients, prepare_blocks, set_lr
+from model import GPT, at_least_float32
 
 
 @dataclass
@@ -95,34 +90,6 @@ def demonstration_loss(model: GPT, examples: list[Example], n_tokens: int, dtype
     return sft_loss(logits, tokens, mask, n_tokens)
 
 
-def initial_model(config: Config, n_vocab: int, device) -> GPT:
-    """From scratch, from published weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
-    if not config.init:
-        sizes = (n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
-        llama = {**LLAMA, "n_inner": 8 * round(config.n_embd / 3)} if config.block == "llama" else {}
-        try:
-            return GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base, **llama)).to(device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    for name in ("n_layer", "n_head", "n_embd", "block", "rope_base"):
-        own = getattr(config, name) != getattr(Config, name)
-        check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
-    if is_published(config.init):
-        model = load_published(config.init, n_vocab, config.block_size)
-    else:
-        model, tokenizer_name, _ = load_model(config.init, device)
-        if config.tokenizer != "auto":
-            name = vocabulary_name(tokenizer_name)
-            check(tokenizer_name == config.tokenizer, f"--init {config.init} was trained with --tokenizer {name}")
-        own = model.config.block_size
-        check(
-            config.block_size in (0, own), f"--block_size {config.block_size}: {config.init} has a block size of {own}"
-        )
-    for part in [model.config, *(m for m in model.modules() if hasattr(m, "dropout"))]:
-        part.dropout = config.dropout
-    return model.to(device)
-
-
 @torch.no_grad()
 def held_out_loss(model: GPT, examples: list[Example], config: Config) -> float:
     """Mean over all completion tokens, nats a token."""
@@ -144,70 +111,62 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
 
 def train(config: Config) -> dict:
-    check_ranges(config)
-    device = pick_device(config.device)
-    vocabulary = start_vocabulary(config.init) if config.tokenizer == "auto" else config.tokenizer
-    tokenizer = load_tokenizer(vocabulary, config.template)
-    torch.manual_seed(config.seed)  # weights and dropout
-    model = initial_model(config, tokenizer.n_vocab, device)
-    train_last_layers(model, config.train_layers)
-    examples = load_examples(config.data, tokenizer, model.config.block_size, "python -m data.tiny")
-    held_out_data = held_out_twin(config.data, config.held_out_data)
-    held_out = load_examples(held_out_data, tokenizer, model.config.block_size, "python -m data.tiny")
-    batches = epoch_batches(examples, config)
+    model, tokenizer = start_network(config)
+    choose_trainable(model, config)
+    data = load_demonstrations(config, tokenizer, model.config.block_size)
+    batches = epoch_batches(data.items, config)
     optimizer = make_optimizer(model, config)
     prepare_blocks(config, model)
-    run = RunFolder(config, len(batches))
+    run = RunFolder(config, len(batches), model=model, optimizer=optimizer)
     if run.done:
         return run.done
-    start = run.resume(model=model, optimizer=optimizer)["step"]
     n_parameters = sum(p.numel() for p in trainable(model))
-    print(f"SFT: {n_parameters:,} parameters to train in {len(batches)} steps on {device}")
-    if held_out and start == 0:
-        run.log(step=0, held_out_loss=held_out_loss(model, held_out, config))
+    print(f"SFT: {n_parameters:,} parameters to train in {len(batches)} steps on {model.device}")
+    asked = [e.prompt for e in data.held_out[:256]]
+    if data.held_out and run.first == 0:
+        run.log(0, held_out_loss=held_out_loss(model, data.held_out, config))
 
-    bar = progress(start, len(batches), "sft")
     clock, tokens_seen = time.perf_counter(), 0
-    for step in bar:
+    for step in run.steps("sft"):
         model.train()
         n_tokens = sum(len(e.completion) for e in batches[step])  # of the whole step
-        set_lr(optimizer, config.lr * lr_at(step, len(batches), config.warmup))
+        lr = set_lr(optimizer, step, len(batches), config.warmup, "cosine")
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), device=model.device)
         for part in micro_batches(batches[step], config.micro_batch):
             part_loss = demonstration_loss(model, part, n_tokens, config.dtype)
             part_loss.backward()
             loss += part_loss.detach()
         norm = clip_gradients(model, config.grad_clip)
         optimizer.step()
-
         tokens_seen += sum(map(len, batches[step]))
-        if due(step, config.log_every, len(batches)):
+        if run.due(step, config.log_every):
             speed = round(tokens_seen / (time.perf_counter() - clock))
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        if held_out and due(step, config.eval_every, len(batches)):
-            run.log(step=step + 1, held_out_loss=held_out_loss(model, held_out, config))
-            show_samples(sample_prompts(model, [e.prompt for e in held_out[:3]], tokenizer, 48, config.seed), tokenizer)
-        if due(step, config.save_every, len(batches)):
-            run.save_state(step + 1, model=model, optimizer=optimizer)
+            run.log(step + 1, "loss", loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
+        if data.held_out and run.due(step, config.eval_every):
+            run.log(step + 1, held_out_loss=held_out_loss(model, data.held_out, config))
+            show_samples(sample_prompts(model, asked[:3], tokenizer, 48, config.seed), tokenizer)
 
-    task = task_of(config.data)
-    save_model(config.out_dir, model, tokenizer.saved, "sft.py", config, task)
+    save_model(config.out_dir, model, tokenizer.saved, "sft.py", config, data.task)
     results = {"gates": []}
-    if held_out:
-        losses = [row["held_out_loss"] for row in run.history("held_out_loss")]
-        rollout = sample_prompts(model, [e.prompt for e in held_out[:256]], tokenizer, 48, config.seed)
+    if data.held_out:
+        rollout = sample_prompts(model, asked, tokenizer, 48, config.seed)
         show_samples(rollout, tokenizer)
+        losses = [row["held_out_loss"] for row in run.history("held_out_loss")]
         eos_rate = rollout.ended.float().mean().item()
         results |= {"held_out_loss": losses[-1], "first_loss": losses[0], "eos_rate": eos_rate}
-        print(f"SFT held-out loss {losses[-1]:.3f} (before training {losses[0]:.3f}), EOS rate {eos_rate:.2f}")
-        if task == "tiny":
-            note = f"ln V = {math.log(tokenizer.n_vocab):.2f} is a guess"
-            results["gates"].append(gate("SFT held-out loss", losses[-1], *EXPECTED_LOSS, note))
-            results["gates"].append(gate("SFT EOS rate", eos_rate, *EXPECTED_EOS))
+        results["gates"] = report(results, data.task, tokenizer.n_vocab)
     return run.finish(results)
+
+
+def report(results: dict, task: str, n_vocab: int) -> list[dict]:
+    """Print the held-out figures -> gates, on the embedded task."""
+    loss, eos_rate = results["held_out_loss"], results["eos_rate"]
+    print(f"SFT held-out loss {loss:.3f} (before training {results['first_loss']:.3f}), EOS rate {eos_rate:.2f}")
+    if task != "tiny":
+        return []
+    note = f"ln V = {math.log(n_vocab):.2f} is a guess"
+    return [gate("SFT held-out loss", loss, *EXPECTED_LOSS, note), gate("SFT EOS rate", eos_rate, *EXPECTED_EOS)]
 
 
 def main() -> None:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from model import Branches
 from lib.cli import check
-from data.files import Ranking, held_out_twin, read_demonstrations, read_rankings
-from data.tiny import contrasts, task_of
+from data.files import Ranking, read_demonstrations, read_rankings, sibling
+from data.tiny import contrasts
 from data.tokenizer import Tokenizer
 
 
@@ -114,6 +112,13 @@ def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str
     return kept
 
 
+def demonstrations_beside(prompts: str, path: str, tokenizer: Tokenizer, block_size: int) -> list[Example]:
+    """Demonstrations in the file `path`; "auto": demonstrations.jsonl beside the prompts."""
+    path = sibling(prompts, "demonstrations.jsonl") if path == "auto" else path
+    check(bool(path), f"--ptx_coef needs --ptx_data; none is beside {prompts}")
+    return load_examples(path, tokenizer, block_size)
+
+
 # -------------------------------------------------------------------------------- the order of training
 
 
@@ -162,8 +167,6 @@ class RankedExamples:
 
     examples: list[Example]
     ranks: list[int]
-    ref_logprobs: Tensor | None = None  # (k,) log-probs under DPO's reference, once dpo.py has asked for them
-    below: Tensor | None = None  # (len, C) what the network's frozen blocks make of its row, if that is known
 
     def __post_init__(self):
         if any(e.prompt != self.examples[0].prompt for e in self.examples):
@@ -188,12 +191,11 @@ class RankedBatch:
     """N rankings of at most K completions, a row each: the prompt, its completions one behind the other, filler."""
 
     tokens: Tensor  # (N, T)
-    branches: Branches  # which tokens follow which
+    positions: Tensor  # (N, T) of each token in its own text; where they go back another completion starts (model.py)
     owner: Tensor  # (N, T) number of the completion that a token belongs to, 0 the best; K on the prompt and on filler
     ends: Tensor  # (N, K) flat position of the last token of each completion (0 where a ranking has fewer)
     lens: Tensor  # (N, K) tokens of each completion
     ranks: Tensor  # (N, K) ascending, equal for ties, -1 where absent
-    below: Tensor | None = None  # (N, T, C) what the network's frozen blocks make of the tokens, if that is known
 
 
 def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> list[RankedExamples]:
@@ -239,47 +241,28 @@ def load_rankings(path: str, tokenizer: Tokenizer, block_size: int, made_by: str
     return items
 
 
-def load_preferences(
-    config, tokenizer: Tokenizer, block_size: int
-) -> tuple[list[RankedExamples], list[RankedExamples], str]:
-    """What a stage learns from: the rankings of config.data, those that are held out, and the task they belong to."""
-    made_by = "python collect.py"
-    items = load_rankings(config.data, tokenizer, block_size, made_by)
-    held_out = load_rankings(held_out_twin(config.data, config.held_out_data), tokenizer, block_size, made_by)
-    return items, held_out, task_of(config.data)
-
-
 def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBatch:
     """Rankings as one batch. The completions of a prompt share it, so that it goes through the model once."""
     K = max(len(item.examples) for item in items)
-    rows = []  # of each ranking: tokens, owner, positions, before
+    rows = []  # of each ranking: tokens, owner, positions
     lens, ends, ranks = (torch.zeros(len(items), K, dtype=torch.long) for _ in range(3))
     for n, item in enumerate(items):
         prompt = item.examples[0].prompt
         P = len(prompt)
-        tokens, owner, positions, before = list(prompt), [K] * P, list(range(P)), [0, *range(P - 1)]
+        tokens, owner, positions = list(prompt), [K] * P, list(range(P))
         for k, example in enumerate(item.examples):
-            start, L = len(tokens), len(example.completion)
+            L = len(example.completion)
             tokens += example.completion
             owner += [k] * L
             positions += range(P, P + L)
-            before += [P - 1, *range(start, start + L - 1)]
             lens[n, k], ends[n, k], ranks[n, k] = L, len(tokens) - 1, item.ranks[k]
-        rows.append((tokens, owner, positions, before))
-    (tokens, _), (owner, _), (positions, _), (before, _) = (
-        pad([row[i] for row in rows], device, filler) for i, filler in enumerate((0, K, 0, 0))
+        rows.append((tokens, owner, positions))
+    (tokens, _), (owner, _), (positions, _) = (
+        pad([row[i] for row in rows], device, filler) for i, filler in enumerate((0, K, 0))
     )  # (N, T) each
-    T = tokens.size(1)
-    # A token sees the prompt and its own completion, up to itself. Filler counts as prompt here, but stands behind all.
-    here = owner[:, :, None]  # (N, T, 1)
-    seen = (here == here.mT) | (here.mT == K)  # (N, T, T)
-    visible = seen & torch.ones(T, T, dtype=torch.bool, device=device).tril()
     ranks = ranks.masked_fill(lens == 0, -1)
-    ends = torch.where(lens > 0, ends + T * torch.arange(len(items))[:, None], 0)
-    branches = Branches(positions, before, visible[:, None])
-    known = [item.below for item in items if item.below is not None]  # (len, C) of all, or of none
-    below = pad_sequence(known, batch_first=True) if known else None
-    return RankedBatch(tokens, branches, owner, *(x.to(device) for x in (ends, lens, ranks)), below)
+    ends = torch.where(lens > 0, ends + tokens.size(1) * torch.arange(len(items))[:, None], 0)
+    return RankedBatch(tokens, positions, owner, *(x.to(device) for x in (ends, lens, ranks)))
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

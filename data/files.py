@@ -1,4 +1,4 @@
-"""The four JSON Lines formats, read with `file:line: what is wrong` and written whole or not at all.
+"""The four JSON Lines formats. A bad line is an error that names `file:line`; a file is written whole or not at all.
 
     demonstrations   {"prompt": "...", "completion": "..."}
     prompts          {"prompt": "..."}                                  (other keys are ignored)
@@ -6,12 +6,15 @@
     rankings         {"prompt": "...", "completions": ["best", ["tied", "tied"], "worst"]}
 
 A prompt is a string, or a conversation [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...] that ends
-with the user's turn. A pair is a ranking of two, so `read_rankings` reads both. Beside the completions of either,
-"ended": [true, false, ...] says in the same order which ended by themselves and which were cut; absent: all ended.
+with the user's turn. A pair is a ranking of two, so `read_rankings` reads both. A row of either may also hold
+"ended": [true, false, ...], one for each completion in the same order: false marks a completion that was cut. Without
+"ended" none was cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -31,20 +34,35 @@ class Ranking:
     ended: list[bool]  # False: cut before it ended, so no EOS follows
 
 
-def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each line that is not blank."""
+def read_bytes(path: str | Path, made_by: str = "") -> bytes:
+    """A whole file. UserError where it can't be read; made_by: the command to name if it is missing."""
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file" + (f"; run `{made_by}` first" if made_by else "")) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    with file:
-        yield from parse_jsonl(path, file)
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def read_json(path: str | Path, made_by: str = "") -> dict:
+    """The JSON object in a file. UserError where there is none."""
+    try:
+        content = json.loads(read_bytes(path, made_by))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object like {{...}}, found {type(content).__name__}")
+    return content
+
+
+def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield ("path:line", object) for each line of a file that is not blank."""
+    yield from parse_jsonl(path, io.BytesIO(read_bytes(path, made_by)))
 
 
 def parse_jsonl(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
-    """The same of lines that are read already; `path` is what an error names."""
+    """Yield ("path:line", object) for each of these lines that is not blank."""
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
@@ -63,22 +81,23 @@ def parse_jsonl(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str,
 
 
 def mend_last_line(path: str | Path) -> None:
-    """Before appending to a file: a last line that a crash cut short is taken off, one that lacks nothing but its end
-    gets that."""
+    """Make a file safe to append to: remove a last line that a crash cut short, or end one that lacks only its
+    newline."""
     content = Path(path).read_bytes() if Path(path).exists() else b""
     start = content.rfind(b"\n") + 1
-    if not content[start:].startswith(b"{"):  # whole, or no file of ours
+    if not content[start:].startswith(b"{"):  # the last line is whole, or this is no file of ours
         return
     try:
         json.loads(content[start:])
     except ValueError:
-        os.truncate(path, start)  # in place: what stands there may be hours of somebody's work
+        os.truncate(path, start)  # in place: the lines before it may be hours of somebody's work
     else:
         with open(path, "ab") as file:
             file.write(b"\n")
 
 
 def text_field(where: str, row: dict, key: str) -> str:
+    """row[key], which must be a string. where: the place in the data, for the error."""
     if key not in row:
         raise UserError(f'{where}: no "{key}" (found: {", ".join(row) or "nothing"})')
     if not isinstance(row[key], str):
@@ -90,14 +109,14 @@ ROLES = ("system", "user", "assistant")
 
 
 class Prompt(str):
-    """A prompt of several turns. As a string it is a text to show, to compare and to hand to reward functions; what the
-    model reads is made of its turns, by the vocabulary's template."""
+    """A prompt of several turns. As a string it is a text to show, to compare and to give to reward functions. The
+    model reads its turns, as the vocabulary's template formats them."""
 
     turns: tuple[tuple[str, str], ...]  # (role, text), the last one the user's
 
     @classmethod
     def of(cls, turns: list[tuple[str, str]]) -> str:
-        """A single user's turn is an ordinary string."""
+        """The prompt of these turns. A single turn of the user's becomes an ordinary string."""
         if len(turns) == 1 and turns[0][0] == "user":
             return turns[0][1]
         prompt = cls("\n".join(f"{role.capitalize()}: {text}" for role, text in turns))
@@ -106,17 +125,17 @@ class Prompt(str):
 
 
 def turns_of(prompt: str) -> tuple[tuple[str, str], ...]:
-    """(role, text) of every turn; an ordinary string is one of the user's."""
+    """(role, text) of every turn. An ordinary string is one turn of the user's."""
     return prompt.turns if isinstance(prompt, Prompt) else (("user", prompt),)
 
 
 def prompt_json(prompt: str) -> str | list[dict[str, str]]:
-    """What stands in a file for it, the inverse of prompt_field."""
+    """The prompt as JSON. The inverse of prompt_field."""
     return [{"role": r, "content": t} for r, t in prompt.turns] if isinstance(prompt, Prompt) else prompt
 
 
 def prompt_field(where: str, row: dict) -> str:
-    """row["prompt"], a string or a list of messages -> a string, a Prompt where there are several turns."""
+    """row["prompt"], a string or a list of messages -> a string, or a Prompt if it has several turns."""
     messages = row.get("prompt")
     if not isinstance(messages, list):
         return text_field(where, row, "prompt")
@@ -132,7 +151,8 @@ def prompt_field(where: str, row: dict) -> str:
 
 
 def sound_text(where: str, key: str, text: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no file and no vocabulary can hold."""
+    """The text, if it can be encoded. JSON can spell half a character (a lone surrogate), which no file and no
+    vocabulary can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -141,14 +161,14 @@ def sound_text(where: str, key: str, text: str) -> str:
 
 
 def sibling(path: str | Path, new_name: str) -> str:
-    """The file of that name in the same folder, "" if there is none."""
+    """The file of that name in the folder of `path`; "" if there is none."""
     found = Path(path).with_name(new_name)
     return str(found) if found.exists() else ""
 
 
 def held_out_twin(data: str, held_out: str) -> str:
-    """Where a stage's held-out data is. "auto": beside the data, mine.jsonl -> mine_held_out.jsonl, if there is one; so
-    data of one's own is never judged by the demo's."""
+    """The file of a stage's held-out data. "auto": mine_held_out.jsonl in the folder of mine.jsonl, or "" if there is
+    none. So a user's data is never judged by the demo's."""
     if held_out != "auto":
         return held_out
     name = f"{Path(data).stem}_held_out{Path(data).suffix}"
@@ -159,7 +179,8 @@ def held_out_twin(data: str, held_out: str) -> str:
 
 
 def prompts_beside(data: str, prompts: str) -> str:
-    """Prompts for sampling beside preference data. "auto": prompts.jsonl in the same folder, else those of the data."""
+    """The file of prompts that a preference stage samples from. "auto": prompts.jsonl in the folder of the data, or
+    else the data itself."""
     if prompts != "auto":
         return prompts
     found = sibling(data, "prompts.jsonl")
@@ -181,15 +202,17 @@ def read_demonstrations(path: str | Path, made_by: str = "") -> list[tuple[str, 
 
 
 def read_prompts(path: str | Path, made_by: str = "") -> list[str]:
+    """The prompt of every row."""
     return _not_empty(path, [prompt_field(w, r) for w, r in read_jsonl(path, made_by)])
 
 
 def read_rankings(path: str | Path, made_by: str = "") -> list[Ranking]:
+    """Every row, be it a ranking or a pair."""
     return _not_empty(path, [parse_ranking(w, r) for w, r in read_jsonl(path, made_by)])
 
 
 def parse_ranking(where: str, row: dict) -> Ranking:
-    """A ranking or a pair."""
+    """The ranking in a row: of K completions, or of a pair."""
     prompt = prompt_field(where, row)
     if "completions" in row:
         groups = row["completions"]
@@ -211,19 +234,29 @@ def parse_ranking(where: str, row: dict) -> Ranking:
 
 
 def nest_ties(completions: list[str], ranks: list[int]) -> list:
-    """The inverse of parse_ranking: completions sorted by rank, ties as nested lists."""
+    """The completions as a file holds them: best first, ties as nested lists. The inverse of parse_ranking."""
     groups = [[c for c, r in zip(completions, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))]
     return [g[0] if len(g) == 1 else g for g in groups]
 
 
-def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    """Write to a temporary name, then rename."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write. It takes the place of `path` at the end, so a crash leaves the old file or the new
+    one, never half of one. UserError where it can't be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: can't be made a folder ({error.strerror})") from None
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(tmp, path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """One row a line."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

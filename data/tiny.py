@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lib.cli import UserError, check_ranges, flag, run_main
+from lib.cli import Flags, UserError, flag, run_main
 from data.files import read_jsonl, write_jsonl
 
 # -------------------------------------------------------------------------------- the words of the world
@@ -483,7 +483,7 @@ SUFFIX = {"train": "", "dev": "_held_out", "test": "_test"}  # of the files of e
 
 
 @dataclass
-class Config:
+class Config(Flags):
     out_dir: str = flag("out/data", "folder for the JSON Lines files")
     seed: int = flag(1, "seed of prompts and demonstrations", low=0)
     demonstrations: int = flag(36_000, "training demonstrations", low=1)
@@ -502,7 +502,6 @@ def distinct_prompts(n: int, rng: random.Random, split: str) -> list[str]:
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     out, golds = Path(config.out_dir), {}
     for split, suffix in SUFFIX.items():
         # each split has a stream of its own: the size of one doesn't change the others

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.tokenizer import load_tokenizer, vocabulary_name
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from lib.cli import UserError, check, one_line
 from lib.weights import GPT2_NAMES, load_pretrained, local_path
 from model import GPT, GPTConfig, ScalarModel
@@ -57,8 +57,12 @@ class Checkpoint(NamedTuple):
     """What a stage left behind."""
 
     model: GPT | ScalarModel  # in eval mode
-    tokenizer: str  # Tokenizer.saved of its vocabulary: what load_tokenizer takes
+    vocabulary: str  # what load_tokenizer takes, Tokenizer.saved
     task: str  # "tiny" if it was trained on the embedded task, "" on anything else
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.vocabulary)
 
 
 def model_file(path: str | Path, made_by: str = "") -> Path:
@@ -82,7 +86,8 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
         made = content["made"]
         if found == kind:
-            model = GPT(config) if kind == "gpt" else ScalarModel(config)
+            expectation = "direction" in content["weights"]
+            model = GPT(config) if kind == "gpt" else ScalarModel(config, expectation)
             model.load_state_dict(content["weights"])
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project ({one_line(error)})") from None
@@ -145,8 +150,8 @@ def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> C
 
 
 def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> None:
-    same = scorer.tokenizer == policy.tokenizer
-    reads, writes = vocabulary_name(scorer.tokenizer), vocabulary_name(policy.tokenizer)
+    same = scorer.vocabulary == policy.vocabulary
+    reads, writes = vocabulary_name(scorer.vocabulary), vocabulary_name(policy.vocabulary)
     check(same, f"{path} reads {reads} tokens, the policy writes {writes} tokens")
     longest, needed = scorer.model.config.block_size, policy.model.config.block_size
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")

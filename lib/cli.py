@@ -1,5 +1,5 @@
-"""The command line of every script, without torch: a dataclass of flags with their ranges, and one-line errors for a
-user's mistakes."""
+"""The command line of every script, without torch. The flags are the fields of a dataclass, each with its range. A
+user's mistake ends in an error of one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
-    """A mistake of the user's (a bad flag, file or line). Scripts print it as one line, without a traceback."""
+    """A mistake of the user's: a bad flag, file or line. Scripts print it as one line, without a traceback."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -25,18 +25,22 @@ def check(condition: bool, message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An error's kind and message as part of one line. torch puts the useful part of a message on its second line."""
+    """An error's kind and message in one line. (torch puts the useful part of a message on its second line.)"""
     return " ".join(f"{type(error).__name__}: {error}".split())[:240]
 
 
 # -------------------------------------------------------------------------------- flags
 
 
-def flag(default, help: str, *, choices: tuple | None = None, low=None, high=None, above=None, below=None):
+def flag(
+    default, help: str, *, choices: tuple | None = None, low=None, high=None, above=None, below=None, positional=False
+):
     """A Config field that becomes a command-line flag of the same name.
 
-    low <= value <= high and above < value < below are its range, of every value where it takes several."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    Its range is low <= value <= high and above < value < below; of a list, every value must lie in it. positional: the
+    field is a list and takes the words that belong to no flag, one or more."""
+    limits = {"choices": choices, "low": low, "high": high, "above": above, "below": below}
+    metadata = {"help": help, "positional": positional, **limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -46,7 +50,15 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
-class TrainConfig:
+class Flags:
+    """What every script's Config is made of. One whose value is out of its flag's range raises UserError."""
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass
+class TrainConfig(Flags):
     """The flags that the training scripts share; each script's Config adds its own."""
 
     train_layers: int = flag(0, "train only the last N blocks, the final LayerNorm and a scalar head (0: all)", low=0)
@@ -66,15 +78,16 @@ def check_ranges(config) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         for v in value if isinstance(value, list) else [value]:
-            check_value(f"--{f.name}", v, **{k: x for k, x in f.metadata.items() if k != "help"})
+            limits = {k: limit for k, limit in f.metadata.items() if k not in ("help", "positional")}
+            check_value(f"--{f.name}", v, **limits)
 
 
 def check_value(name: str, value, choices=None, low=None, high=None, above=None, below=None) -> None:
+    """Raise UserError if the value of the flag `name` breaks one of its limits. None: there is no such limit."""
     if isinstance(value, float):
         check(math.isfinite(value), f"{name} must be a finite number, not {value}")
-    check(
-        choices is None or value in choices, f"{name} must be one of {', '.join(map(str, choices or ()))}, not {value}"
-    )
+    known = ", ".join(map(str, choices or ()))
+    check(choices is None or value in choices, f"{name} must be one of {known}, not {value}")
     check(low is None or value >= low, f"{name} must be at least {low}, not {value}")
     check(high is None or value <= high, f"{name} must be at most {high}, not {value}")
     check(above is None or value > above, f"{name} must be above {above}, not {value}")
@@ -82,18 +95,23 @@ def check_value(name: str, value, choices=None, low=None, high=None, above=None,
 
 
 def parse_config(config_class, description: str, argv: list[str] | None = None):
-    """Build the dataclass from `--field value` or `--field=value`; booleans are `--field` and `--no-field`."""
+    """The command line as a config_class: `--field value` or `--field=value`; a boolean is `--field` or `--no-field`.
+
+    argv: the words of the command line (None: those of this program). argparse ends the program where they are
+    wrong."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
     hints = get_type_hints(config_class)
     shared = [f.name for f in dataclasses.fields(TrainConfig)]
-    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name in shared):  # a script's own flags first
+    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name in shared):  # the script's own flags first
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "none" if shown in (None, "") else shown
         kwargs = {"default": default, "help": f"{f.metadata['help'].replace('%', '%%')} (default: {shown})"}
         kind, choices = hints[f.name], f.metadata["choices"]
-        if kind is bool:
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="+", type=get_args(kind)[0], help=f.metadata["help"])
+        elif kind is bool:
             switch = parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
             switch.help = kwargs["help"]  # Python 3.10 would add the default once more
         elif get_origin(kind) is list:
@@ -105,15 +123,15 @@ def parse_config(config_class, description: str, argv: list[str] | None = None):
 
 
 def run_main(run: Callable, config_class, description: str) -> None:
-    """main() of every script: parse the flags, call run(config); a UserError becomes one line and exit status 2, a
-    failed gate under --strict exit status 1."""
-    for stream in (sys.stdout, sys.stderr):  # a Windows console may default to a code page that lacks letters we print
+    """The main() of every script: parse the flags and call run(config).
+
+    A UserError becomes one line and exit status 2, a failed gate under --strict exit status 1."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may lack letters that we print
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    config = parse_config(config_class, description)
     script = Path(sys.argv[0]).name
     try:
-        check_ranges(config)
+        config = parse_config(config_class, description)
         results = run(config)
     except UserError as error:
         print(f"{script}: error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,8 +131,8 @@ def load_reward(
 
 
 def gold_function(spec: str, task: str) -> Callable | None:
-    """The true reward to report beside the trained one, where it is known. "auto": the embedded task's on its
-    prompts."""
+    """The true reward, where it is known: (prompts, completions[, ended]) -> list of floats, checked by call_reward.
+    spec "auto": the embedded task's on its prompts, None on others."""
     if spec == "auto":
         spec = "data/tiny.py:gold_reward" if task == "tiny" else ""
-    return load_function(spec) if spec else None
+    return partial(call_reward, load_function(spec), name="the gold reward") if spec else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,12 +23,15 @@ def sample_prompts(
     return generate(policy, prompts, max_new_tokens, eos_id=tokenizer.eos_id, generator=rng)
 
 
-def show_samples(rollout: Rollout, tokenizer: Tokenizer, scores: Tensor | None = None) -> None:
-    """Print three prompts with their completions, and scores if there are any."""
+def show_samples(rollout: Rollout, tokenizer: Tokenizer, scores: Tensor | None = None, trace=None) -> None:
+    """Print three prompts with their completions, and scores if there are any. trace, a ppo.Experience: the first of
+    them token by token, too."""
     for row, completion in enumerate(rollout.completions()[:3]):
         prompt = rollout.tokens[row, : int(rollout.prompt_lens[row])].tolist()
         score = "" if scores is None else f"[{scores[row].item():+.2f}] "
         tqdm.write(f"  {score}{tokenizer.decode(prompt)!r} -> {tokenizer.decode(completion)!r}")
+    if trace is not None:
+        print_trace(trace, tokenizer)
 
 
 @torch.no_grad()
@@ -53,17 +54,11 @@ def compare_samples(
     return {"eos_rate": eos_rate, "ref_eos_rate": ref_eos_rate, "kl": kl}
 
 
-def shares(clock: list[float], names: tuple[str, ...]) -> dict[str, float]:
-    """The seconds between the first and the last time of a clock, and each part's share of them."""
-    seconds = [b - a for a, b in pairwise(clock)]
-    return {"seconds": sum(seconds)} | {f"share_{k}": t / sum(seconds) for k, t in zip(names, seconds, strict=True)}
-
-
 def rollout_figures(
     experience, completions: list[str], raw_scores: Tensor, scores: Tensor, kl_coef: float
 ) -> dict[str, float]:
-    """The figures of an iteration, of its ppo.Experience; README.md says how to read them. scores (B,): with the
-    penalty of cut ones."""
+    """The figures of an iteration, of its ppo.Experience; docs/tuning.md says how to read them. raw_scores (B,);
+    scores (B,) or (B, T-1): with the penalty of cut completions."""
     e, mask = experience, experience.action_mask
     kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
     residual, returns = (e.returns - e.values)[mask], e.returns[mask]
@@ -73,7 +68,7 @@ def rollout_figures(
         "kl": kl,
         "k3": e.k3.sum(1).mean().item(),
         "kl_coef": kl_coef,
-        "objective": scores.mean().item() - kl_coef * kl,
+        "objective": (scores.sum() / len(scores)).item() - kl_coef * kl,
         "entropy": masked_mean(e.entropy, mask).item(),
         "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
         "length": mask.sum(1).float().mean().item(),

@@ -1,4 +1,4 @@
-"""Device, dtype, random generators, learning rate, gradients: what every training loop needs."""
+"""What every training loop needs: device, dtype, random generators, learning rate, gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lib.cli import UserError, one_line
 from model import Block
@@ -32,7 +31,7 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def generator_for(device: torch.device, *key: int) -> torch.Generator:
+def generator_for(device: torch.device | str, *key: int) -> torch.Generator:
     """A random generator for one purpose, e.g. (seed, epoch): independent of what else was drawn before."""
     seed = 0
     for k in key:
@@ -40,36 +39,31 @@ def generator_for(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
+# -------------------------------------------------------------------------------- the optimiser's step
+
+
+def lr_at(step: int, total: int, warmup: int, kind: str) -> float:
+    """Factor on the peak learning rate at step 0..total-1: linear warm-up, then "cosine" or "linear" decay to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, total: int, warmup: int, kind: str) -> float:
+    """Set each group's learning rate for a step: its peak, which is the rate that the optimiser was made with, times
+    lr_at -> that of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_at(step, total, warmup, kind)
+    return optimizer.param_groups[0]["lr"]
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to this norm, all together; 0: leave them -> their norm before."""
     return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_norm or math.inf)
 
 
-def lr_at(step: int, total: int, warmup: int, kind: str = "cosine", floor: float = 0.0) -> float:
-    """Factor on the peak learning rate at step 0..total-1: linear warm-up, then cosine or linear decay to `floor`, or
-    constant."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    if kind == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    return floor + (1 - floor) * (1 - done) if kind == "linear" else 1.0
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def due(step: int, every: int, total: int) -> bool:
-    """Is something that happens every `every` steps, and at the end, to be done after step 0..total-1? every 0: at the
-    end."""
-    return step + 1 == total or (every > 0 and (step + 1) % every == 0)
-
-
-def progress(start: int, total: int, name: str) -> tqdm:
-    """The progress bar over the steps that are left."""
-    return tqdm(range(start, total), initial=start, total=total, desc=name, mininterval=1)
+# -------------------------------------------------------------------------------- blocks
 
 
 def prepare_blocks(config, *models: nn.Module) -> None:
@@ -85,8 +79,8 @@ def compile_blocks(*models: nn.Module) -> None:
 
     dynamic: every micro-batch has another length, and code made for each would cost more than it saves. So the number
     of graphs doesn't depend on the lengths but on how a block is called: with gradients or without, trained or frozen,
-    whole or at chosen positions, filling a cache or reading it; each once more where something has size 1. That is 9 in
-    a usual run of ppo.py and at most about 40: more than the 8 at which torch would give up and go on uncompiled.
+    whole or at chosen places, with a cache or not; each once more where something has size 1. That is 9 in a usual run
+    of ppo.py and at most about 40: more than the 8 at which torch would give up and go on uncompiled.
 
     On a GPU the decode step could also be one CUDA graph (mode="reduce-overhead"), but that needs a cache that stays at
     one address from one `generate` to the next; ours belongs to the call, and would be recorded anew each time."""

@@ -291,7 +291,7 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path) -> None:
     Raises ValueError for a network that none of these layouts can hold."""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
     folder, c, state = Path(folder), gpt.config, dict(gpt.state_dict())
-    if getattr(model.config, "expectation", False):
+    if getattr(model, "expectation", False):
         raise ValueError("a reward model that is told what was expected (--expectation) has no published layout")
     llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
     if not llama:

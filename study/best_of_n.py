@@ -21,23 +21,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.cli import check, check_ranges, flag, run_main
-from lib.checkpoint import load_model, load_scorer
-from lib.reward import call_reward, check_task, gold_function
-from lib.train import generator_for, pick_device
-from lib.run import write_json
 from data.batches import encode_prompts
 from data.files import read_prompts
 from data.tiny import task_of
-from data.tokenizer import load_tokenizer
 from evaluate import expected_best, mean
 from frame import token_logprobs
+from lib.checkpoint import load_model, load_scorer
+from lib.cli import Flags, check, flag, run_main
+from lib.reward import check_task, gold_function
+from lib.run import write_json
+from lib.train import generator_for, pick_device
 from model import GPT
 from sampling import Rollout, generate
 
 
 @dataclass
-class Config:
+class Config(Flags):
     policy: str = flag("out/sft", "checkpoint to sample from")
     reward_models: list[str] = flag(["out/reward_model"], "one picks by itself; the rest, if any, are an ensemble")
     prompts: str = flag("out/data/prompts_test.jsonl", "prompts")
@@ -81,11 +80,10 @@ def unique_rows(rollout: Rollout) -> tuple[Rollout, Tensor]:
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     check(bool(config.reward_models) and bool(config.best_of), "--reward_models and --best_of need a value each")
     device = pick_device(config.device)
     start = load_model(config.policy, device, made_by="python sft.py")
-    policy, tokenizer, task = start.model, load_tokenizer(start.tokenizer), task_of(config.prompts)
+    policy, tokenizer, task = start.model, start.tokenizer, task_of(config.prompts)
     scorers = []
     for path in config.reward_models:
         scorers.append(load_scorer(path, start, device))
@@ -121,7 +119,7 @@ def sample(policy: GPT, scorers: list, gold, tokenizer, N: int, config: Config, 
     golds = torch.zeros(len(rows.lens))
     if gold:
         texts = [tokenizer.decode(c) for c in rows.completions()]
-        golds = torch.tensor(call_reward(gold, [prompt] * len(texts), texts, rows.ended.tolist(), "the gold reward"))
+        golds = torch.tensor(gold([prompt] * len(texts), texts, rows.ended.tolist()))
     return logprobs.cpu()[index], golds[index], scores.cpu()[:, index]
 
 

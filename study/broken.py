@@ -28,9 +28,10 @@ class Mistake(NamedTuple):
 
 BROKEN = {
     "score_late": Mistake(
-        "ppo.py",
-        "    return rewards + F.one_hot(last, mask.size(1)) * scores[:, None]",
-        "    return rewards + F.one_hot((last + 1).clamp(max=mask.size(1) - 1), mask.size(1)) * scores[:, None]",
+        "frame.py",
+        "    return F.one_hot(last, action_mask.size(1)) * scores[:, None]",
+        "    late = (last + 1).clamp(max=action_mask.size(1) - 1)\n"
+        "    return F.one_hot(late, action_mask.size(1)) * scores[:, None]",
         "the score lands one slot late, on filler, where only the longest row of the batch notices it",
     ),
     "raw_reward": Mistake(
@@ -87,7 +88,7 @@ def main() -> None:
         return
     mistake, script = BROKEN[sys.argv[1]], sys.argv[2]
     with tempfile.TemporaryDirectory() as folder:
-        for source in [*ROOT.glob("*.py"), *ROOT.glob("data/*"), *ROOT.glob("lib/*")]:
+        for source in [path for folder in ("", "data/", "lib/", "tools/") for path in ROOT.glob(f"{folder}*")]:
             if source.is_file():
                 (copy := Path(folder) / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
                 shutil.copy(source, copy)

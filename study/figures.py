@@ -1,11 +1,11 @@
-"""The study's figures, from its results alone: results.json -> assets/*.svg.
+"""Draws the study's figures from its results: results.json -> assets/*.svg.
 
 python -m study.figures --results study/results.json --assets assets
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,59 +13,99 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.cli import flag, run_main
-from study.results import SHAPES, fitted, read
+from lib.cli import Flags, flag, run_main
+from study.results import BLOCK, SHAPES, fitted, read
 from study.style import COLOURS, TEXT, line, save, style
 from study.tables import MAXIMISED
 
 
 @dataclass
-class Config:
-    results: str = flag("study/results.json", "what study/results.py has gathered")
+class Config(Flags):
+    results: str = flag("study/results.json", "results of the study, as study.run writes them")
     assets: str = flag("assets", "folder for the figures")
 
 
-def bars(axes: Axes, x: list, points: list[dict], **look) -> None:
-    """Means with their 95% intervals over seeds."""
-    y = [p["mean"] for p in points]
-    half = [p["mean"] - p["low"] if p["low"] is not None else 0.0 for p in points]
-    axes.errorbar(x, y, yerr=half, capsize=0, elinewidth=1.0, **look)
+def bars(axes: Axes, places: list, figures: list[dict], across: bool = False, **look) -> None:
+    """Means with their 95% intervals over seeds. places: their x, or with across their y (the bars are horizontal)."""
+    means = [f["mean"] for f in figures]
+    halves = [f["mean"] - f["low"] if f["low"] is not None else 0.0 for f in figures]
+    look = {"capsize": 0, "elinewidth": 1.0, **look}
+    if across:
+        axes.errorbar(means, places, xerr=halves, **look)
+    else:
+        axes.errorbar(places, means, yerr=halves, **look)
+
+
+def along(points: Iterable[dict], key: str) -> list[float]:
+    """The mean of distance, or of kl, at each point of a curve."""
+    return [p[key]["mean"] for p in points]
+
+
+def golds(points: Iterable[dict]) -> list[dict]:
+    """The true reward at each point of a curve."""
+    return [p["gold"] for p in points]
 
 
 def legend(figure: Figure, *panels: Axes, columns: int = 3) -> None:
-    """Below all panels, where it hides nothing; each label once."""
+    """One legend below all panels, where it hides nothing. Each label stands in it once."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def fit_line(axes: Axes, run: dict, key: str, form: str, **look) -> None:
-    """The fitted form of Gao et al. through the points."""
-    d = np.linspace(0, max(p["distance"]["mean"] for p in run["points"]), 80)
+    """The fitted curve of Gao et al. through the points of a run."""
+    d = np.linspace(0, max(along(run["points"], "distance")), 80)
     axes.plot(d, [fitted(run[f"{key}_fit"], x, SHAPES[form]) for x in d], linewidth=1.1, **look)
+
+
+def three_reward_models(results: dict) -> Figure:
+    """The picture of README.md: PPO without a penalty against three reward models. From one panel to the next a single
+    thing differs, first the number of rankings, then the head. Thin lines: seeds."""
+    figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    rl, maximised = results["overoptimisation"]["rl"], results["secret"]["maximised"]
+    runs = {
+        "300 rankings": rl["weak_0"],
+        "5,000 rankings": maximised["plain"],
+        "5,000, better head": rl["strong_0"],
+    }
+    for axes, (label, run) in zip(panels, runs.items(), strict=True):
+        x = [BLOCK * (k + 1) for k in range(len(run["points"]))]
+        for key, colour, title in (("score", "orange", "reward model's opinion"), ("gold", "blue", "true reward")):
+            for seed in zip(*(p[key]["seeds"] for p in run["points"]), strict=True):
+                axes.plot(x, seed, color=COLOURS[colour], linewidth=0.6)
+            means = [p[key]["mean"] for p in run["points"]]
+            axes.plot(x, means, color=COLOURS[colour], linewidth=2.4, label=f"{title} (mean)")
+        before = results["feedback"]["sft"]["gold"]["mean"]
+        axes.axhline(before, color=TEXT, linestyle=(0, (1, 1.5)), linewidth=1.2, label="true reward before")
+        axes.set_title(label)
+        axes.set_xticks([10, 20, 30, 40])
+        axes.set_xlabel("iterations of PPO")
+    panels[0].set_ylabel("reward")
+    legend(figure, panels[0])
+    return figure
 
 
 def overoptimisation(results: dict, rl: bool) -> Figure:
     """True reward and the reward model's opinion against the distance from SFT, by RL or by best of n."""
     figure = Figure(figsize=(6.8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    runs = results["overoptimisation"]["rl" if rl else "best_of_n"]
     form = "rl" if rl else "best_of_n"
+    runs = results["overoptimisation"][form]
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
-    labels = ("weak: 300 rankings", "strong: 5,000 rankings")
+    labels = ("300 rankings, plain head", "5,000, told expectations")  # both differ: `three_reward_models` parts them
+    look = {"markersize": 4, "linestyle": "none"}
     for axes, name, label in zip((left, right), names, labels, strict=True):
-        run = runs[name]
-        for key, colour, marker in (("score", "orange", "s"), ("gold", "blue", "o")):
-            points = run["points"]
-            x = [p["distance"]["mean"] for p in points]
-            look = {"color": COLOURS[colour], "marker": marker, "markersize": 4, "linestyle": "none"}
-            title = {"score": "reward model's opinion", "gold": "true reward"}[key]
-            bars(axes, x, [p[key] for p in points], label=title, **look)
-            fit_line(axes, run, key, form, color=COLOURS[colour])
+        x, points = along(runs[name]["points"], "distance"), runs[name]["points"]
+        opinion = {"color": COLOURS["orange"], "marker": "s", "label": "reward model's opinion"}
+        bars(axes, x, [p["score"] for p in points], **opinion, **look)
+        fit_line(axes, runs[name], "score", form, color=COLOURS["orange"])
+        bars(axes, x, golds(points), color=COLOURS["blue"], marker="o", label="true reward", **look)
+        fit_line(axes, runs[name], "gold", form, color=COLOURS["blue"])
         if rl:  # the same with the default penalty
             points = runs[name.replace("_0", "_0.1")]["points"]
-            x = [p["distance"]["mean"] for p in points]
-            look = {"color": COLOURS["green"], "marker": "^", "markersize": 4, "linestyle": "none"}
-            bars(axes, x, [p["gold"] for p in points], label="true reward, kl_coef 0.1", **look)
+            penalised = {"color": COLOURS["green"], "marker": "^", "label": "true reward, kl_coef 0.1"}
+            bars(axes, along(points, "distance"), golds(points), **penalised, **look)
         axes.set_title(label)
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     left.set_ylabel("reward")
@@ -74,25 +114,25 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
 
 
 def ensembles(results: dict) -> Figure:
-    """Against one weak reward model, and against four whose minimum, or mean less deviation, is maximised."""
+    """The true reward when one weak reward model is maximised, and when the minimum of four is, or their mean less
+    their standard deviation."""
     figure = Figure(figsize=(6.8, 3.5), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, family, names in zip(
-        panels, ("rl", "best_of_n"), (("weak_0", "min_0", "mean-std_0"), ("weak_0", "min", "mean-std")), strict=True
-    ):
+    runs = {"rl": ("weak_0", "min_0", "mean-std_0"), "best_of_n": ("weak_0", "min", "mean-std")}
+    for axes, (family, names) in zip(panels, runs.items(), strict=True):
         for number, (name, label) in enumerate(zip(names, ("one model", "minimum", "mean - std"), strict=True)):
             points = results["overoptimisation"][family][name]["points"]
-            x = [p["distance"]["mean"] for p in points]
-            bars(axes, x, [p["gold"] for p in points], label=label, marker="o", markersize=3.5, **line(number))
+            look = {"label": label, "marker": "o", "markersize": 3.5, **line(number)}
+            bars(axes, along(points, "distance"), golds(points), **look)
         axes.set_title("PPO, kl_coef 0" if family == "rl" else "best of n")
-        axes.set_ylim(-1.7, 2.9)  # some of the minimum's intervals go on
+        axes.set_ylim(-1.7, 2.9)  # cuts some of the minimum's intervals off
         axes.set_xlabel("distance from SFT, sqrt(KL in nats)")
     panels[0].set_ylabel("true reward")
     legend(figure, panels[0])
     return figure
 
 
-METHODS = {
+METHODS = {  # name in the results: label, colour, marker
     "ppo": ("PPO", "blue", "o"),
     "grpo": ("GRPO", "orange", "s"),
     "rloo": ("RLOO", "pink", "D"),
@@ -104,19 +144,20 @@ METHODS = {
 
 
 def frontier(results: dict) -> Figure:
+    """True reward against KL: a point for each coefficient of each method, and the curve of best of n."""
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.subplots()
     for method, (label, colour, marker) in METHODS.items():
         points = sorted(results["frontier"][method].values(), key=lambda p: p["kl"]["mean"])
         look = {"color": COLOURS[colour], "marker": marker, "markersize": 5, "linewidth": 1.2}
-        bars(axes, [p["kl"]["mean"] for p in points], [p["gold"] for p in points], label=label, **look)
+        bars(axes, along(points, "kl"), golds(points), label=label, **look)
     points = results["overoptimisation"]["best_of_n"]["reward_model"]["points"]
-    x = [p["distance"]["mean"] ** 2 for p in points]
+    x = [d**2 for d in along(points, "distance")]
     look = {"color": TEXT, "linestyle": (0, (5, 2)), "linewidth": 1.2, "marker": ".", "label": "best of n"}
-    bars(axes, x, [p["gold"] for p in points], **look)
+    bars(axes, x, golds(points), **look)
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.6)
     ticks = [0, 0.5, 1, 2, 3, 4, 5, 10, 20, 50]
-    limit = max(x[-1], *(p["kl"]["mean"] for found in results["frontier"].values() for p in found.values()))
+    limit = max(x[-1], *(kl for points in results["frontier"].values() for kl in along(points.values(), "kl")))
     axes.set_xticks([t for t in ticks if t <= 1.1 * limit], [str(t) for t in ticks if t <= 1.1 * limit])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("KL to SFT, nats a sequence")
@@ -126,26 +167,18 @@ def frontier(results: dict) -> Figure:
 
 
 def feedback(results: dict) -> Figure:
+    """The reward model's accuracy and the true reward against the number and against the noise of rankings."""
     figure = Figure(figsize=(6.8, 6.2), layout="constrained")
     panels = figure.subplots(2, 2)
     groups = (("numbers", "rankings"), ("noises", "annotators' noise (temperature)"))
     for row, (group, label) in zip(panels, groups, strict=True):
-        found = results["feedback"][group]
-        x = [float(key) for key in found]
-        parts = ("right_vs_wrong", "polite_vs_plain", "short_vs_rambling")
-        for number, part in enumerate(parts):
-            bars(
-                row[0],
-                x,
-                [p["by_part"][part] for p in found.values()],
-                label=part.replace("_", " "),
-                marker="o",
-                **line(number),
-            )
+        points = list(results["feedback"][group].values())
+        x = [float(key) for key in results["feedback"][group]]
+        for number, part in enumerate(("right_vs_wrong", "polite_vs_plain", "short_vs_rambling")):
+            look = {"label": part.replace("_", " "), "marker": "o", **line(number)}
+            bars(row[0], x, [p["by_part"][part] for p in points], **look)
         for number, method in enumerate(("ppo", "dpo")):
-            bars(
-                row[1], x, [p[method]["gold"] for p in found.values()], label=method.upper(), marker="o", **line(number)
-            )
+            bars(row[1], x, golds(p[method] for p in points), label=method.upper(), marker="o", **line(number))
         row[1].axhline(results["feedback"]["sft"]["gold"]["mean"], color=TEXT, linestyle=(0, (1, 1.5)), label="SFT")
         row[0].set_title("reward model's accuracy")
         row[1].set_title("true reward")
@@ -162,15 +195,15 @@ def feedback(results: dict) -> Figure:
 
 
 def iterated(results: dict) -> Figure:
+    """Accuracy on facts and true reward after one round and after two, for both heads of the reward model."""
     figure = Figure(figsize=(6.8, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("right", "gold"), ("right against wrong", "true reward of PPO"), strict=True):
         for number, (head, label) in enumerate((("plain", "scalar head"), ("told", "told expectations"))):
             rounds = [p for name, p in results["iterated"][head].items() if name != "gain"]
-            points = [p["by_part"]["right_vs_wrong"] if key == "right" else p["gold"] for p in rounds]
-            look = line(number) | {"linestyle": "none"}
-            x = [i + 0.12 * (2 * number - 1) for i in range(len(points))]
-            bars(axes, x, points, label=label, marker="os"[number], markersize=5, **look)
+            figures = [p["by_part"]["right_vs_wrong"] for p in rounds] if key == "right" else golds(rounds)
+            look = line(number) | {"linestyle": "none", "marker": "os"[number], "markersize": 5, "label": label}
+            bars(axes, [i + 0.12 * (2 * number - 1) for i in range(len(rounds))], figures, **look)
         axes.set_xticks(range(3), ["first half", "+ PPO's", "+ SFT's"])
         axes.set_title(title)
         axes.set_xlim(-0.5, 2.5)
@@ -179,41 +212,27 @@ def iterated(results: dict) -> Figure:
 
 
 def secret(results: dict) -> Figure:
+    """DPO's implicit reward and scalar heads: left as judges, right as what PPO maximises."""
     figure = Figure(figsize=(6.8, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     judges = results["secret"]["judges"]
     parts = list(next(iter(judges.values())))
+    labels = list(MAXIMISED.values())
     for number, accuracy in enumerate(judges.values()):
         y = [-i - 0.2 * (number - 1) for i in range(len(parts))]
-        means = [accuracy[part]["mean"] for part in parts]
-        half = [a["mean"] - a["low"] if a["low"] is not None else 0 for a in (accuracy[part] for part in parts)]
-        look = line(number) | {"marker": "o", "linestyle": "none", "markersize": 4}
-        left.errorbar(
-            means,
-            y,
-            xerr=half,
-            label=list(MAXIMISED.values())[number],
-            elinewidth=1,
-            **look,
-        )
+        look = line(number) | {"marker": "o", "linestyle": "none", "markersize": 4, "label": labels[number]}
+        bars(left, y, [accuracy[part] for part in parts], across=True, **look)
     left.set_yticks([-i for i in range(len(parts))], [part.replace("_", " ") for part in parts])
     left.set_xlim(-0.02, 1.02)
     left.set_title("pairs in the right order")
     for number, (name, label) in enumerate(MAXIMISED.items()):
         points = results["secret"]["maximised"][name]["points"]
-        bars(
-            right,
-            [max(p["kl"]["mean"], 0.05) for p in points],
-            [p["gold"] for p in points],
-            label=label,
-            marker="o",
-            markersize=3.5,
-            **line(number),
-        )
+        x = [max(kl, 0.05) for kl in along(points, "kl")]
+        bars(right, x, golds(points), label=label, marker="o", markersize=3.5, **line(number))
     right.set_xscale("log")
     right.set_xticks([0.3, 1, 3, 10, 30, 100], ["0.3", "1", "3", "10", "30", "100"])
     right.set_xticks([], minor=True)
-    right.set_ylim(-3.4, 3.1)  # two of the intervals go on
+    right.set_ylim(-3.4, 3.1)  # cuts two of the intervals off
     right.set_xlabel("KL to SFT, nats a sequence")
     right.set_title("true reward when maximised")
     legend(figure, left, right, columns=4)
@@ -221,23 +240,22 @@ def secret(results: dict) -> Figure:
 
 
 def breaks(results: dict) -> Figure:
-    """A row a mistake: what it changes, with its interval."""
+    """A row for each mistake: what it changes, with its interval."""
     figure = Figure(figsize=(6.8, 5.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     names = list(results["breaks"])
-    # wide enough for all but what has collapsed: that stands at the edge, with its number
+    # wide enough for all but a run that has collapsed: its number stands at the edge
     columns = (("gold", "true reward", (-2.0, 0.8)), ("kl", "KL, nats", (-2.6, 3.6)), ("length", "length", (-2.2, 2.2)))
     for axes, (key, title, limits) in zip(panels, columns, strict=True):
         axes.set_xlim(*limits)
         for i, name in enumerate(names):
             change = results["breaks"][name]["change"][key]
             clear = change["low"] is not None and (change["low"] > 0 or change["high"] < 0)
-            half = 0 if change["low"] is None else change["mean"] - change["low"]
             colour = COLOURS["orange"] if clear else TEXT
             if change["mean"] > limits[1]:
                 axes.text(limits[1], -i, f"{change['mean']:+.1f} \u2192", color=colour, ha="right", va="center")
-                continue
-            axes.errorbar([change["mean"]], [-i], xerr=[half], color=colour, marker="o", markersize=4, elinewidth=1.4)
+            else:
+                bars(axes, [-i], [change], across=True, color=colour, marker="o", markersize=4, elinewidth=1.4)
         axes.axvline(0, color=TEXT, linewidth=0.8)
         axes.set_title(title)
     panels[0].set_yticks([-i for i in range(len(names))], [name.replace("_", " ") for name in names])
@@ -246,6 +264,7 @@ def breaks(results: dict) -> Figure:
 
 
 FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "three_reward_models": three_reward_models,
     "overoptimisation": lambda results: overoptimisation(results, rl=True),
     "best_of_n": lambda results: overoptimisation(results, rl=False),
     "ensembles": ensembles,
@@ -258,6 +277,7 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
 
 
 def draw(results: dict, folder: str) -> None:
+    """Write all figures into a folder."""
     with style():
         for name, make in FIGURES.items():
             save(make(results), Path(folder) / f"{name}.svg")

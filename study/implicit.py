@@ -16,21 +16,21 @@ from pathlib import Path
 
 import torch
 
-from lib.cli import check, flag, run_main
-from lib.checkpoint import load_model, model_file
-from lib.run import write_json
-from lib.train import pick_device
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_example, make_batch, pair_accuracy
 from data.batches import ranked_batch
 from data.files import read_prompts
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from dpo import ranking_logprobs, sequence_logprobs
 from frame import completion_mask
+from lib.checkpoint import load_model, model_file
+from lib.cli import Flags, check, flag, run_main
+from lib.run import write_json
+from lib.train import pick_device
 from model import GPT
 
 
 @dataclass
-class Config:
+class Config(Flags):
     dpo: str = flag("out/dpo", "folder of the policy")
     prompts: str = flag("out/data/prompts_held_out.jsonl", "prompts of the embedded task")
     n_prompts: int = flag(400, "prompts to use (0: all)", low=0)
@@ -44,9 +44,10 @@ def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
     check(file.exists(), f"{file}: no such file; it names the reference and beta")
     config = json.loads(file.read_text(encoding="utf-8"))
     check("beta" in config, f"{folder} is not a run of dpo.py")
-    policy, tokenizer, _ = load_model(folder, pick_device("auto"))
+    start = load_model(folder, pick_device("auto"))
+    policy, tokenizer = start.model, start.tokenizer
     reference = load_model(config["policy"], policy.device).model
-    return policy, reference, load_tokenizer(tokenizer), config["beta"]
+    return policy, reference, tokenizer, config["beta"]
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def reward(prompts: list[str], completions: list[str], ended: list[bool]) -> lis
 def accuracy(policy: GPT, reference: GPT, items: list[RankedExamples]) -> float:
     """Share of pairs in the right order; pairs share their prompt, so its constant doesn't matter."""
     batch = ranked_batch(items, policy.device)
-    ratio = ranking_logprobs(policy, batch, "float32") - ranking_logprobs(reference, batch, "float32")  # (N, K)
+    ratio = ranking_logprobs(policy, batch) - ranking_logprobs(reference, batch)  # (N, K)
     correct, gap = pair_accuracy(ratio, batch.ranks)  # (N, P)
     return correct[gap > 0].mean().item()
 

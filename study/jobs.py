@@ -1,9 +1,9 @@
-"""The experiments of the study, as command lines: every point of every figure is one of them.
+"""The experiments of the study, as command lines. Every point of every figure is one of them.
 
-    python -m study.run --commands        # all of them, in order
+    python -m study.run --commands        # print all of them, in order
 
-Each writes one file or folder, the last argument here (--out_dir or --out), and needs those earlier jobs whose files
-stand in its command. Nothing else decides the order, so any of them can be copied and run by hand.
+A job writes one file or folder, which is the last word of its command (--out_dir or --out). It needs the earlier jobs
+whose files its command names. Nothing else decides the order, so every command can be run by hand.
 """
 
 from __future__ import annotations
@@ -14,36 +14,35 @@ from typing import NamedTuple
 
 
 class Job(NamedTuple):
-    command: list[str]  # what comes after `python`, perhaps with NAME=value before it
-    makes: str  # file or folder
-    seconds: float  # about what it takes with one of two cores: for the time that is left
+    command: list[str]  # the words after `python`, perhaps with NAME=value before them
+    makes: str  # the file or folder that it writes
 
 
 class Size(NamedTuple):
-    """How much of everything. QUICK proves nothing about learning: do the commands fit together?"""
+    """How large the study is."""
 
     seeds: tuple[int, ...]
-    more_seeds: tuple[int, ...]  # of the run that over-optimises: how far it goes differs much from one to the next
+    more_seeds: tuple[int, ...]  # more seeds for the run that over-optimises, because its seeds differ much
     data: str  # flags of data.tiny
-    sft: str
-    rankings: int  # the demo's number
-    few: int  # what a weak reward model has
-    numbers: tuple[int, ...]  # of rankings, for "how much feedback?"
+    sft: str  # flags of sft.py
+    rankings: int  # number of rankings, as in the demo
+    few: int  # number of rankings for a weak reward model
+    numbers: tuple[int, ...]  # numbers of rankings, for "how much feedback?"
     tests: int  # test prompts (0: all)
     ppo: str  # flags that ppo.py and grpo.py share
-    iterations: int  # of an ordinary run
-    long: int  # of a run that is to go too far
-    ensemble: int  # reward models in it
-    breaks: tuple[str, ...]  # which mistakes, of PPO_FLAGS, PPO_BROKEN and SFT_BROKEN
+    iterations: int  # iterations of an ordinary run
+    long: int  # iterations of a run that is to go too far
+    ensemble: int  # number of reward models in an ensemble
+    breaks: tuple[str, ...]  # mistakes, out of PPO_FLAGS, PPO_BROKEN and SFT_BROKEN
     kl_coefs: tuple[float, ...]
-    betas: tuple[float, ...]
+    betas: tuple[float, ...]  # of DPO
     ipo_betas: tuple[float, ...]
-    noises: tuple[float, ...]  # annotators' temperatures beside 0.5
+    noises: tuple[float, ...]  # annotators' temperatures besides the usual 0.5
     best_of_prompts: int
     best_of: tuple[int, ...]
 
 
-# What is wrong -> flags of ppo.py; baseline: ppo_0.1
+# {mistake: flags of ppo.py}; the run without it is ppo_0.1
 PPO_FLAGS = {
     "no_kl": "--kl_coef 0",
     "kl_k2": "--kl k2",
@@ -56,7 +55,7 @@ PPO_FLAGS = {
     "train_layers_2": "--train_layers 2",
     "ptx": "--ptx_coef 0.5",
 }
-# names in study/broken.py, by script
+# mistakes in study/broken.py, by script
 PPO_BROKEN = ("score_late", "raw_reward", "other_temperature")
 SFT_BROKEN = ("length_buckets", "prompt_loss")
 
@@ -82,7 +81,7 @@ FULL = Size(
     best_of_prompts=64,
     best_of=(1, 2, 4, 8, 16, 32, 64, 128, 256),
 )
-QUICK = Size(
+QUICK = Size(  # nothing is learned: do the commands fit together?
     seeds=(1,),
     more_seeds=(),
     data="--demonstrations 600 --held_out_demonstrations 60 --prompts 300 --held_out_prompts 32",
@@ -106,94 +105,85 @@ QUICK = Size(
 
 
 def jobs(size: Size, out: str, only: list[str] | None = None) -> list[Job]:
-    """Everything, or the experiments of these names: one after the other, all seeds of each."""
+    """The jobs of all experiments, or of those named in `only`: one experiment after the other, with all its seeds."""
     parts = [part for part in PARTS if not only or part.__name__ in only]
     seeds = {part: size.seeds + size.more_seeds * (part in (base, overoptimisation)) for part in parts}
     return [job for part in parts for seed in seeds[part] for job in part(size, f"{out}/{seed}", seed)]
 
 
 def needed(job: Job, earlier: list[Job]) -> list[Job]:
-    """The earlier jobs whose file, or a file in whose folder, is named in this one's command."""
+    """The earlier jobs that this one needs: its command names their file, or a file in their folder."""
     words = [word.rpartition("=")[2] for word in job.command]
     names = {word for word in words if word != job.makes}
     return [e for e in earlier if any(word == e.makes or word.startswith(e.makes + "/") for word in names)]
 
 
-def make(seconds: float, command: str, out: str) -> Job:
-    """command: with --out_dir or --out as its last word, to which `out` is added."""
-    return Job([*shlex.split(command), out], out, seconds)
+def make(command: str, out: str) -> Job:
+    """A job that writes `out`. The last word of the command is --out_dir or --out."""
+    return Job([*shlex.split(command), out], out)
 
 
 def base(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """The demo's pipeline up to the reward model: each seed has its own data, SFT policy and annotators. One of the
-    more_seeds needs no more than the policy and rankings to choose by."""
-    yield make(1, f"-m data.tiny --seed {seed} {size.data} --out_dir", f"{o}/data")
+    """The demo's pipeline up to the reward model. Each seed has its own data, SFT policy and annotators. A seed of
+    more_seeds needs only the policy and held-out rankings."""
+    yield make(f"-m data.tiny --seed {seed} {size.data} --out_dir", f"{o}/data")
     sft = f"sft.py --data {o}/data/demonstrations.jsonl --seed {seed} {size.sft} --out_dir"
-    yield make(158, sft, f"{o}/sft")
+    yield make(sft, f"{o}/sft")
     held_out = f"--prompts {o}/data/prompts_held_out.jsonl --n_prompts 400"
-    yield make(3, f"collect.py --policies {o}/sft {held_out} --seed {seed} --out", f"{o}/rankings_held_out.jsonl")
+    yield make(f"collect.py --policies {o}/sft {held_out} --seed {seed} --out", f"{o}/rankings_held_out.jsonl")
     if seed in size.more_seeds:
         return
-    yield rank(size, o, seed, "rankings", f"--n_prompts {size.rankings}", 10)
+    yield rank(o, seed, "rankings", f"--n_prompts {size.rankings}")
     yield reward_model(o, seed, "reward_model", "rankings")
 
 
-def rank(size: Size, o: str, seed: int, name: str, flags: str, seconds: float = 3, policy: str = "sft") -> Job:
+def rank(o: str, seed: int, name: str, flags: str, policy: str = "sft") -> Job:
+    """Rankings of a policy's samples. o: the folder of the seed, as in all of these functions."""
     command = f"collect.py --policies {o}/{policy} --prompts {o}/data/prompts.jsonl {flags} --seed {seed} --out"
-    return make(seconds, command, f"{o}/{name}.jsonl")
+    return make(command, f"{o}/{name}.jsonl")
 
 
-def reward_model(o: str, seed: int, name: str, rankings: str, flags: str = "", seconds: float = 28) -> Job:
+def reward_model(o: str, seed: int, name: str, rankings: str, flags: str = "") -> Job:
     data = f"--data {o}/{rankings}.jsonl --held_out_data {o}/rankings_held_out.jsonl --prompts {o}/data/prompts.jsonl"
     command = f"reward_model.py --policy {o}/sft {data} --warmup 2 {flags} --seed {seed} --out_dir"
-    return make(seconds, command, f"{o}/{name}")
+    return make(command, f"{o}/{name}")
 
 
-def ppo(
-    size: Size,
-    o: str,
-    seed: int,
-    name: str,
-    flags: str = "",
-    reward: str = "",
-    script: str = "ppo.py",
-    long: bool = False,
-) -> Job:
-    """A run against a reward (the demo's reward model unless named) with kl_coef 0.1 unless the flags say otherwise."""
+def ppo(size: Size, o: str, seed: int, name: str, flags="", reward="", script="ppo.py", long=False) -> Job:
+    """A run of PPO, or of the script, against a reward ("": the demo's reward model). kl_coef is 0.1 unless the flags
+    say otherwise."""
     iterations = size.long if long else size.iterations
     value_lr = "" if "grpo.py" in script else "--value_lr 1e-3 "
     files = f"--policy {o}/sft --prompts {o}/data/prompts.jsonl --reward {reward or f'{o}/reward_model'}"
     command = f"{script} {files} {size.ppo} {value_lr}--iterations {iterations} {flags} --seed {seed} --out_dir"
-    seconds = 4 + (0.4 if "grpo.py" in script else 1.1) * iterations
-    return make(seconds, command, f"{o}/{name}")
+    return make(command, f"{o}/{name}")
 
 
-def dpo(
-    o: str, seed: int, name: str, flags: str = "", rankings: str = "rankings", script="dpo.py", seconds=32.0
-) -> Job:
+def dpo(o: str, seed: int, name: str, flags="", rankings="rankings", script="dpo.py") -> Job:
     data = f"--data {o}/{rankings}.jsonl --held_out_data {o}/rankings_held_out.jsonl"
-    return make(seconds, f"{script} --policy {o}/sft {data} --warmup 2 {flags} --seed {seed} --out_dir", f"{o}/{name}")
+    return make(f"{script} --policy {o}/sft {data} --warmup 2 {flags} --seed {seed} --out_dir", f"{o}/{name}")
 
 
 def measure(size: Size, o: str, seed: int, name: str, policies: list[Job], also: str = "") -> Job:
-    """Gold, reward-model score, exact KL, ... of some policies on the test prompts, one sample each."""
+    """The evaluation of some policies on the test prompts: gold reward, reward-model score, exact KL, and the
+    others."""
     paths = " ".join([f"{o}/sft", *(job.makes for job in policies)])
     what = f"--reward {o}/reward_model --prompts {o}/data/prompts_test.jsonl --n_prompts {size.tests} --best_of"
     flags = f"{what} --rankings= --demonstrations= {also} --seed {seed}"
-    return make(5 + 2.5 * len(policies), f"evaluate.py --policies {paths} {flags} --out_dir", f"{o}/{name}")
+    return make(f"evaluate.py --policies {paths} {flags} --out_dir", f"{o}/{name}")
 
 
 # -------------------------------------------------------------------------------- the experiments
 
 
 def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """1. Gao et al. 2022: weak and strong reward model, with and without penalty; ensembles of weak ones; best of n.
-    Weak is one from few rankings with a plain scalar head, as in the papers."""
-    yield rank(size, o, seed, "rankings_weak", f"--n_prompts {size.few}")
+    """1. Gao et al. 2022: a weak and a strong reward model, each with and without the KL penalty; ensembles of weak
+    ones; best of n. A weak reward model has few rankings and a plain scalar head, as in the papers."""
+    yield rank(o, seed, "rankings_weak", f"--n_prompts {size.few}")
     weak = []
     for number in range(1 if seed in size.more_seeds else size.ensemble):
-        weak.append(f"{o}/weak_{number}")  # the same rankings, another order and another start of the head
-        yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", "--expectation no", seconds=4)
+        weak.append(f"{o}/weak_{number}")  # the same rankings in another order, and a head with another start
+        yield reward_model(o, 10 * seed + number, f"weak_{number}", "rankings_weak", "--expectation no")
     if seed in size.more_seeds:
         yield ppo(size, o, seed, "over_weak_0", "--kl_coef 0", weak[0], long=True)
         return
@@ -206,7 +196,7 @@ def overoptimisation(size: Size, o: str, seed: int) -> Iterator[Job]:
     n = " ".join(map(str, size.best_of))
     models = f"--reward_models {o}/reward_model {' '.join(weak)} --n_prompts {size.best_of_prompts} --best_of {n}"
     command = f"-m study.best_of_n --policy {o}/sft --prompts {o}/data/prompts_test.jsonl {models} --seed {seed} --out"
-    yield make(65, command, f"{o}/best_of_n.json")
+    yield make(command, f"{o}/best_of_n.json")
 
 
 def frontier(size: Size, o: str, seed: int) -> Iterator[Job]:
@@ -217,47 +207,45 @@ def frontier(size: Size, o: str, seed: int) -> Iterator[Job]:
         runs += [ppo(size, o, seed, f"{kind}_{c}", f"--kind {kind} --kl_coef {c}", script="grpo.py") for c in coefs]
     runs += [dpo(o, seed, f"dpo_{b}", f"--beta {b}") for b in size.betas]
     runs += [dpo(o, seed, f"ipo_{b}", f"--kind ipo --beta {b}") for b in size.ipo_betas]
-    best = make(1, f"-m study.rankings --rankings {o}/rankings.jsonl --best --out", f"{o}/best_ranked.jsonl")
+    best = make(f"-m study.rankings --rankings {o}/rankings.jsonl --best --out", f"{o}/best_ranked.jsonl")
     flags = f"--init {o}/sft --data {o}/best_ranked.jsonl --lr 5e-4 --warmup 2 --epochs 1 --seed {seed}"
-    sft = make(12, f"sft.py {flags} --out_dir", f"{o}/sft_best")
+    sft = make(f"sft.py {flags} --out_dir", f"{o}/sft_best")
     yield from (*runs, best, sft, measure(size, o, seed, "evaluate_frontier", [*runs, sft]))
 
 
 def feedback(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """3. How many rankings, and how good ones?"""
+    """3. How many rankings does a policy need, and how good must they be?"""
     runs = []
-    sets = [(f"n{n}", f"--n_prompts {n}", n) for n in size.numbers if n != size.rankings]
-    noisy = f"--n_prompts {size.rankings} --annotator_temperature"
-    sets += [(f"noise{t}", f"{noisy} {t}", size.rankings) for t in size.noises]
-    for name, flags, number in sets:
-        seconds = 3 + 25 * number / 5000
-        yield rank(size, o, seed, f"rankings_{name}", flags)
-        yield reward_model(o, seed, f"rm_{name}", f"rankings_{name}", seconds=seconds)
+    sets = [(f"n{n}", f"--n_prompts {n}") for n in size.numbers if n != size.rankings]
+    sets += [(f"noise{t}", f"--n_prompts {size.rankings} --annotator_temperature {t}") for t in size.noises]
+    for name, flags in sets:
+        yield rank(o, seed, f"rankings_{name}", flags)
+        yield reward_model(o, seed, f"rm_{name}", f"rankings_{name}")
         runs.append(ppo(size, o, seed, f"ppo_{name}", reward=f"{o}/rm_{name}"))
-        runs.append(dpo(o, seed, f"dpo_{name}", rankings=f"rankings_{name}", seconds=seconds))
+        runs.append(dpo(o, seed, f"dpo_{name}", rankings=f"rankings_{name}"))
         yield from runs[-2:]
     yield measure(size, o, seed, "evaluate_feedback", runs)
 
 
 def iterated(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """4. Half of the rankings of SFT's samples, half of those of the policy that the first half gives: against all of
-    SFT's, which the second half costs as much. With the demo's reward model and with a plain scalar head."""
+    """4. A second round: half of the rankings are of SFT's samples, half are of the samples of the policy that the
+    first half gives. Compared with as many rankings of SFT's samples only. With the demo's reward model ("told": its
+    head is told expectations) and with a plain scalar head."""
     runs = []
     heads = (("plain", size.rankings, "--expectation no"), ("told", size.numbers[-2], "--expectation yes"))
     for name, number, flags in heads:
         once, half = f"{name}_once", number // 2
-        seconds = 3 + 25 * number / 5000
-        yield rank(size, o, seed, f"rankings_{once}", f"--n_prompts {number}", 8)
-        yield reward_model(o, seed, f"rm_{once}", f"rankings_{once}", flags, seconds)
-        yield rank(size, o, seed, f"rankings_{name}_1", f"--n_prompts {half}")
-        yield reward_model(o, seed, f"rm_{name}_1", f"rankings_{name}_1", flags, seconds / 2)
+        yield rank(o, seed, f"rankings_{once}", f"--n_prompts {number}")
+        yield reward_model(o, seed, f"rm_{once}", f"rankings_{once}", flags)
+        yield rank(o, seed, f"rankings_{name}_1", f"--n_prompts {half}")
+        yield reward_model(o, seed, f"rm_{name}_1", f"rankings_{name}_1", flags)
         first = ppo(size, o, seed, f"ppo_{name}_1", reward=f"{o}/rm_{name}_1")
         yield first
         new = f"--skip {half} --n_prompts {number - half}"
-        yield rank(size, o, seed, f"rankings_{name}_new", new, policy=f"ppo_{name}_1")
+        yield rank(o, seed, f"rankings_{name}_new", new, policy=f"ppo_{name}_1")
         both = f"-m study.rankings --rankings {o}/rankings_{name}_1.jsonl {o}/rankings_{name}_new.jsonl --out"
-        yield make(1, both, f"{o}/rankings_{name}_2.jsonl")
-        yield reward_model(o, seed, f"rm_{name}_2", f"rankings_{name}_2", flags, seconds)
+        yield make(both, f"{o}/rankings_{name}_2.jsonl")
+        yield reward_model(o, seed, f"rm_{name}_2", f"rankings_{name}_2", flags)
         last = [ppo(size, o, seed, f"ppo_{name}_{k}", reward=f"{o}/rm_{name}_{k}") for k in ("2", "once")]
         yield from last
         runs += [first, *last]
@@ -265,26 +253,26 @@ def iterated(size: Size, o: str, seed: int) -> Iterator[Job]:
 
 
 def secret(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """5. DPO's implicit reward, a scalar head and the demo's reward model, all from the same rankings: as judges, and
-    as something that PPO maximises without a penalty. The true reward beside them."""
+    """5. DPO's implicit reward, a scalar head and the demo's reward model, all from the same rankings: how well each of
+    them judges, and what PPO makes of it without a penalty. The true reward, too, is maximised, for comparison."""
     judge = f"-m study.implicit --dpo {o}/dpo_0.2 --prompts {o}/data/prompts_held_out.jsonl --out"
-    yield make(12, judge, f"{o}/implicit.json")
+    yield make(judge, f"{o}/implicit.json")
     rewards = {"plain": f"{o}/rm_plain_once", "gold": "data/tiny.py:gold_reward"}
     for name, reward in rewards.items():
         yield ppo(size, o, seed, f"secret_{name}", "--kl_coef 0", reward, long=True)
     implicit = ppo(size, o, seed, "secret_implicit", "--kl_coef 0", "study/implicit.py:reward", long=True)
-    yield implicit._replace(command=[f"IMPLICIT={o}/dpo_0.2", *implicit.command], seconds=2 * implicit.seconds)
+    yield implicit._replace(command=[f"IMPLICIT={o}/dpo_0.2", *implicit.command])
 
 
 def breaks(size: Size, o: str, seed: int) -> Iterator[Job]:
-    """6. One thing wrong at a time, by a flag or by a small diff (study/broken.py)."""
+    """6. One mistake at a time, made by a flag or by a small diff (study/broken.py)."""
     chosen = {name: flags for name, flags in PPO_FLAGS.items() if name in size.breaks}
     runs = [ppo(size, o, seed, f"break_{name}", flags) for name, flags in chosen.items()]
     runs += [ppo(size, o, seed, f"break_{name}", script=f"-m study.broken {name} ppo.py") for name in PPO_BROKEN]
     runs.append(dpo(o, seed, "break_dpo_mean", script="-m study.broken dpo_mean dpo.py"))
     flags = f"--data {o}/data/demonstrations.jsonl --epochs 1 --seed {seed} {size.sft} --out_dir"
-    runs.append(make(54, f"sft.py {flags}", f"{o}/break_sft_as_it_is"))
-    runs += [make(54, f"-m study.broken {name} sft.py {flags}", f"{o}/break_{name}") for name in SFT_BROKEN]
+    runs.append(make(f"sft.py {flags}", f"{o}/break_sft_as_it_is"))
+    runs += [make(f"-m study.broken {name} sft.py {flags}", f"{o}/break_{name}") for name in SFT_BROKEN]
     loss = f"--loss_data {o}/data/demonstrations_held_out.jsonl"
     yield from (*runs, measure(size, o, seed, "evaluate_breaks", runs, loss))
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lib.cli import check, flag, run_main
+from lib.cli import Flags, check, flag, run_main
 from data.files import parse_ranking, prompt_json, read_jsonl, write_jsonl
 
 
 @dataclass
-class Config:
+class Config(Flags):
     rankings: list[str] = flag(["out/data/rankings.jsonl"], "files of rankings or pairs")
     best: bool = flag(False, "write each prompt with its best completion, in the place of rankings")
     out: str = flag("", "file to write")

@@ -23,18 +23,16 @@ from typing import NamedTuple
 import torch
 
 import ppo
-from lib.cli import UserError, check, check_ranges, flag, one_line, run_main
-from lib.checkpoint import Checkpoint, is_published, load_model
-from lib.reward import call_reward, gold_function, load_reward
-from lib.run import finite
-from lib.train import generator_for
-from lib.run import write_text
-from lib.train import pick_device
 from data.batches import encode_prompts
 from data.files import read_jsonl, read_prompts
 from data.tiny import gold_parts, task_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from evaluate import COLUMNS
+from lib.checkpoint import Checkpoint, is_published, load_model
+from lib.cli import Flags, UserError, check, flag, one_line, run_main
+from lib.reward import gold_function, load_reward
+from lib.run import finite, write_text
+from lib.train import generator_for, pick_device
 from model import ScalarModel
 from sampling import Rollout, generate
 from study.metrics import METRICS, Metric
@@ -43,7 +41,7 @@ PAGE = Path(__file__).with_name("report_page.html")
 
 
 @dataclass
-class Config:
+class Config(Flags):
     run: str = flag("out", "folder of the run: sft/, reward_model/, ppo/, grpo/, dpo/, evaluate/, data/, if there")
     out: str = flag("auto", "the page (auto: report.html in the folder of the run)")
     stages: list[str] = flag([], "folders in it to show (none: all)")
@@ -221,14 +219,14 @@ QUANTITIES = {
         "likely ones.",
     ),
     "ref_logprobs": ("reference log-prob", "nats", "The log of the probability that the reference gives the token."),
-    "returns": ("return", "reward", "Value plus advantage: what the value model is trained to foretell here."),
+    "returns": ("return", "reward", "Value plus advantage: what the value model is trained to predict here."),
 }
 NEED_VALUES = ("advantages", "values", "returns")
 
 
 def write(policy: Checkpoint, texts: list[str], max_new_tokens: int, temperature: float, seed: int) -> Rollout:
     """The policy's answers. The same seed draws the same random numbers for every policy."""
-    tokenizer, block_size = load_tokenizer(policy.tokenizer), policy.model.config.block_size
+    tokenizer, block_size = policy.tokenizer, policy.model.config.block_size
     n = min(max_new_tokens, block_size - 1)
     ids = encode_prompts(texts, tokenizer, block_size, n, "")
     rng = generator_for(policy.model.device, seed)
@@ -243,7 +241,7 @@ def judge(rollout: Rollout, texts: list[str], tokenizer: Tokenizer, score: Calla
         "text": completions,
         "ended": ended,
         "score": score(rollout, texts, completions).tolist() if score else None,
-        "gold": call_reward(gold, texts, completions, ended, "the gold reward") if gold else None,
+        "gold": gold(texts, completions, ended) if gold else None,
         "right": right,
     }
 
@@ -334,7 +332,7 @@ def measure_answers(config: Config, run: Path, stages: list[Stage], notes: list[
     run_of = next((s for s in stages if s.kind == "ppo"), None)
     for name, policy_path in policies.items():
         policy = loaded.get(name) or load_model(policy_path, device)
-        tokenizer = load_tokenizer(policy.tokenizer)
+        tokenizer = policy.tokenizer
         for kept, t in ((greedy, 0.0), (sampled, temperature)):
             rollout = write(policy, texts, longest, t, config.seed)
             kept[name] = judge(rollout, texts, tokenizer, score, gold, task)
@@ -376,7 +374,7 @@ def measure_tokens(stage: Stage, first: str, before_after: list, reward_models: 
     for (policy, rollout, judged), value_model in zip(before_after, value_models, strict=True):
         scores = torch.tensor(judged["score"], device=device) - config.eos_penalty * (~rollout.ended)  # (B,)
         experience = ppo.make_experience(policy.model, reference, value_model, rollout, scores, kl_coef, config)
-        rows = token_figures(experience, load_tokenizer(policy.tokenizer), names)
+        rows = token_figures(experience, policy.tokenizer, names)
         passes.append([{**row, "score": round(s, 4)} for row, s in zip(rows, scores.tolist(), strict=True)])
     quantities = [dict(zip(("title", "unit", "note"), QUANTITIES[name], strict=True), name=name) for name in names]
     return {
@@ -604,7 +602,6 @@ def write_page(text: str, out: Path) -> None:
 
 
 def run(config: Config) -> dict:
-    check_ranges(config)
     folder = Path(config.run)
     out = folder / "report.html" if config.out == "auto" else Path(config.out)
     stages = find_stages(folder, config.stages)

@@ -1,27 +1,26 @@
-"""What the study's runs say: means over seeds with 95% intervals, fitted curves -> results.json, and the same in print.
+"""The results of the study: from what its jobs wrote to means over seeds, 95% intervals and fitted curves
+(results.json).
 
-An interval is mean +- t * s / sqrt(n) over the n seeds, each with its own data, SFT policy, annotators and reward
-models (Student's t: with three seeds 4.30 standard errors, so what is called an effect here is a large one).
+An interval is mean +- t * s / sqrt(n) over n seeds. Each seed has its own data, SFT policy, annotators and reward
+models. Student's t for three seeds is 4.30, so only a large effect is called an effect here.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lib.cli import UserError, check
+from data.files import read_json, read_jsonl
 from study.jobs import SFT_BROKEN, Size
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, by number of seeds
+MADE_BY = "python -m study.run"
 
 
 def interval(values: list[float]) -> dict:
-    """Mean over seeds and its 95% interval; one seed has none."""
+    """The mean over seeds and its 95% interval. One seed has no interval."""
     n, mean = len(values), sum(values) / len(values)
     found = {"mean": mean, "low": None, "high": None, "seeds": values}
     if n > 1:
@@ -31,84 +30,78 @@ def interval(values: list[float]) -> dict:
     return found
 
 
+def difference(before: dict, after: dict) -> dict:
+    """The interval of what changes from one figure to another of the same seeds."""
+    return interval([b - a for a, b in zip(before["seeds"], after["seeds"], strict=True)])
+
+
+def over_seeds(by_seed: list[list[dict]], keys: tuple[str, ...]) -> list[dict]:
+    """The points of each seed -> one list of points, with the interval of each key over the seeds."""
+    return [{k: interval([p[k] for p in same]) for k in keys} for same in zip(*by_seed, strict=True)]
+
+
 def read(path: str) -> dict:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: not there, or damaged; run `python -m study.run` first") from None
+    return read_json(path, MADE_BY)
 
 
-def log_of(path: str) -> list[dict]:
-    file = Path(path) / "metrics.jsonl"
-    check(file.exists(), f"{file}: no such file; run `python -m study.run` first")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def log_of(folder: str) -> list[dict]:
+    """The metrics that a run logged."""
+    return [row for _, row in read_jsonl(f"{folder}/metrics.jsonl", MADE_BY)]
 
 
 # -------------------------------------------------------------------------------- 1. over-optimisation
 
 
 def blocks(rows: list[dict], size: int) -> list[dict[str, float]]:
-    """Means of kl, score and gold over `size` iterations each: one iteration's samples are few."""
+    """Means of kl, score and gold over each `size` iterations, because one iteration has few samples."""
     size = max(1, min(size, len(rows)))
     parts = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
     return [{k: sum(row[k] for row in part) / len(part) for k in ("kl", "score", "gold")} for part in parts]
 
 
-def fit(distances: list[float], values: list[float], start: float, shape: Callable[[Tensor], Tensor]) -> dict:
-    """Least squares of value = start + d (alpha - beta shape(d)), d = sqrt(KL): the two forms of Gao et al. 2022
-    (arXiv:2210.10760, section 3) are shape(d) = d for best-of-n and log d for RL. -> alpha, beta, root mean square
-    error. Linear in alpha and beta, so there is one answer."""
-    d = torch.tensor([x for x in distances if x > 0], dtype=torch.float64)  # (n,)
-    y = torch.tensor([v for x, v in zip(distances, values, strict=True) if x > 0], dtype=torch.float64) - start
-    if len(d) < 2:
+SHAPES = {"rl": math.log, "best_of_n": lambda d: d}
+
+
+def fit(distances: list[float], values: list[float], start: float, shape: Callable[[float], float]) -> dict:
+    """Least squares of value = start + d (alpha - beta shape(d)) with d = sqrt(KL), the two forms of Gao et al. 2022
+    (arXiv:2210.10760, section 3): shape(d) = d for best-of-n, log d for RL. It is linear in alpha and beta, so there is
+    one answer -> start, alpha, beta, root mean square error."""
+    points = [(d, value - start) for d, value in zip(distances, values, strict=True) if d > 0]
+    if len(points) < 2:
         return {"start": start, "alpha": 0.0, "beta": 0.0, "error": 0.0}
-    columns = torch.stack([d, -d * shape(d)], 1)  # (n, 2)
-    alpha, beta = torch.linalg.lstsq(columns, y[:, None]).solution.squeeze(1).tolist()
-    error = (columns @ torch.tensor([alpha, beta], dtype=torch.float64) - y).square().mean().sqrt().item()
-    return {"start": start, "alpha": alpha, "beta": beta, "error": error}
+    columns = np.array([(d, -d * shape(d)) for d, _ in points])  # (n, 2)
+    rises = np.array([rise for _, rise in points])  # (n,)
+    coefficients = np.linalg.lstsq(columns, rises, rcond=None)[0]  # (2,)
+    error = np.sqrt(np.mean((columns @ coefficients - rises) ** 2))
+    return {"start": start, "alpha": float(coefficients[0]), "beta": float(coefficients[1]), "error": float(error)}
 
 
-def fitted(curve: dict, d: float, shape: Callable[[Tensor], Tensor]) -> float:
-    """The curve's value at distance d."""
-    if d <= 0:
-        return curve["start"]
-    return curve["start"] + d * (curve["alpha"] - curve["beta"] * shape(torch.tensor(d, dtype=torch.float64)).item())
-
-
-SHAPES = {"rl": torch.log, "best_of_n": lambda d: d}
+def fitted(curve: dict, d: float, shape: Callable[[float], float]) -> float:
+    """The value of a fitted curve at distance d."""
+    return curve["start"] + (d * (curve["alpha"] - curve["beta"] * shape(d)) if d > 0 else 0.0)
 
 
 def curve(by_seed: list[list[dict]], form: str, start: dict[str, float] | None = None) -> dict:
-    """Points (distance, score, gold with intervals) of one run or judge, over seeds, both curves' fits and the fall.
-    start: score and gold at distance 0 (none: the first point's)."""
-    points = []
-    for same in zip(*by_seed, strict=True):  # the same block, or the same n, of every seed
-        distance = interval([math.sqrt(max(0.0, p["kl"])) for p in same])
-        points.append({"distance": distance, **{k: interval([p[k] for p in same]) for k in ("score", "gold")}})
+    """The curve of one run, or of one judge: its points (distance, score, gold, each with its interval over seeds), the
+    fits to score and gold, and the fall. start: score and gold at distance 0 (None: those of the first point)."""
+    with_distance = [[p | {"distance": math.sqrt(max(0.0, p["kl"]))} for p in points] for points in by_seed]
+    points = over_seeds(with_distance, ("distance", "score", "gold"))
     found = {"points": points}
     distances = [p["distance"]["mean"] for p in points]
     for key in ("score", "gold"):
         means = [p[key]["mean"] for p in points]
-        found[f"{key}_fit"] = fit(distances, means, start[key] if start else means[0], SHAPES[form])
-        curve_at = [fitted(found[f"{key}_fit"], d, SHAPES[form]) for d in distances]
-        inside = [
-            p[key]["low"] <= v <= p[key]["high"]
-            for p, v in zip(points, curve_at, strict=True)
-            if p[key]["low"] is not None
-        ]
-        found[f"{key}_fit"]["inside"] = sum(inside) / len(inside) if inside else None
+        fit_to = fit(distances, means, start[key] if start else means[0], SHAPES[form])
+        at_points = [(p[key], fitted(fit_to, p["distance"]["mean"], SHAPES[form])) for p in points]
+        inside = [x["low"] <= value <= x["high"] for x, value in at_points if x["low"] is not None]
+        found[f"{key}_fit"] = fit_to | {"inside": sum(inside) / len(inside) if inside else None}
     return found | {"fall": fall(found)}
 
 
 def fall(found: dict) -> dict:
-    """From the block where the seeds' mean gold is highest to the last one: what each seed loses, and what the score
-    does meanwhile."""
+    """What changes from the point where the mean gold is highest to the last point, seed by seed."""
     points = found["points"]
     top = max(range(len(points)), key=lambda i: points[i]["gold"]["mean"])
-    change = {
-        key: interval([b - a for a, b in zip(points[top][key]["seeds"], points[-1][key]["seeds"], strict=True)])
-        for key in ("gold", "score")
-    }
+    change = {key: difference(points[top][key], points[-1][key]) for key in ("gold", "score")}
     return {"peak_block": top, **change, "kl_at_peak": points[top]["distance"]["mean"] ** 2}
 
 
@@ -117,12 +110,14 @@ BLOCK = 5  # iterations
 
 
 def rl_curve(runs: list[list[dict]]) -> dict:
-    """The curve of some logs; it starts with what was there before the first update, SFT's own samples."""
+    """The curve of one run's logs, a log for each seed. It starts with SFT's own samples, from before the first
+    update."""
     start = {key: sum(rows[0][key] for rows in runs) / len(runs) for key in ("score", "gold")}
     return curve([blocks(rows, BLOCK) for rows in runs], "rl", start)
 
 
 def overoptimisation(size: Size, out: str) -> dict:
+    """The curves of PPO's runs and of best of n."""
     found: dict = {"rl": {}, "best_of_n": {}}
     for name in RL_RUNS:
         seeds = size.seeds + size.more_seeds * (name == "weak_0")
@@ -140,12 +135,12 @@ def overoptimisation(size: Size, out: str) -> dict:
 FIGURES = ("gold", "rm", "kl", "length", "eos_rate", "distinct", "correct", "correct_greedy", "loss")
 
 
-def policies(size: Size, out: str, evaluation: str, names: list[str]) -> dict[str, dict]:
-    """name -> figures of evaluate.py over the seeds."""
-    told = [read(f"{out}/{seed}/{evaluation}/results.json")["policies"] for seed in size.seeds]
+def policies(size: Size, out: str, evaluation: str) -> dict[str, dict]:
+    """{policy: its figures in a run of evaluate.py, over the seeds}"""
+    by_seed = [read(f"{out}/{seed}/{evaluation}/results.json")["policies"] for seed in size.seeds]
     return {
-        name: {k: interval([t[name][k] for t in told]) for k in FIGURES if told[0][name].get(k) is not None}
-        for name in names
+        name: {k: interval([seed[name][k] for seed in by_seed]) for k in FIGURES if figures.get(k) is not None}
+        for name, figures in by_seed[0].items()
     }
 
 
@@ -159,43 +154,43 @@ def frontier(size: Size, out: str) -> dict:
         "sft_best": ["sft_best"],
         "sft": ["sft"],
     }
-    return {method: policies(size, out, "evaluate_frontier", points) for method, points in names.items()}
+    figures = policies(size, out, "evaluate_frontier")
+    return {method: {name: figures[name] for name in points} for method, points in names.items()}
 
 
 def by_part(size: Size, out: str, path: str) -> dict:
-    """Accuracy on each kind of pair."""
-    told = [read(f"{out}/{seed}/{path}")["by_part"] for seed in size.seeds]
-    return {part: interval([t[part] for t in told]) for part in told[0]}
+    """A judge's accuracy on each kind of pair."""
+    by_seed = [read(f"{out}/{seed}/{path}")["by_part"] for seed in size.seeds]
+    return {part: interval([seed[part] for seed in by_seed]) for part in by_seed[0]}
 
 
 def feedback(size: Size, out: str) -> dict:
-    """The demo's number and noise is the frontier's ppo_0.1 and dpo_0.2."""
-    usual = policies(size, out, "evaluate_frontier", ["sft", "ppo_0.1", "dpo_0.2"])
+    """The demo's number and noise of rankings is that of the frontier's ppo_0.1 and dpo_0.2."""
+    usual, others = policies(size, out, "evaluate_frontier"), policies(size, out, "evaluate_feedback")
     found: dict = {"numbers": {}, "noises": {}, "sft": usual["sft"]}
     sets = [("numbers", n, f"n{n}") for n in size.numbers] + [("noises", t, f"noise{t}") for t in (0.5, *size.noises)]
     for group, key, name in sets:
-        standard = key in (size.rankings, 0.5)
-        model = "reward_model" if standard else f"rm_{name}"
-        told = usual if standard else policies(size, out, "evaluate_feedback", [f"ppo_{name}", f"dpo_{name}"])
-        ppo, dpo = (told["ppo_0.1"], told["dpo_0.2"]) if standard else (told[f"ppo_{name}"], told[f"dpo_{name}"])
-        judges = [read(f"{out}/{seed}/{model}/results.json") for seed in size.seeds]
-        parts = by_part(size, out, f"{model}/results.json")
-        accuracy = interval([j["accuracy"] for j in judges])
+        if key in (size.rankings, 0.5):
+            judge, ppo, dpo = "reward_model", usual["ppo_0.1"], usual["dpo_0.2"]
+        else:
+            judge, ppo, dpo = f"rm_{name}", others[f"ppo_{name}"], others[f"dpo_{name}"]
+        parts = by_part(size, out, f"{judge}/results.json")
+        accuracy = interval([read(f"{out}/{seed}/{judge}/results.json")["accuracy"] for seed in size.seeds])
         found[group][str(key)] = {"by_part": parts, "accuracy": accuracy, "ppo": ppo, "dpo": dpo}
     return found
 
 
 def iterated(size: Size, out: str) -> dict:
-    found = {}
+    """The reward model and PPO after each round; "gain": true reward of the second round over one round of all."""
+    rounds = {"first half": "1", "half of the first policy's samples": "2", "all of SFT's samples": "once"}
+    figures, found = policies(size, out, "evaluate_iterated"), {}
     for head in ("plain", "told"):
-        names = {"first half": "1", "half of the first policy's samples": "2", "all of SFT's samples": "once"}
-        told = policies(size, out, "evaluate_iterated", [f"ppo_{head}_{k}" for k in names.values()])
         found[head] = {
-            text: told[f"ppo_{head}_{k}"] | {"by_part": by_part(size, out, f"rm_{head}_{k}/results.json")}
-            for text, k in names.items()
+            text: figures[f"ppo_{head}_{name}"] | {"by_part": by_part(size, out, f"rm_{head}_{name}/results.json")}
+            for text, name in rounds.items()
         }
-        gain = zip(*(found[head][text]["gold"]["seeds"] for text in list(names)[1:]), strict=True)
-        found[head]["gain"] = interval([second - once for second, once in gain])
+        _, second, once = found[head].values()
+        found[head]["gain"] = difference(once["gold"], second["gold"])
     return found
 
 
@@ -208,29 +203,21 @@ def secret(size: Size, out: str) -> dict:
     found: dict = {"judges": {name: by_part(size, out, path) for name, path in judges.items()}, "maximised": {}}
     runs = {"implicit": "secret_implicit", "plain": "secret_plain", "told": "over_strong_0", "gold": "secret_gold"}
     for name, run in runs.items():
-        by_seed = [blocks(log_of(f"{out}/{seed}/{run}"), BLOCK) for seed in size.seeds]
-        points = [
-            {k: interval([p[k] for p in same]) for k in ("kl", "score", "gold")} for same in zip(*by_seed, strict=True)
-        ]
-        length = interval([log_of(f"{out}/{seed}/{run}")[-1]["length"] for seed in size.seeds])
-        found["maximised"][name] = {"points": points, "length": length}
+        logs = [log_of(f"{out}/{seed}/{run}") for seed in size.seeds]
+        points = over_seeds([blocks(log, BLOCK) for log in logs], ("kl", "score", "gold"))
+        found["maximised"][name] = {"points": points, "length": interval([log[-1]["length"] for log in logs])}
     return found
 
 
 def breaks(size: Size, out: str) -> dict:
-    """What each mistake changes, against the same run without it: paired by seed."""
-    usual = policies(size, out, "evaluate_frontier", ["ppo_0.1", "dpo_0.2"])
-    names = [*(name for name in size.breaks if name not in SFT_BROKEN), "dpo_mean", *SFT_BROKEN]
-    told = policies(size, out, "evaluate_breaks", ["break_sft_as_it_is", *(f"break_{name}" for name in names)])
+    """What each mistake changes against the same run without it."""
+    usual, with_mistakes = policies(size, out, "evaluate_frontier"), policies(size, out, "evaluate_breaks")
     found = {}
-    for name in names:
+    for name in [*(name for name in size.breaks if name not in SFT_BROKEN), "dpo_mean", *SFT_BROKEN]:
         baseline = usual["dpo_0.2"] if name == "dpo_mean" else usual["ppo_0.1"]
-        baseline = told["break_sft_as_it_is"] if name in SFT_BROKEN else baseline
-        broken = told[f"break_{name}"]
-        shared = [k for k in FIGURES if k in broken and k in baseline]
-        change = {
-            k: interval([b - a for a, b in zip(baseline[k]["seeds"], broken[k]["seeds"], strict=True)]) for k in shared
-        }
+        baseline = with_mistakes["break_sft_as_it_is"] if name in SFT_BROKEN else baseline
+        broken = with_mistakes[f"break_{name}"]
+        change = {k: difference(baseline[k], broken[k]) for k in FIGURES if k in broken and k in baseline}
         found[name] = {"broken": broken, "baseline": baseline, "change": change}
     return found
 
@@ -239,7 +226,7 @@ SECTIONS = (overoptimisation, frontier, feedback, iterated, secret, breaks)
 
 
 def rounded(obj):
-    """Four digits are more than three seeds can tell."""
+    """The same results with four digits: more than three seeds can tell."""
     if isinstance(obj, dict):
         return {k: rounded(v) for k, v in obj.items()}
     if isinstance(obj, list):
@@ -248,63 +235,6 @@ def rounded(obj):
 
 
 def gather(size: Size, out: str) -> dict:
+    """All results of the study, from the files in `out`."""
     found = {section.__name__: rounded(section(size, out)) for section in SECTIONS}
     return {"seeds": list(size.seeds), **found}
-
-
-# -------------------------------------------------------------------------------- in print
-
-
-def show(x: dict, digits: int = 2, sign: str = "") -> str:
-    """mean [low, high]"""
-    if x["low"] is None:
-        return f"{x['mean']:{sign}.{digits}f}"
-    return f"{x['mean']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
-
-
-def print_results(results: dict) -> None:
-    print("\nover-optimisation: from the peak of gold to the end")
-    for family in ("rl", "best_of_n"):
-        for name, run in results["overoptimisation"][family].items():
-            change = run["fall"]
-            print(f"  {family:9} {name:14} gold {show(change['gold'], 2, '+')}  score {show(change['score'], 2, '+')}")
-            for key in ("gold", "score"):
-                f = run[f"{key}_fit"]
-                inside = "" if f["inside"] is None else f", {f['inside']:.0%} of the points' intervals hold it"
-                form = "d (a - b log d)" if family == "rl" else "d (a - b d)"
-                print(
-                    f"      {key:5} = {f['start']:.2f} + {form}, a {f['alpha']:.3f}, b {f['beta']:.3f}; "
-                    f"error {f['error']:.3f}{inside}"
-                )
-    print("\nfrontier: gold at KL")
-    for points in results["frontier"].values():
-        for name, p in points.items():
-            print(
-                f"  {name:12} gold {show(p['gold'])}  KL {show(p['kl'])}  RM {show(p['rm'])}  EOS {show(p['eos_rate'])}"
-            )
-    for group in ("numbers", "noises"):
-        print(f"\nfeedback: {group}")
-        for key, p in results["feedback"][group].items():
-            print(
-                f"  {key:6} accuracy {show(p['accuracy'])}  right {show(p['by_part']['right_vs_wrong'])}  "
-                f"polite {show(p['by_part']['polite_vs_plain'])}  gold: PPO {show(p['ppo']['gold'])}  "
-                f"DPO {show(p['dpo']['gold'])}"
-            )
-    print("\niterated")
-    for head, rounds in results["iterated"].items():
-        for name, p in rounds.items():
-            if name == "gain":
-                print(f"  {head:6} second round over once: gold {show(p, 2, '+')}")
-                continue
-            right = show(p["by_part"]["right_vs_wrong"])
-            print(f"  {head:6} {name:36} right {right}  gold {show(p['gold'])}  correct {show(p['correct'])}")
-    print("\nsecretly a reward model")
-    for name, parts in results["secret"]["judges"].items():
-        print(f"  {name}: " + ", ".join(f"{part} {show(x)}" for part, x in parts.items()))
-    for name, run in results["secret"]["maximised"].items():
-        told = ", ".join(f"{p['kl']['mean']:.1f}: {p['gold']['mean']:.2f}" for p in run["points"])
-        print(f"  maximised {name}: KL: gold {told}; length {run['length']['mean']:.1f}")
-    print("\nbroken: change against the run as it is")
-    for name, p in results["breaks"].items():
-        told = "  ".join(f"{k} {show(p['change'][k], 2, '+')}" for k in ("gold", "kl", "length", "eos_rate"))
-        print(f"  {name:18} {told}")

@@ -1,5 +1,5 @@
-"""How the study's figures look: one set of colours and line styles on a transparent ground, so that they can be read
-on GitHub's white page and on its dark one.
+"""How the figures look: one set of colours and line styles on a transparent ground. They can be read on GitHub's white
+page and on its dark one.
 
     with style():
         figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -13,16 +13,16 @@ The same data gives the same bytes.
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from lib.cli import UserError, check
+from lib.cli import check
+from data.files import replacing
 
-# All of them are neither light nor dark: at least 3 to 1 against either page (WCAG's contrast for graphics and large
-# text), which leaves no room for shades. In print without colour the line styles tell one run from another.
+# The colours are neither light nor dark: each has a contrast of at least 3 to 1 with either page (WCAG's limit for
+# graphics and large text), which leaves no room for shades. In print without colour the line styles differ.
 PAGES = {"light": "#ffffff", "dark": "#0d1117"}
 COLOURS = {
     "blue": "#1f83d6",
@@ -30,16 +30,16 @@ COLOURS = {
     "pink": "#c8559f",
     "olive": "#8f8010",
     "violet": "#8a6fe0",
-    "green": "#1a9160",  # the last: where healthy ranges are shaded, no line is green
+    "green": "#1a9160",  # the colour of healthy ranges, so no line of a run is green
 }
 DASHES = ("solid", (0, (5, 2)), (0, (1, 1)), (0, (6, 1.6, 1.2, 1.6)))
 TEXT = "#7a828c"
 HEALTHY = COLOURS["green"]
-HEALTHY_ALPHA = 0.16  # so faint that lines on it keep their contrast
+HEALTHY_ALPHA = 0.16  # faint, so that lines on it keep their contrast
 
 SETTINGS = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, and wide: another font of the reader's fits too
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; it is wide, so a reader's own font fits too
     "font.size": 10,
     "text.color": TEXT,
     "text.parse_math": False,  # a run may be called "$5"
@@ -67,9 +67,9 @@ SETTINGS = {
     "savefig.facecolor": "none",
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text: small, searchable, and in a font that the reader has
-    "svg.hashsalt": "figures",  # else the names inside an SVG are random
+    "svg.hashsalt": "figures",  # without it the names inside an SVG are random
 }
-# Who made it and when would differ from one machine or day to the next.
+# A file says neither when nor with which version it was made: the same data gives the same bytes.
 METADATA = {
     ".svg": {"Date": None, "Creator": None},
     ".png": {"Software": None},
@@ -78,30 +78,25 @@ METADATA = {
 
 
 def style() -> contextlib.AbstractContextManager:
-    """matplotlib's defaults with SETTINGS, whatever the reader's own matplotlibrc says; as before afterwards."""
+    """A context in which matplotlib has its defaults and SETTINGS, whatever the user's own matplotlibrc says."""
     return matplotlib.style.context(SETTINGS, after_reset=True)
 
 
 def line(number: int) -> dict:
-    """Colour and line style of the number-th run of a figure, 0, 1, ...: the first 20 all differ, and without colour
-    any four in a row."""
+    """Colour and line style of run number 0, 1, ... in a figure. The first 20 differ, and without colour any four in a
+    row."""
     colours = [colour for colour in COLOURS.values() if colour != HEALTHY]
     return {"color": colours[number % len(colours)], "linestyle": DASHES[number % len(DASHES)]}
 
 
 def check_figure_name(path: str | Path) -> Path:
+    """The path, if its ending is that of a figure. UserError if not."""
     check(Path(path).suffix in METADATA, f"{path}: a figure's name ends in {', '.join(METADATA)}")
     return Path(path)
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write .svg, .png or .pdf, whole or not at all."""
+    """Write the figure as .svg, .png or .pdf."""
     path = check_figure_name(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with style():
-            figure.savefig(unfinished, format=path.suffix[1:], metadata=METADATA[path.suffix])
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    with style(), replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], metadata=METADATA[path.suffix])

@@ -75,21 +75,20 @@ def make_scalar(seed: int = 0, expectation: bool = False, **sizes) -> ScalarMode
 
 
 def make_told(seed: int = 0, **sizes) -> ScalarModel:
-    """make_scalar's, with config.expectation: it is told how expected each token was."""
+    """make_scalar's, with expectation: it reads how expected each token was."""
     return make_scalar(seed, expectation=True, **sizes)
 
 
 def slow_hidden(model: ScalarModel, ids: list[int]) -> Tensor:
-    """What the head reads in one text, the obvious way: (T, C). With config.expectation the logit of each token, from
+    """What the head reads in one text, the obvious way: (T, C). With expectation the logit of each token, from
     the position before it, is written along `direction`, and one more block and LayerNorm follow."""
     x = model.gpt.hidden(torch.tensor([ids]))[0]  # (T, C)
-    if not model.config.expectation:
+    if not model.expectation:
         return x
     written = [x[0]]  # nothing has foretold the first token
     for t in range(1, len(ids)):
         written.append(x[t] + torch.dot(x[t - 1], model.gpt.wte.weight[ids[t]]) * model.direction)
-    turns = model.gpt.turns[: len(ids), None] if model.config.rope_base else None
-    return model.ln(model.block(torch.stack(written)[None], turns))[0]
+    return model.ln(model.block(torch.stack(written)[None], model.gpt.view(torch.tensor([ids]))))[0]
 
 
 def random_prompts(lengths: list[int], vocab: int, seed: int = 0, low: int = 0) -> list[list[int]]:
@@ -488,17 +487,17 @@ CUT_GROUPS = [
 
 def score_rankings(model: ScalarModel, batch) -> Tensor:
     """The scores of a RankedBatch, (N, K): at the last token of each completion."""
-    return model(batch.tokens, batch.ends, batch.branches)
+    return model(batch.tokens, batch.ends, batch.positions)
 
 
-def text_before(tokens: torch.Tensor, branches, place: int) -> list[int]:
-    """The text that ends at a flat place of a batch of rankings, found by going back from token to token."""
+def text_before(tokens: torch.Tensor, positions: torch.Tensor, place: int) -> list[int]:
+    """The text that ends at a flat place of a batch of rankings, found by going back from token to token: the one
+    before has the position below, and is the nearest with it."""
     row, column = divmod(place, tokens.size(1))
-    ids = []
-    for left in range(int(branches.positions[row, column]), -1, -1):
-        assert branches.positions[row, column] == left
+    ids = [int(tokens[row, column])]
+    for left in range(int(positions[row, column]) - 1, -1, -1):
+        column = max(c for c in range(column) if positions[row, c] == left and (left or c == 0))
         ids.append(int(tokens[row, column]))
-        column = int(branches.before[row, column])
     return ids[::-1]
 
 

@@ -1,18 +1,30 @@
 """Do the tests notice? Put one small, realistic bug at a time into a copy of the project: does a test turn red?
 
     python tests/mutate.py                 # all mutations, two at a time; exit status 1 if one survives
-    python tests/mutate.py kl eos          # only those whose file, code or effect mentions kl or eos
+    python tests/mutate.py ppo.py          # only those of this file
+    python tests/mutate.py kl eos          # only those whose file, function, code or effect mentions kl or eos
     python tests/mutate.py 12 40-45        # only those with these numbers
-    python tests/mutate.py --list          # what they are; exit status 1 if one no longer fits the code
+    python tests/mutate.py --list          # what they are, one a line
+    python tests/mutate.py --check         # which of them no longer fit the code; exit status 1 if there are any
 
-Each mutation is a line of code that somebody has really written, or could have, and one line on what it would do to a
+Each mutation is a piece of code that somebody has really written, or could have, and one line on what it would do to a
 training run. Most of these runs would not crash: the loss goes down, the curves look plausible, and the model is wrong.
 That is why the tests compare with closed forms and slow loops.
 
+The mutations stand in tests/mutations/, one text file for each source file. This is how they are written; `module` or a
+class stands for what is in it outside of functions, and without a line `+` the lines with the piece are left out:
+
+    # AdaptiveKL.update                           the function, in which the piece stands once
+    - error = min(max(kl / self.target - 1, -0.2), 0.2)
+    + error = kl / self.target - 1
+    ! the controller's error is not clipped       what that does to a training run
+    ? test_ppo_math.py::test_adaptive_kl_by_hand  the tests that should notice, one a line
+
 First the same tests run on an untouched copy. If one is red there, nothing is started (exit status 2): every mutation
 would count as killed by it. A mutation is killed if a test fails, or if the tests take far longer than they did on the
-untouched copy (a bug may loop for ever). One whose line is no longer there, or stands there several times, or that
-can't even be imported, proves nothing: the campaign ends with exit status 1, so that this list keeps up with the code.
+untouched copy (a bug may loop for ever). One proves nothing if the function, the code or the test that it names is no
+longer there, if the code stands there several times, or if the copy can't even be imported: the campaign ends with exit
+status 1, so that the mutations keep up with the code.
 
 Only the standard library is used here; the tests run in child processes. Importing torch takes longer than most of the
 tests, so where the system can fork (multiprocessing's "forkserver"), one server imports torch and pytest once, and
@@ -39,7 +51,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mutations import MUTATIONS, Mutation
+from mutations import Mutation, broken_source, read_mutations
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the tests import, the project excepted; torch._dynamo because making an optimiser imports it.
@@ -55,8 +67,7 @@ class Task:
     """One run of pytest in a scratch copy of its own."""
 
     name: object
-    tests: list[str]
-    slow: bool
+    tests: list[str]  # those that are marked slow too
     limit: float  # seconds after which it is killed
     changed: dict[str, str] = field(default_factory=dict)  # file -> its text in the copy
 
@@ -122,11 +133,14 @@ def run_all(tasks: list[Task], root: Path, jobs: int, first_failure_only: bool =
                 shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
                 for file, text in task.changed.items():
                     (copy / file).write_text(text, encoding="utf-8")
-                options = (
-                    f"-q --no-header --tb=no -rfE -p no:cacheprovider --basetemp={scratch.name}/tmp --rootdir={copy}"
-                )
-                arguments = [*options.split(), *(["-x"] if first_failure_only else [])]
-                arguments += ["-m", "slow or not slow" if task.slow else "not slow", *task.tests]
+                # -o addopts=: nothing is left out or run in parallel, whatever pyproject.toml says
+                options = f"-q --no-header --tb=no -rfE -p no:cacheprovider -o addopts= --rootdir={copy}"
+                arguments = [
+                    *options.split(),
+                    f"--basetemp={scratch.name}/tmp",
+                    *(["-x"] if first_failure_only else []),
+                ]
+                arguments += [f"tests/{test}" for test in task.tests]
                 process = context.Process(
                     target=run_pytest, args=(str(copy), str(root), arguments, str(output), task.limit)
                 )
@@ -150,38 +164,12 @@ def run_all(tasks: list[Task], root: Path, jobs: int, first_failure_only: bool =
             scratch.cleanup()
 
 
-def baseline(mutations: list[Mutation], root: Path, jobs: int) -> dict[tuple[str, bool], Run]:
-    """Run all tests that the mutations name on untouched copies, with the options of the mutations."""
-    wanted = sorted({(test, m.slow) for m in mutations for test in m.tests.split()})
+def baseline(mutations: list[Mutation], root: Path, jobs: int) -> dict[str, Run]:
+    """Run all tests that the mutations name on untouched copies."""
+    wanted = {test for m in mutations for test in m.tests}
     # a single test is run with its file if that is wanted too
-    wanted = [(test, slow) for test, slow in wanted if "::" not in test or (test.split("::")[0], slow) not in wanted]
-    tasks = [Task((test, slow), [test], slow, limit=1800.0) for test, slow in wanted]
-    return {run.task.name: run for run in run_all(tasks, root, jobs)}
-
-
-def broken_source(mutation: Mutation, root: Path) -> str:
-    """The file's text with the bug in it. ValueError says why there is none."""
-    path = root / mutation.file
-    if not path.exists():
-        raise ValueError("STALE: the file it changes is no longer there")
-    parts = path.read_text(encoding="utf-8").split(mutation.right)
-    places, which = len(parts) - 1, mutation.which
-    if not places:
-        raise ValueError("STALE: the line it changes is no longer there")
-    if not which and places > 1:
-        raise ValueError(
-            f"STALE: the code it changes stands there {places} times, and it doesn't say which one it means"
-        )
-    if which > places:
-        raise ValueError(f"STALE: the code it changes stands there {places} times, and it means number {which}")
-    which = which or 1
-    text = mutation.right.join(parts[:which]) + mutation.wrong + mutation.right.join(parts[which:])
-    if path.suffix == ".py":
-        try:
-            compile(text, mutation.file, "exec", dont_inherit=True)
-        except SyntaxError as error:
-            raise ValueError(f"BROKEN: it doesn't compile ({error})") from None
-    return text
+    wanted = sorted(test for test in wanted if "::" not in test or test.split("::")[0] not in wanted)
+    return {run.task.name: run for run in run_all([Task(test, [test], 1800.0) for test in wanted], root, jobs)}
 
 
 def verdict(run: Run) -> str:
@@ -198,7 +186,7 @@ def verdict(run: Run) -> str:
 
 
 def choose(words: list[str], mutations: list[Mutation]) -> list[int]:
-    """`12`, `40-45` and words -> indices, in the order of the list. ValueError if one of them means nothing."""
+    """`12`, `40-45`, files and words -> indices, in order. ValueError if one of them means nothing."""
     chosen: set[int] = set()
     for word in words:
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
@@ -208,8 +196,9 @@ def choose(words: list[str], mutations: list[Mutation]) -> list[int]:
                 raise ValueError(f"{word}: the mutations have the numbers 1-{len(mutations)}")
             found = set(range(low - 1, high))
         else:
-            texts = [f"{m.file}\n{m.right}\n{m.wrong}\n{m.effect}".lower() for m in mutations]
-            found = {i for i, text in enumerate(texts) if word.lower() in text}
+            texts = [f"{m.file} {m.function} {m.right} {m.wrong} {m.effect}".lower() for m in mutations]
+            found = {i for i, m in enumerate(mutations) if m.file == word}
+            found = found or {i for i, text in enumerate(texts) if word.lower() in text}
             if not found:
                 raise ValueError(f"no mutation mentions {word!r}")
         chosen |= found
@@ -220,8 +209,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("choice", nargs="*", help="numbers (12), ranges (40-45) or words; default: all mutations")
+    parser.add_argument("choice", nargs="*", help="numbers (12), ranges (40-45), files or words; default: all")
     parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
+    parser.add_argument("--check", action="store_true", help="print those that don't fit the code and run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time, at most the cores (default: 2)")
     parser.add_argument(
         "--limit",
@@ -238,24 +228,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None, root: Path = ROOT, mutations: list[Mutation] = MUTATIONS) -> int:
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     args = parse(argv)
     try:
+        mutations = read_mutations(root)
         chosen = choose(args.choice, mutations)
     except ValueError as error:
         args.fail(str(error))
+    names = [f"{i:3} {m.file:16} {m.function}: {m.effect}" for i, m in enumerate(mutations, start=1)]
     if args.list:
-        stale = 0
-        for i in chosen:
-            print(f"{i + 1:3} {mutations[i].file:16} {mutations[i].effect}")
-            try:
-                broken_source(mutations[i], root)
-            except ValueError as error:
-                stale += 1
-                print(f"    {error}")
-        return 1 if stale else 0
+        print(*(names[i] for i in chosen), sep="\n")
+        return 0
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the children; must be set before torch is imported
     start = time.monotonic()
     texts, verdicts = {}, {}
     for i in chosen:
@@ -263,14 +247,18 @@ def main(argv: list[str] | None = None, root: Path = ROOT, mutations: list[Mutat
             texts[i] = broken_source(mutations[i], root)
         except ValueError as error:
             verdicts[i] = str(error)
-            print(f"{i + 1:3} {mutations[i].file:16} {mutations[i].effect}\n    {verdicts[i]}", flush=True)
+            print(verdicts[i], flush=True)
+    if args.check:
+        print(f"{len(texts)} of {len(chosen)} mutations fit the code")
+        return 1 if verdicts else 0
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the children; must be set before torch is imported
     print(f"the tests of {len(texts)} mutations on an untouched copy:", flush=True)
     unharmed = baseline([mutations[i] for i in texts], root, args.jobs)
     bad = [run for run in unharmed.values() if run.status != 0]
     for run in bad:
         late = f"no end after {run.seconds:.0f} s" if run.status is None else ""
-        print(f"RED: {run.task.name[0]}: {', '.join(run.red) or late or run.output.strip()[-300:]}")
+        print(f"RED: {run.task.name}: {', '.join(run.red) or late or run.output.strip()[-300:]}")
     if bad:
         print("Not started: the tests must be green before a mutation can turn one red.")
         return 2
@@ -279,15 +267,15 @@ def main(argv: list[str] | None = None, root: Path = ROOT, mutations: list[Mutat
     tasks = []
     for i, text in texts.items():
         m = mutations[i]
-        runs = [unharmed.get((t, m.slow)) or unharmed[t.split("::")[0], m.slow] for t in m.tests.split()]
+        runs = [unharmed.get(test) or unharmed[test.split("::")[0]] for test in m.tests]
         limit = args.limit or 60 + 5 * sum(run.seconds for run in runs)
-        tasks.append(Task(i, m.tests.split(), m.slow, limit, {m.file: text}))
+        tasks.append(Task(i, m.tests, limit, {m.file: text}))
     begin = time.monotonic()
     for n, run in enumerate(run_all(tasks, root, args.jobs, first_failure_only=True), start=1):
         i = run.task.name
         verdicts[i] = verdict(run)
         left = (time.monotonic() - begin) / n * (len(tasks) - n)
-        print(f"{i + 1:3} {mutations[i].file:16} {mutations[i].effect}")
+        print(names[i])
         print(
             f"    {verdicts[i]} ({run.seconds:.0f} s); {n} of {len(tasks)} done, about {left / 60:.1f} min left",
             flush=True,
@@ -297,7 +285,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT, mutations: list[Mutat
     print(f"{len(chosen) - len(alive)} of {len(chosen)} mutations killed in {time.monotonic() - start:.0f} s")
     for i in alive:
         m = mutations[i]
-        print(f"NOT KILLED: {i + 1} {m.file}: {m.right!r} -> {m.wrong!r}: {verdicts[i].split(': ')[0]}")
+        right, wrong = "\n".join(m.right), "\n".join(m.wrong)
+        bug = f"{i + 1} {m.file} {m.function}: {right!r} -> {wrong!r}"
+        print(f"NOT KILLED: {bug}: {verdicts[i]} ({m.place})" if i in texts else verdicts[i])
     return 1 if alive else 0
 
 

@@ -365,7 +365,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, fails):
         states.append(content(path))
         item = session.current()
         monkeypatch.setattr(annotate.os, fails, broken)
-        with pytest.raises(UserError, match=r"taken back.*No space left"):
+        with pytest.raises(UserError, match=r"can't be written.*No space left"):
             session.undo()
         assert content(path) == states[-1] and session.current() == item
         session = session_of(path, repeat=0.5)

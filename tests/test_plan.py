@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tools import bench
 from tools import plan
 from lib.cli import UserError
-from frozen import train_last_layers
+from frozen import choose_trainable
 from model import GPT, GPTConfig, ScalarModel
 
 LLAMA = {"norm": "rms", "n_kv_head": 1, "mlp": "swiglu", "n_inner": 24, "bias": "none", "rope_base": 100.0}
@@ -24,7 +24,7 @@ SMALL = plan.Config(prompt=6, completion=5, micro_batch=3, rollouts=8, dtype="fl
 def really_kept(c: GPTConfig, config: plan.Config, scalar: bool) -> int:
     """Bytes that autograd keeps of a real forward pass, and the gradient of the logits."""
     model = ScalarModel(c) if scalar else GPT(c)
-    train_last_layers(model, config.train_layers)
+    choose_trainable(model, config)
     weights, kept, alive = {p.data_ptr() for p in model.parameters()}, {}, []
 
     def pack(x):

@@ -4,6 +4,7 @@ and compared field by field with what the project's readers make of it."""
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from lib.cli import UserError
+from lib.cli import UserError, check_ranges
 from tools import prepare as module
 from data.files import read_demonstrations, read_prompts, read_rankings, turns_of
 from tools.prepare import prepare
@@ -155,16 +156,6 @@ def test_hh_empty_and_equal_answers(tmp_path, capsys):
 def test_hh_where_nothing_is_left(tmp_path):
     message = refused(tmp_path, *(record for record, _ in DROPPED[:3]))
     assert message == ": nothing left; dropped 2 different prompts in chosen and rejected, 1 turns that don't alternate"
-
-
-@pytest.mark.parametrize("name", ["red_team_attempts.jsonl", "red_team_attempts.jsonl.gz"])
-def test_red_team_attempts(tmp_path, name):
-    record = {"min_harmlessness_score_transcript": -1.5, "transcript": HH["chosen"], "rating": 4.0, "tags": None}
-    assert refused(tmp_path, record, name=name).startswith(":1: a red-team attempt, with no second answer")
-    as_list = tmp_path / "list.jsonl"
-    as_list.write_text(json.dumps([record], indent=1), encoding="utf-8")
-    with pytest.raises(UserError, match=r"list\.jsonl: record 1: a red-team attempt"):
-        prepare(as_list, tmp_path / "out", held_out=0.0, seed=1)
 
 
 # ------------------------------------------------------------------------------------------------ TL;DR
@@ -400,8 +391,6 @@ def test_prefixes_of_texts(tmp_path):
 def test_prefix_words_is_for_texts_alone(tmp_path):
     assert refused(tmp_path, {"text": "a b"}).startswith(": plain texts need --prefix_words N")
     assert refused(tmp_path, HH, prefix_words=3) == ": --prefix_words is for plain texts, these are hh"
-    with pytest.raises(UserError, match="--prefix_words must be at least 0, not -1"):
-        prepare(tmp_path / "raw.jsonl", tmp_path / "out", 0.0, 1, prefix_words=-1)
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -533,6 +522,7 @@ def test_csv_of_texts_and_of_prompts_with_completions(tmp_path):
         ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 20, ": cut short or damaged"),
         ("d.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n{', 9, mtime=0), ":2: not valid JSON"),
     ],
+    ids=itertools.count(),  # a gzip header holds the time: every process of the test run would name the cases otherwise
 )
 def test_broken_files_are_one_line(tmp_path, name, raw, says):
     """The file and its line; nothing is written."""
@@ -660,11 +650,11 @@ def test_limit_draws_from_the_whole_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("held_out", 1.0), ("held_out", -0.1), ("held_out", float("nan")), ("limit", -1)]
+    ("option", "value"), [("held_out", 1.0), ("held_out", -0.1), ("limit", -1), ("prefix_words", -1), ("format", "x")]
 )
-def test_bad_flags(tmp_path, option, value):
+def test_bad_flags(option, value):
     with pytest.raises(UserError, match=f"--{option} must be"):
-        prepare(save(tmp_path / "d.jsonl", HH), tmp_path / "out", **{"held_out": 0.0, "seed": 1, option: value})
+        check_ranges(module.Config(**{option: value}))
 
 
 def test_a_file_of_an_earlier_run_is_pointed_out(tmp_path, capsys):

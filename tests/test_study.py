@@ -24,6 +24,7 @@ from helpers import write_lines
 
 import lib.reward
 import dpo
+import frame
 import ppo
 import sft
 from lib.cli import UserError, check_ranges, parse_config
@@ -34,7 +35,7 @@ from data import batches, tiny
 from data.batches import Example
 from evaluate import expected_best
 from sampling import generate
-from study import best_of_n, broken, implicit, jobs, rankings, results, run
+from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL, QUICK = jobs.FULL, jobs.QUICK
@@ -87,7 +88,7 @@ def test_samples_keep_their_own_figures():
     sample's gold reward with another's score. Against every sample by itself."""
     policy, scorers = make_gpt(1), [make_scalar(2), make_scalar(3)]
     config = best_of_n.Config(max_new_tokens=2, seed=5)
-    gold = lambda prompts, completions: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
+    gold = lambda prompts, completions, ended: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
     parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, TOY, 48, config)
     logprobs, golds, scores = best_of_n.sample(*parts, 3, "abc", [0, 1, 2])
 
@@ -101,7 +102,7 @@ def test_samples_keep_their_own_figures():
             assert logprobs[i].item() == pytest.approx(
                 completion_logprobs(policy, [0, 1, 2], ids).sum().item(), abs=1e-4
             )
-            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])])[0])
+            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])], [True])[0])
             for m, model in enumerate(scorers):
                 alone = model(torch.tensor([[0, 1, 2, *ids]]))[0, -1].item()
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
@@ -198,7 +199,7 @@ def fabricate(size: jobs.Size, out: str) -> None:
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK], ids=["full", "quick"])
-def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsys):
+def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path):
     """A result that no job makes ends the study with an error after its last job; one that is another run's, or
     compared with another baseline or across seeds, is a wrong figure that nobody sees. Seeds differ by 10 here, so only
     a difference within each seed has no spread. To four digits: no more are kept."""
@@ -246,13 +247,11 @@ def test_every_result_is_of_the_run_that_it_is_named_after(size, tmp_path, capsy
     for name, p in over["best_of_n"].items():
         assert [x["n"] for x in p["points"]] == list(size.best_of) and says(p["points"][1]["score"], name, "score")
 
-    results.print_results(found)
-    shown, first = capsys.readouterr().out, found["frontier"]["ppo"]["ppo_0.1"]["gold"]
-    assert f"ppo_0.1      gold {first['mean']:.2f}" in shown
-    if len(size.seeds) > 1:
-        assert f"ppo_0.1      gold {first['mean']:.2f} [{first['low']:.2f}, {first['high']:.2f}]" in shown
+    first = found["frontier"]["ppo"]["ppo_0.1"]["gold"]
+    shown = f"{first['mean']:.2f}" + (f" [{first['low']:.2f}, {first['high']:.2f}]" if len(size.seeds) > 1 else "")
+    assert f"| ppo 0.1 | {shown} |" in tables.frontier(found)
     Path(f"{out}/{size.seeds[-1]}/implicit.json").unlink()
-    with pytest.raises(UserError, match=r"implicit\.json: not there"):
+    with pytest.raises(UserError, match=r"implicit\.json: no such file; run `python -m study\.run` first"):
         results.gather(size, out)
 
 
@@ -324,18 +323,18 @@ def test_score_late_loses_the_score_of_all_but_the_longest(monkeypatch):
     """Else it is another mistake than the study says, or none. What a row is paid is the sum over its own actions."""
     mask = torch.tensor([[True, True, False], [True, True, True]])
     paid = {}
-    for module in (ppo, break_module("score_late", monkeypatch)):
-        rewards = module.shaped_rewards(torch.tensor([5.0, 7.0]), torch.zeros(2, 3), mask, 0.1)
-        paid[module.__name__] = (rewards * mask).sum(1).tolist()
-    assert paid == {"ppo": [5.0, 7.0], "broken_score_late": [0.0, 7.0]}
+    for module in (frame, break_module("score_late", monkeypatch)):
+        scores = module.at_last_action(torch.tensor([5.0, 7.0]), mask)
+        paid[module.__name__] = ppo.shaped_rewards(scores, torch.zeros(2, 3), mask, 0.1).sum(1).tolist()
+    assert paid == {"frame": [5.0, 7.0], "broken_score_late": [0.0, 7.0]}
 
 
 @torch.no_grad()
 def test_dpo_mean_divides_by_the_length(monkeypatch):
     """Each completion's log-prob by itself, summed and averaged."""
     model, batch = make_gpt(), batches.ranked_batch(ITEMS, torch.device("cpu"))
-    summed = dpo.ranking_logprobs(model, batch, "float32")
-    averaged = break_module("dpo_mean", monkeypatch).ranking_logprobs(model, batch, "float32")
+    summed = dpo.ranking_logprobs(model, batch)
+    averaged = break_module("dpo_mean", monkeypatch).ranking_logprobs(model, batch)
     for n, item in enumerate(ITEMS):
         for k, example in enumerate(item.examples):
             logprobs = completion_logprobs(model, example.prompt, example.completion)
@@ -498,7 +497,7 @@ class Toys:
         (self.out / "pace").write_text(str(seconds))
 
     def job(self, name: str, flags: str = "") -> jobs.Job:
-        return jobs.make(1, f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
+        return jobs.make(f"{self.script.as_posix()} {flags} --out", (self.out / name).as_posix())
 
     def run(self, *todo: jobs.Job, at_a_time: int = 2) -> None:
         run.run_jobs(list(todo), list(todo), self.out.as_posix(), at_a_time)
@@ -583,7 +582,7 @@ def test_what_a_job_is_given_and_leaves(toys):
         "import os, pathlib, sys; out = pathlib.Path(sys.argv[-1]); out.mkdir();"
         "(out / 'state.pt').touch(); (out / 'model.pt').write_text(os.environ['TOLD'])"
     )
-    job = jobs.make(1, f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
+    job = jobs.make(f"TOLD=a=b {toys.script.as_posix()} --out_dir", (toys.out / "x").as_posix())
     toys.run(job)
     assert [file.name for file in (toys.out / "x").iterdir()] == ["model.pt"]
     assert (toys.out / "x" / "model.pt").read_text() == "a=b"

@@ -163,7 +163,7 @@ def test_a_broken_script_runs_the_broken_code(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "+    return rewards + F.one_hot((last + 1)" in done.stdout and "no such checkpoint" in done.stderr
+    assert "+    late = (last + 1).clamp(" in done.stdout and "no such checkpoint" in done.stderr
     done = subprocess.run(
         [sys.executable, "-m", "study.broken", "typo", "ppo.py"], cwd=ROOT, capture_output=True, text=True
     )
@@ -232,7 +232,7 @@ def toy_jobs(tmp_path, b: str = "b", seconds: float = 0.05) -> list[jobs.Job]:
     (tmp_path / "out").mkdir(exist_ok=True)
     parts = [("a", "a", ""), ("b", b, f"{o}/a"), ("c", "c", ""), ("d", "d", f"{o}/b")]
     return [
-        jobs.make(1, f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
+        jobs.make(f"{script.as_posix()} {seconds} {word} {need} --out", f"{o}/{name}") for name, word, need in parts
     ]
 
 

@@ -1,24 +1,23 @@
-"""People rank completions, in the terminal or in a page of the browser; and how far they agree, with each other and
-with themselves.
+"""People rank completions, in the terminal or in the browser. And how far they agree: with each other, and each with
+herself when she ranks the same completions twice.
 
     python -m tools.annotate anna.jsonl ben.jsonl                       # agreement
     python -m tools.annotate anna.jsonl ben.jsonl --out merged.jsonl    # and one file of all their rankings
 
-collect.py samples the completions and starts the asking (`--annotator human` or `--annotator web`). What a person
-answers is in two files, one line an answer, appended and on the disk before the next item is shown:
+collect.py samples the completions and asks the person (`--annotator human` or `--annotator web`). Her answers are in
+two files. An answer is one line, and it is on the disk before the next item is shown:
 
-    anna.jsonl          rankings as every stage reads them (data/files.py), and beside them "annotator": her name,
-                        "answer": N for her N-th answer, "shown": the completions' places on the screen, as "ended" is
+    anna.jsonl          rankings as every stage reads them (data/files.py), with three fields more: "annotator", her
+                        name; "answer": N for her N-th answer; "shown", each completion's place on the screen
     anna.jsonl.aside    what no stage may learn from: {"repeat": row} for an item that was shown a second time,
-                        {"skip": row} and {"repeat_skip": row} for one that was passed over (row: all of it tied)
+                        {"skip": row} and {"repeat_skip": row} for one that was skipped (the row ties everything)
 
-What is asked next follows from these files and the samples alone. So a program that is killed goes on as if it had not
-been, "undo" is to take the last answer's line out, and who wants to start anew removes both files.
+These files and the samples determine what is asked next. So a killed program goes on where it was, "undo" removes the
+line of the last answer, and removing both files starts anew.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -28,20 +27,21 @@ import math
 import os
 import random
 import re
-import sys
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.cli import UserError, check
-from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, turns_of, write_jsonl
+from lib.cli import Flags, UserError, check, flag, run_main
+from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, replacing, turns_of
+from data.files import write_jsonl
 
-GAP = 10  # other rankings between the two times that an item is shown ...
-GAP_AT_THE_END = 3  # ... when nothing else is left to show; what came later than that is not shown again
-AHEAD = 2  # the page has as many items left when the next ones are sampled, so nobody waits for them
+GAP = 10  # least number of rankings between the two times that an item is shown
+GAP_AT_THE_END = 3  # the same when nothing else is left to show; the very last items are not shown again
+AHEAD = 2  # the next items are sampled when so many are left on the page, so nobody waits for them
 
 
 class Sample(NamedTuple):
@@ -50,11 +50,11 @@ class Sample(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Something to rank. Equal samples are shown once and tie: a text can't be better than itself."""
+    """A prompt and the samples to rank. Equal samples are shown once and tie: a text can't be better than itself."""
 
     prompt: str
     samples: list[Sample]
-    again: bool = False  # shown for the second time
+    again: bool = False  # it is shown for the second time
 
     @property
     def shown(self) -> list[Sample]:
@@ -76,7 +76,7 @@ def aside_of(path: Path) -> Path:
 
 
 def row_of(item: Item, ranks: list[int], number: int, annotator: str) -> dict:
-    """A line of a rankings file; ranks are those of item.shown."""
+    """An answer as a line of a rankings file. ranks: of item.shown."""
     shown = item.shown
     rank_of = dict(zip(shown, ranks, strict=True))
     best_first = sorted(item.samples, key=lambda s: rank_of[s])
@@ -88,7 +88,7 @@ def row_of(item: Item, ranks: list[int], number: int, annotator: str) -> dict:
 
 
 def answer_of(where: str, kind: str, row: dict) -> Answer:
-    """The inverse of row_of."""
+    """The answer in a line. The inverse of row_of."""
     ranking, places, number = parse_ranking(where, row), row.get("shown"), row.get("answer")
     k = len(ranking.ranks)
     sound = isinstance(places, list) and len(places) == k and all(type(p) is int for p in places)
@@ -102,8 +102,10 @@ def answer_of(where: str, kind: str, row: dict) -> Answer:
 
 
 def read_answers(path: Path, annotator: str | None = None) -> tuple[list[Answer], set[str]]:
-    """A person's answers in the order they were given, and all prompts that are ranked in the file, also by rows
-    without an "answer" (of another tool, or simulated). UserError for another person's; None: whoever it is."""
+    """-> (a person's answers in the order in which they were given, all prompts that are ranked in the file).
+
+    A row without "answer", of another tool or of simulated annotators, is no answer, but its prompt is ranked.
+    UserError if the file is another person's than the annotator's (None: anybody's)."""
     answers, prompts = [], set()
     for where, row in read_jsonl(path) if path.exists() else ():
         prompts.add(parse_ranking(where, row).prompt)
@@ -124,15 +126,13 @@ def read_answers(path: Path, annotator: str | None = None) -> tuple[list[Answer]
 
 
 def append_line(path: Path, row: dict) -> None:
-    """One more line, on the disk when this returns; or nothing of it, and UserError."""
+    """Append a line to the file, so that it is on the disk. If that fails: nothing is written, and UserError."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "ab") as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if not size:
-            sync_folder(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
@@ -140,46 +140,29 @@ def append_line(path: Path, row: dict) -> None:
 
 
 def remove_answer(path: Path, number: int) -> None:
-    """Take out the line of a person's answer; at any moment the disk holds the file with it or the file without."""
+    """Remove the line of a person's N-th answer. At any moment the disk holds the file with it or the file without."""
 
-    def is_it(line: bytes) -> bool:
+    def is_the_answer(line: bytes) -> bool:
         row = json.loads(line) if line.strip() else {}
-        row = next(iter(row.values())) if len(row) == 1 else row  # in the aside
+        row = next(iter(row.values())) if len(row) == 1 else row  # the file aside: {kind: row}
         return row.get("answer") == number
 
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if not is_it(line)]
-        with open(temporary, "wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: the answer can't be taken back ({error.strerror})") from None
-    sync_folder(path)
-
-
-def sync_folder(path: Path) -> None:
-    """That a file is new, or is another one now, on the disk too (where the system can)."""
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(line for line in path.read_bytes().splitlines(keepends=True) if not is_the_answer(line))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # -------------------------------------------------------------------------------- what is asked
 
 
 def comes_again(k: int, share: float) -> bool:
-    """Whether a person's k-th ranking (from 1) is one that is shown a second time: evenly spread, share of them all."""
+    """Is a person's k-th ranking (from 1) one that is shown a second time? The share of all rankings, evenly spread."""
     return math.floor(k * share + 0.5) > math.floor((k - 1) * share + 0.5)
 
 
 def in_another_order(item: Item) -> Item:
-    """The item as it is shown the second time."""
+    """The item for its second time: the same samples in another order."""
     before, now, rng = item.shown, item.shown, random.Random(item.prompt)
     while now == before and len(now) > 1:
         rng.shuffle(now)
@@ -187,11 +170,11 @@ def in_another_order(item: Item) -> Item:
 
 
 class Session:
-    """One person's answers, and what to ask next. `add` items as they are sampled, set `complete` after the last, and
-    `answer` or `undo` what is `current`.
+    """One person's answers, and the item to ask next. `add` the items as they are sampled and set `complete` after the
+    last; `answer` the `current` item, or `undo` the last answer.
 
-    path: the rankings file. prompts: all that will be sampled, for the progress. repeat: the share of the rankings to
-    ask for a second time. Raises UserError where the files hold something else."""
+    path: the rankings file. prompts: all prompts that will be sampled, for the progress. repeat: the share of the
+    rankings to ask a second time. Raises UserError if a file is another person's, or damaged."""
 
     def __init__(self, path: str | Path, prompts: Iterable[str], annotator: str = "", repeat: float = 0.0) -> None:
         self.path, self.aside = Path(path), aside_of(Path(path))
@@ -207,28 +190,30 @@ class Session:
         self.sizes = self.sizes_now()
 
     def of_kind(self, *kinds: str) -> list[Answer]:
+        """The answers of these kinds."""
         return [a for a in self.answers if a.kind in kinds]
 
     @property
     def written(self) -> int:
-        """Rankings that this run has added to the file."""
+        """Number of rankings that this run has added to the file."""
         return len(self.of_kind("ranking")) - self.rankings_at_start
 
     def sizes_now(self) -> list[int]:
         return [file.stat().st_size if file.exists() else 0 for file in (self.path, self.aside)]
 
     def add(self, items: Iterable[tuple[str, list[Sample]]]) -> None:
+        """Add (prompt, samples) to what is to be ranked."""
         for item in itertools.starmap(Item, items):
-            if len(item.shown) == 1:  # K times the same: there is nothing to rank
+            if len(item.shown) == 1:  # all samples are the same: nothing to rank
                 self.done.add(item.prompt)
             self.queue.append(item)
 
     def left(self) -> list[Item]:
-        """Items that wait for their first answer."""
+        """The items that wait for their first answer."""
         return [item for item in self.queue if item.prompt not in self.done]
 
     def current(self) -> Item | None:
-        """What to show. None: everything that was added is answered."""
+        """The item to show. None: all items that were added are answered."""
         left = self.left()
         rankings = self.of_kind("ranking")
         repeated = {a.item.prompt for a in self.of_kind("repeat", "repeat_skip")}
@@ -239,15 +224,15 @@ class Session:
         return left[0] if left else None
 
     def progress(self) -> tuple[int, int]:
-        """(5, 20): the fifth of 20 is current; second times count, and nothing tells them from the others."""
+        """(5, 20): the fifth of 20 items is current. Second times count like the others, so that they stay unmarked."""
         left = sum(p not in self.done for p in self.prompts)
-        last = len(self.of_kind("ranking")) + left - GAP_AT_THE_END  # ranking that may come again
+        last = len(self.of_kind("ranking")) + left - GAP_AT_THE_END  # the last ranking that may come again
         repeats = sum(comes_again(k, self.repeat) for k in range(1, last + 1))
         waiting = max(0, repeats - len(self.of_kind("repeat", "repeat_skip")))
         return len(self.answers) + 1, len(self.answers) + left + waiting
 
     def answer(self, ranks: list[int] | None) -> None:
-        """Save the ranks of current().shown (None: skipped) and go on."""
+        """Save the ranks of current().shown (None: it was skipped) and go on to the next item."""
         self.check_untouched()
         item = self.current()
         assert item is not None
@@ -263,7 +248,7 @@ class Session:
         self.sizes = self.sizes_now()
 
     def undo(self) -> bool:
-        """Take the last answer back: its item is current again. False: there is none."""
+        """Take the last answer back, so that its item is current again. False: there is none."""
         if not self.answers:
             return False
         self.check_untouched()
@@ -271,17 +256,19 @@ class Session:
         remove_answer(self.path if last.kind == "ranking" else self.aside, last.number)
         self.answers.pop()
         if not last.item.again:
-            self.done.discard(last.item.prompt)  # and to the front: after a restart its chunk may not be sampled again
+            self.done.discard(last.item.prompt)
+            # to the front of the queue, where it may be missing: finished chunks are not sampled again after a restart
             self.queue = [last.item, *(i for i in self.queue if i.prompt != last.item.prompt)]
         self.sizes = self.sizes_now()
         return True
 
     def check_untouched(self) -> None:
-        if self.sizes_now() != self.sizes:
-            raise UserError(f"{self.path} has been changed by another program; end that and start again")
+        """UserError if another program has written to the files."""
+        unchanged = self.sizes_now() == self.sizes
+        check(unchanged, f"{self.path} has been changed by another program; end that and start again")
 
     def report(self) -> str:
-        """What was done, and the agreement with oneself."""
+        """One line: the number of answers, and the person's agreement with herself."""
         count = {kind: len(self.of_kind(kind)) for kind in ("ranking", "skip", "repeat")}
         done = f"{count['ranking']} ranked, {count['skip']} skipped, {count['repeat']} ranked twice"
         return f"{done}; {describe(self_agreement(self.answers), 'ranked alike both times')}"
@@ -289,24 +276,25 @@ class Session:
 
 # -------------------------------------------------------------------------------- agreement
 
-Ranks = dict[Sample, int]  # of different completions of one prompt
+Ranks = dict[Sample, int]  # ranks of different completions of one prompt
 
 
 class Agreement(NamedTuple):
-    share: float  # of the pairs of completions that both rankings order alike; a tie is like a tie only
-    error: float  # its standard error
-    tau: float  # mean of Kendall's tau-b
-    pairs: int
-    items: int
+    share: float  # share of the pairs of completions that both rankings order alike; a tie is like a tie only
+    error: float  # standard error of the share
+    tau: float  # mean of Kendall's tau-b over the pairs of rankings
+    pairs: int  # number of pairs of completions
+    items: int  # number of items
 
 
 def pairs_alike(a: Ranks, b: Ranks) -> tuple[int, int]:
-    """-> (pairs that both order alike, all pairs)"""
+    """-> (number of pairs of completions that both rankings order alike, number of pairs)"""
     pairs = list(itertools.combinations(a, 2))
     return sum(sign(a[x] - a[y]) == sign(b[x] - b[y]) for x, y in pairs), len(pairs)
 
 
 def sign(x: int) -> int:
+    """-1, 0 or 1."""
     return (x > 0) - (x < 0)
 
 
@@ -319,11 +307,12 @@ def kendall_tau_b(a: list[int], b: list[int]) -> float:
 
 
 def agreement(items: Iterable[list[tuple[Ranks, Ranks]]]) -> Agreement:
-    """items: of each item the pairs of rankings to compare.
+    """How far rankings agree. items: for each item the pairs of rankings to compare.
 
-    Pairs of completions of one item are not independent, so the standard error is that of a ratio of sums over items,
-    each a cluster: Cochran (1977), Sampling Techniques, 3rd edition, section 3.12. NaN for a single item."""
-    counts, taus = [], []  # of each item: (pairs alike, pairs); of each pair of rankings
+    The pairs of completions of one item depend on each other. So the standard error is that of a ratio of sums over
+    items, where each item is a cluster: Cochran (1977), Sampling Techniques, 3rd edition, section 3.12. NaN for a
+    single item."""
+    counts, taus = [], []  # (pairs alike, pairs) of each item; tau of each pair of rankings
     for item in items:
         both = [pairs_alike(a, b) for a, b in item]
         counts.append((sum(alike for alike, _ in both), sum(m for _, m in both)))
@@ -340,7 +329,7 @@ def agreement(items: Iterable[list[tuple[Ranks, Ranks]]]) -> Agreement:
 
 
 def self_agreement(answers: list[Answer]) -> Agreement:
-    """Of the items that were ranked twice."""
+    """A person's agreement with herself, on the items that she ranked twice."""
     rankings = {a.item.prompt: a for a in answers if a.kind == "ranking"}
     items = []
     for second in (a for a in answers if a.kind == "repeat"):
@@ -352,6 +341,7 @@ def self_agreement(answers: list[Answer]) -> Agreement:
 
 
 def describe(found: Agreement, what: str) -> str:
+    """An agreement in words. what: "ranked alike", or the like."""
     if not found.items:
         return "nothing to compare yet"
     error = "" if math.isnan(found.error) else f" +- {found.error:.1%}"
@@ -369,8 +359,9 @@ HELP = """  2 1=3 4   the second is best, then the first and the third alike, th
 
 
 def parse_order(answer: str, k: int) -> list[int] | None:
-    """`2 1=3` -> [1, 0, 1]: the rank of each completion; None if not every number is named once."""
-    if k < 10:  # one digit each: spaces may be left out
+    """A typed order -> the rank of each of k completions: `2 1=3` -> [1, 0, 1]. None unless it names each number
+    once."""
+    if k < 10:  # every number is one digit, so spaces may be left out
         answer = " ".join(answer.replace(" ", ""))
     groups = [group.split("=") for group in answer.replace(" =", "=").replace("= ", "=").split()]
     flat = [number for group in groups for number in group]
@@ -381,11 +372,12 @@ def parse_order(answer: str, k: int) -> list[int] | None:
 
 
 def printable(text: str) -> str:
-    """A model's text can't move the cursor or colour the screen: control characters are written out."""
+    """The text with its control characters written out: a model's text can't move the cursor or colour the screen."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
 def show(session: Session, item: Item) -> None:
+    """Print the item: its prompt, and its samples with their numbers."""
     print("\nitem {} of {}\n{}".format(*session.progress(), printable(item.prompt)))
     for number, sample in enumerate(item.shown, start=1):
         text = printable(sample.text).replace("\n", "\n     ")
@@ -393,7 +385,7 @@ def show(session: Session, item: Item) -> None:
 
 
 def in_terminal(session: Session, chunks: Iterator[list[tuple[str, list[Sample]]]]) -> None:
-    """Ask until everything is answered, or `q`. chunks: items as they are sampled."""
+    """Ask in the terminal until every item is answered, or `q`. chunks: the items, as they are sampled."""
     shown = None
     while True:
         item = session.current()
@@ -437,19 +429,20 @@ LONGEST_POST = 100_000  # bytes
 
 
 def page_state(session: Session) -> dict:
-    """What the page shows. "id" stands for this very question: an answer to another one is refused."""
+    """The JSON object that the page shows. "id" stands for this question: an answer with another id is refused."""
     number, total = session.progress()
     item = session.current()
     state = {"number": number, "total": total, "annotator": session.annotator, "can_undo": bool(session.answers)}
     state["prompt"] = [{"role": role, "text": text} for role, text in turns_of(item.prompt)] if item else None
     state["answers"] = [s._asdict() for s in item.shown] if item else None
-    state["report"] = session.report() if item is None and session.complete else None  # neither: being sampled
+    # neither an item nor a report: the next items are being sampled
+    state["report"] = session.report() if item is None and session.complete else None
     digest = hashlib.sha256(json.dumps([len(session.answers), state["prompt"], state["answers"]]).encode())
     return {**state, "id": digest.hexdigest()[:16]}
 
 
 def handle_post(session: Session, action: str, body: bytes) -> tuple[int, str]:
-    """-> (HTTP status, message to the person)"""
+    """Do what the page asks for -> (HTTP status, message to the person)."""
     try:
         sent = json.loads(body)
         given, ranks = sent["id"], sent.get("ranks")
@@ -473,8 +466,8 @@ def handle_post(session: Session, action: str, body: bytes) -> tuple[int, str]:
 
 
 def page_headers(page: bytes) -> dict[str, str]:
-    """The browser runs the page's own script and style, known by their hashes, and nothing else; it talks to this
-    server alone, whatever a model's text says."""
+    """Headers of every answer. The browser runs only the page's own script and style, known by their hashes, and sends
+    requests only to this server, whatever a model's text says."""
 
     def hash_of(tag: str) -> str:
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
@@ -491,19 +484,19 @@ def page_headers(page: bytes) -> dict[str, str]:
 
 
 def make_server(session: Session, turn: threading.Condition, port: int) -> ThreadingHTTPServer:
-    """A server of one page on 127.0.0.1. Whoever holds `turn` may touch the session.
+    """A server of one page on 127.0.0.1. Only the thread that holds `turn` may use the session.
 
         GET /          the page                         GET /state     page_state; changes nothing
         POST /rank     {"id", "ranks": [...]}           POST /skip, /undo     {"id"}
         a POST returns {"state", "message"}; 409: the id is not that of the state, nothing was done
 
-    Other sites can make a browser send requests here. Their posts say their Origin; and a name of theirs that they let
-    point to 127.0.0.1 (DNS rebinding) is in the Host header. Both get 403."""
+    Other sites can make a browser send requests to this server. A post of theirs has their Origin. A name of theirs
+    that points to 127.0.0.1 (DNS rebinding) is in the Host header. Both get 403."""
     page = PAGE.read_bytes().replace(b"\r\n", b"\n")
     headers = page_headers(page)
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 30  # s, for a connection that says nothing
+        timeout = 30  # seconds that a silent connection is kept
 
         def do_GET(self) -> None:
             if self.is_foreign():
@@ -521,7 +514,7 @@ def make_server(session: Session, turn: threading.Condition, port: int) -> Threa
             length = self.headers.get("Content-Length", "")
             if not length.isdecimal() or int(length) > LONGEST_POST:
                 return self.reply(413, {"message": f"At most {LONGEST_POST} bytes, and their number."})
-            body = self.rfile.read(int(length))  # also what will be refused: an unread rest would reset the connection
+            body = self.rfile.read(int(length))  # even if it will be refused: unread bytes would reset the connection
             if self.is_foreign():
                 return self.reply(403, {"message": "This request comes from another site."})
             if self.path not in ("/rank", "/skip", "/undo"):
@@ -529,7 +522,7 @@ def make_server(session: Session, turn: threading.Condition, port: int) -> Threa
             with turn:
                 try:
                     status, message = handle_post(session, self.path, body)
-                except UserError as error:  # the disk is full, or somebody else writes to the file: nothing was done
+                except UserError as error:  # the disk is full, or another program writes to the file: nothing was done
                     status, message = 500, str(error)
                 state = page_state(session)
                 turn.notify_all()
@@ -560,7 +553,8 @@ def make_server(session: Session, turn: threading.Condition, port: int) -> Threa
 
 
 def in_browser(session: Session, chunks: Iterator[list[tuple[str, list[Sample]]]], port: int) -> None:
-    """Serve the page until Ctrl-C. chunks: items as they are sampled, here, while the server's threads answer."""
+    """Serve the page until Ctrl-C. chunks: the items; they are sampled in this thread, while the server's threads
+    answer."""
     turn = threading.Condition()
     server = make_server(session, turn, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -571,7 +565,7 @@ def in_browser(session: Session, chunks: Iterator[list[tuple[str, list[Sample]]]
             with turn:
                 session.add(items)
                 while len(session.left()) > AHEAD:
-                    turn.wait(0.5)  # s; for ever can't be interrupted on Windows
+                    turn.wait(0.5)  # seconds; a wait without end can't be interrupted on Windows
         with turn:
             session.complete = True
             while True:
@@ -581,15 +575,16 @@ def in_browser(session: Session, chunks: Iterator[list[tuple[str, list[Sample]]]
     finally:
         server.shutdown()
         server.server_close()
-        turn.acquire(timeout=5)  # an answer that has just come in is written
+        turn.acquire(timeout=5)  # let an answer that has just come in be written
 
 
 # -------------------------------------------------------------------------------- several people
 
 
 def read_people(paths: list[Path]) -> tuple[dict[str, dict], list[dict]]:
-    """-> {person: {(prompt, completions): Ranks}}, and all rows with the person's name in them. Who has no name in the
-    rows is called like the file. UserError if a person ranks the same completions twice."""
+    """-> ({person: {(prompt, completions): Ranks}}, all rows with the person's name in them).
+
+    A person without a name in the rows gets the file's name. UserError if a person ranks the same completions twice."""
     people: dict[str, dict] = {}
     rows, seen = [], {}
     for path in paths:
@@ -605,9 +600,8 @@ def read_people(paths: list[Path]) -> tuple[dict[str, dict], list[dict]]:
     return people, rows
 
 
-def compare_people(paths: list[Path]) -> list[str]:
-    """Lines to print: everybody's agreement with oneself, each two people's with each other, and overall."""
-    people, _ = read_people(paths)
+def compare_people(paths: list[Path], people: dict[str, dict]) -> list[str]:
+    """Lines to print: the agreement of each person with herself, of each two people, and of all."""
     lines = [f"{name}: {len(ranked)} rankings" for name, ranked in people.items()]
     for path in paths:
         if aside_of(path).exists():
@@ -624,22 +618,27 @@ def compare_people(paths: list[Path]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="rankings, a file for each person")
-    parser.add_argument("--out", type=Path, help="file for all of their rankings (default: none is written)")
-    args = parser.parse_args()
-    try:
-        lines = compare_people(args.files)
-        if args.out:
-            _, rows = read_people(args.files)
-            check(not any(args.out.exists() and args.out.samefile(f) for f in args.files), f"--out {args.out} is read")
-            write_jsonl(args.out, rows)
-            lines.append(f"wrote {len(rows)} rankings to {args.out}")
-    except UserError as error:
-        print(f"annotate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class Config(Flags):
+    files: list[str] = flag([], "rankings, a file for each person", positional=True)
+    out: str = flag("", "file for the rankings of all of them (empty: none)")
+
+
+def run(config: Config) -> dict:
+    paths, out = list(map(Path, config.files)), Path(config.out)
+    people, rows = read_people(paths)
+    lines = compare_people(paths, people)
+    if config.out:
+        overwritten = any(out.exists() and out.samefile(path) for path in paths)
+        check(not overwritten, f"--out {out} is one of the files to read")
+        write_jsonl(out, rows)
+        lines.append(f"wrote {len(rows)} rankings to {out}")
     print("\n".join(lines))
+    return {}
+
+
+def main() -> None:
+    run_main(run, Config, __doc__)
 
 
 if __name__ == "__main__":

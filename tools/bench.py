@@ -28,7 +28,6 @@ import math
 import multiprocessing
 import random
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,28 +42,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import dpo
 import ppo
 import reward_model
 import sft
-from model import LLAMA
-from lib.cli import DTYPES, check, check_ranges, flag, run_main
-from lib.reward import score_rollout
-from lib.train import autocast, clip_gradients, compile_blocks, generator_for, pick_device, progress
-from lib.run import write_json
 from data.batches import Example, RankedExamples, make_batch, micro_batches, ranked_batch
 from frame import completion_mask, whiten
-from model import GPT, GPTConfig, ScalarModel
-from sampling import Rollout, generate
+from lib.cli import DTYPES, Flags, check, flag, run_main
+from lib.reward import score_rollout
+from lib.run import write_json
+from lib.train import autocast, clip_gradients, compile_blocks, generator_for, pick_device
 from lib.weights import save_pretrained
+from model import GPT, LLAMA, GPTConfig, ScalarModel
+from sampling import Rollout, generate, numbers_cached
 
 STAGES = ("sft", "reward_model", "dpo", "ppo", "generate")
 SIZES = ("tiny", "gpt2", "smollm2")
 
 
 @dataclass
-class Config:
+class Config(Flags):
     size: str = flag("tiny", "tiny: as the flags say; gpt2, smollm2: theirs, but for flags given", choices=SIZES)
     n_layer: int = flag(4, "blocks", low=1)
     n_embd: int = flag(128, "channels", low=1)
@@ -133,13 +132,13 @@ def needed_flops(stage: str, texts: Texts, config: Config) -> float:
     generating = forward(read - rows, acted, config.vocab_size)  # the last token is sampled, but not read
     if stage == "ppo":  # the scorer, policy and reference, value model; then the update
         return generating + score + 2 * policy + value + PPO_EPOCHS * 3 * (policy + value)
-    return {"sft": 3 * policy, "reward_model": 3 * score, "dpo": 3 * policy, "generate": generating}[stage]
+    return {"sft": 3 * policy, "reward_model": 3 * score, "dpo": (1 + 3) * policy, "generate": generating}[stage]
 
 
 def decode_bytes(policy: GPT, config: Config) -> float:
     """What a step of `generate` reads: every weight once, and the keys and values of all tokens so far, on average."""
     weights = sum(p.numel() for name, p in policy.named_parameters() if name != "wpe.weight")
-    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * policy.config.numbers_cached
+    cached = config.batch_size * (config.prompt + config.new_tokens / 2) * numbers_cached(policy.config)
     return 4 * (weights + cached)
 
 
@@ -270,7 +269,7 @@ def own_reward_model(s: Start) -> Step:
     def loss_of(part: list[RankedExamples]) -> Tensor:
         batch = ranked_batch(part, s.device)
         with autocast(s.device, own.dtype):
-            scores = s.scorer(batch.tokens, batch.ends, batch.branches)  # (N, 2)
+            scores = s.scorer(batch.tokens, batch.ends, batch.positions)  # (N, 2)
         return reward_model.ranking_loss(scores, batch.ranks)
 
     return lambda batch: optimiser_step(s.scorer, optimizer, batch, own, loss_of)
@@ -278,11 +277,9 @@ def own_reward_model(s: Start) -> Step:
 
 def own_dpo(s: Start) -> Step:
     own, optimizer = dpo.Config(lr=0.0, dtype=s.config.dtype, **parts_of(s.config)), adamw(s.policy.eval())
-    for batch in s.batches:  # before training, as in dpo.py: not a part of the step
-        dpo.add_reference_logprobs(s.reference, batch, own)
 
     def loss_of(part: list[RankedExamples]) -> Tensor:
-        return dpo.pair_losses(s.policy, part, own)[0].mean()
+        return dpo.pair_losses(s.policy, s.reference, part, own)[0].mean()
 
     return lambda batch: optimiser_step(s.policy, optimizer, batch, own, loss_of)
 
@@ -295,7 +292,7 @@ def ppo_config(config: Config) -> ppo.Config:
 def own_ppo(s: Start) -> Step:
     own, value_model = ppo_config(s.config), copy.deepcopy(s.scorer)
     optimizer, drawn = ppo.make_optimizer(s.policy, value_model, own), generator_for(s.device, s.config.seed)
-    order = generator_for(torch.device("cpu"), s.config.seed)
+    order = generator_for("cpu", s.config.seed)
     if s.config.compile:
         compile_blocks(s.reference, value_model)
 
@@ -513,7 +510,7 @@ def measure(config: Config, stage: str, ceilings: dict) -> dict:
     s = make_start(config, stage)
     steps = {side: make_step(s, stage, side) for side in sides}
     runs: dict[str, list[tuple[float, Done]]] = {side: [] for side in sides}  # seconds, what was done
-    for number in progress(0, len(s.batches), stage) if sys.stderr.isatty() else range(len(s.batches)):
+    for number in tqdm(range(len(s.batches)), stage, disable=None):
         for side, step in steps.items():
             runs[side].append(timed(lambda step=step, n=number: step(s.batches[n]), s.device))
     first = runs["ours"][0][0]
@@ -581,7 +578,6 @@ def run(config: Config) -> dict:
     if config.size != "tiny":
         sizes = GPT2 if config.size == "gpt2" else SMOLLM2
         config = replace(config, **{k: v for k, v in sizes.items() if getattr(config, k) == getattr(Config, k)})
-    check_ranges(config)
     low, high = config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(bool(config.stages), f"--stages needs one or several of {', '.join(STAGES)}")

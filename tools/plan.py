@@ -32,14 +32,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from frozen import choose_trainable
+from lib.cli import DTYPES, Flags, check, flag, run_main
+from lib.train import autocast, prepare_blocks
+from model import GPT, LLAMA, GPTConfig, ScalarModel
+from sampling import CACHE_NUMBERS, numbers_cached
 from tools import bench
 from tools.bench import GPT2, SMOLLM2, STAGES, gpt_config
-from model import LLAMA
-from lib.cli import DTYPES, check, check_ranges, flag, run_main
-from frozen import train_last_layers
-from lib.train import autocast, prepare_blocks
-from model import GPT, GPTConfig, ScalarModel
-from sampling import CACHE_NUMBERS
 
 SIZES = {  # token ids, block size, blocks, heads, channels
     "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),
@@ -63,7 +62,7 @@ A_CALL = 5e-6  # seconds that PyTorch takes to start an operation: small network
 
 
 @dataclass
-class Config:
+class Config(Flags):
     sizes: list[str] = flag(["gpt2", "smollm2", "360m", "1.7b"], "networks", choices=tuple(SIZES))
     gpus: list[str] = flag(list(GPUS), "whose data sheets to compute with", choices=tuple(GPUS))
     prompt: int = flag(128, "tokens of a prompt", low=1)
@@ -99,7 +98,7 @@ class Calls(TorchDispatchMode):
 
 def build(c: GPTConfig, scalar: bool, config: Config) -> GPT | ScalarModel:
     model = ScalarModel(c) if scalar else GPT(c)
-    train_last_layers(model, config.train_layers)
+    choose_trainable(model, config)
     prepare_blocks(config, model)
     return model
 
@@ -156,7 +155,7 @@ def all_passes(c: GPTConfig, config: Config) -> Passes:
 
 def cache_bytes(c: GPTConfig, config: Config) -> int:
     """Keys and values of the rollouts that `generate` holds at a time."""
-    numbers = config.rollouts * (config.prompt + config.completion) * c.numbers_cached
+    numbers = config.rollouts * (config.prompt + config.completion) * numbers_cached(c)
     return min(numbers, CACHE_NUMBERS) * (2 if config.dtype == "bfloat16" else 4)
 
 
@@ -204,7 +203,6 @@ def seconds_a_token(c: GPTConfig, p: Passes, stage: str, config: Config, gpu: GP
 
 def run(config: Config) -> dict:
     """-> {size: {stage: {"gigabytes", "tokens_per_s": {gpu: tokens a second, None where it doesn't fit}}}}"""
-    check_ranges(config)
     check(bool(config.sizes) and bool(config.gpus), "--sizes and --gpus need a value each")
     results: dict = {}
     print(f"computed, not measured: {config.dtype}, prompts of {config.prompt} and completions of {config.completion}")

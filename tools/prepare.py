@@ -1,13 +1,13 @@
-"""Turn public instruction, conversation and preference data, in the form in which it is published, into the project's
-files: demonstrations, prompts and preference pairs.
+"""Turns public data (instructions, conversations, preferences), in the form in which it is published, into the
+project's files: demonstrations, prompts and preference pairs.
 
     python -m tools.prepare instruction-data-with-preference.json --out_dir out/real
     python -m tools.prepare helpful-base/train.jsonl.gz harmless-base/train.jsonl.gz --out_dir out/hh
     python -m tools.prepare comparisons/batch3.json comparisons/batch4.json --limit 5000 --out_dir out/tldr
     python -m tools.prepare train.parquet --prefix_words 8 --out_dir out/imdb
 
-A file is a JSON list, JSON Lines, CSV with a header (each also as .gz) or Parquet. What its records are is told by the
-first one's fields, or by --format; a file holds one kind:
+A file is a JSON list, JSON Lines, CSV with a header (each also as .gz) or Parquet. All its records have one format. It
+is recognised by the fields of the first record, or named by --format:
 
     alpaca          {"instruction", "input", "output"}, perhaps with "chosen" and "rejected"
     hh              {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH-RLHF)
@@ -17,38 +17,37 @@ first one's fields, or by --format; a file holds one kind:
     demonstrations  {"prompt", "completion"} or {"prompt", "label"}
     text            {"text"} (IMDb): the first --prefix_words words are the prompt, the rest is the demonstration
 
-The last answer of a conversation is the completion, all before it the prompt. A chosen text is a demonstration too.
-Texts lose the white space at both ends. What can't be used is dropped and counted; a field that is missing or of the
-wrong kind is an error. Held-out rows are split off by how a conversation opens (its first user's turn): no prompt is on
-both sides, nor two stages of one conversation. Writes demonstrations, prompts and pairs, each with its _held_out twin.
+The last answer of a conversation is the completion, all before it is the prompt. A chosen text is a demonstration too.
+White space at both ends of a text is removed. A record that can't be used is dropped and counted; a field that is
+missing or of the wrong kind is an error. The rows are split by how a conversation opens (the user's first turn), so no
+prompt and no two stages of one conversation are on both sides. Writes demonstrations.jsonl, prompts.jsonl and
+pairs.jsonl, each with its NAME_held_out.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import dataclasses
 import json
 import math
 import random
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lib.cli import UserError, check
+from lib.cli import Flags, UserError, check, flag, run_main
 from data.files import prompt_json, text_field, turns_of, write_jsonl
 from tools.records import Dropped, Turns, conversation, messages, prompt_turns, read_records, transcript
 
 
 @dataclass
 class Example:
-    """What one record becomes."""
+    """One record in the project's terms."""
 
-    prompt: str  # a Prompt where there are several turns
-    completion: str = ""  # "": there is none
+    prompt: str  # a Prompt if it has several turns
+    completion: str = ""  # "": none
     pair: tuple[str, str] | None = None  # (chosen, rejected)
 
 
@@ -56,7 +55,7 @@ class Example:
 
 
 def paired(chosen: Turns, rejected: Turns) -> Example:
-    """Two conversations that are the same but for the last answer."""
+    """The example of two conversations that differ in their last answer only."""
     prompt, better = conversation(chosen)
     other, worse = conversation(rejected)
     if turns_of(prompt) != turns_of(other):
@@ -82,7 +81,7 @@ def from_hh(where: str, record: dict) -> Example:
 
 
 def from_tldr(where: str, record: dict) -> Example:
-    """The prompt is spelled as in Stiennon et al. (2020); some later batches compare summaries of news articles."""
+    """The prompt is written as in Stiennon et al. (2020). Some later batches compare summaries of news articles."""
     info = record.get("info", record)
     check(isinstance(info, dict), f'{where}: "info" must be an object')
     if info.get("article"):
@@ -101,7 +100,7 @@ def from_tldr(where: str, record: dict) -> Example:
 
 
 def from_pairs(where: str, record: dict) -> Example:
-    """Lists of messages hold the whole conversation, or only the answer; then "prompt" holds the rest."""
+    """A list of messages holds the whole conversation, or only the answer: then "prompt" holds the rest."""
     if not isinstance(record.get("chosen"), list):
         chosen, rejected = ([("assistant", text_field(where, record, k).strip())] for k in ("chosen", "rejected"))
     else:
@@ -120,7 +119,7 @@ def from_messages(where: str, record: dict) -> Example:
 
 
 def from_demonstrations(where: str, record: dict) -> Example:
-    if record.get("label") is False:  # in KTO's data a label says whether the completion is wanted
+    if record.get("label") is False:  # in data for KTO the label says whether the completion is wanted
         raise Dropped("labelled as unwanted")
     key = "label" if "label" in record and "completion" not in record else "completion"
     answer = ("assistant", text_field(where, record, key).strip())
@@ -146,8 +145,19 @@ FORMATS = {
 }
 
 
+@dataclass
+class Config(Flags):
+    files: list[str] = flag([], "published data, see above", positional=True)
+    format: str = flag("auto", "format of the records", choices=("auto", *FORMATS))
+    out_dir: str = flag("out/real", "folder for the files")
+    held_out: float = flag(0.1, "share of the openings to hold out", low=0, below=1)
+    seed: int = flag(1, "seed of the split and of --limit")
+    limit: int = flag(0, "examples to use, drawn at random (0: all)", low=0)
+    prefix_words: int = flag(0, "words of a plain text that make its prompt", low=0)
+
+
 def format_of(record: dict) -> str:
-    """Its name, by the fields; "" if it is none."""
+    """The name in FORMATS that fits the fields; "" if none does."""
     if "instruction" in record:
         return "alpaca"
     if {"info", "summaries"} <= set(record) or {"post", "summary"} <= set(record):
@@ -163,20 +173,20 @@ def format_of(record: dict) -> str:
 
 
 def format_of_file(records: list[tuple[str, dict]]) -> str:
-    """That of the first record; UserError for the first one that is clearly of another."""
+    """The format of the first record. UserError for the first record that is clearly of another."""
     where, first = records[0]
-    name, found = format_of(first), f"(found: {', '.join(first) or 'nothing'})"
-    check("transcript" not in first, f"{where}: a red-team attempt, with no second answer to compare {found}")
+    name, found = format_of(first), ", ".join(first) or "nothing"
     known = "; ".join(f"{key}: {fields}" for key, (_, fields) in FORMATS.items())
-    check(bool(name), f"{where}: none of the known formats {found}; known are {known}")
+    check(bool(name), f"{where}: none of the known formats (found: {found}); known are {known}")
     for where, record in records:
-        other = format_of(record) or name  # one of no format lacks a field: its reader will say which
+        other = format_of(record) or name  # a record of no format lacks a field: its reader will say which
         advice = f"({FORMATS[name][1]}); --format {name} reads all records alike"
         check(other == name, f"{where}: looks like {other}, but the file began as {name} {advice}")
     return name
 
 
 def read_examples(path: Path, format: str, prefix_words: int, dropped: Counter) -> list[Example]:
+    """The examples of one file. `dropped` counts, by reason, the records that give none."""
     records = read_records(path)
     format = format if format != "auto" else format_of_file(records)
     check(format != "text" or prefix_words > 0, f"{path}: plain texts need --prefix_words N, how many make the prompt")
@@ -195,7 +205,8 @@ def read_examples(path: Path, format: str, prefix_words: int, dropped: Counter) 
 
 
 def split(examples: list[Example], held_out: float, seed: int) -> dict[str, list[Example]]:
-    """{"": training, "_held_out": held out}; all examples that open with the same words stand on one side."""
+    """{"": the examples for training, "_held_out": the others}. Examples with the same first turn of the user's stay
+    together; held_out is the share of these turns."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         opening = next(text for role, text in turns_of(example.prompt) if role == "user")
@@ -208,8 +219,8 @@ def split(examples: list[Example], held_out: float, seed: int) -> dict[str, list
 
 
 def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:
-    """The rows of each file, by its name. A prompt or a demonstration that comes again (a post has many comparisons) is
-    written once, a pair as often as it was judged."""
+    """{name of a file: its rows}. A prompt or a demonstration that comes again (a post has many comparisons) is written
+    once, a pair as often as it was judged. `dropped` counts what gives no row."""
     prompts, demonstrations, pairs = {}, {}, []
     for example in examples:
         prompt, turns = prompt_json(example.prompt), turns_of(example.prompt)
@@ -221,7 +232,7 @@ def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:
             dropped["without an output"] += 1
         if example.pair:
             chosen, rejected = example.pair
-            if chosen == rejected:  # says nothing: its loss is ln 2 whatever the model does
+            if chosen == rejected:  # teaches nothing: its loss is ln 2 whatever the model does
                 dropped["pairs of equal texts"] += 1
             elif not chosen:  # would teach silence; an empty rejected text teaches to answer, so it stays
                 dropped["pairs with an empty chosen text"] += 1
@@ -231,7 +242,7 @@ def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:
 
 
 def print_lengths(key: str, rows: list[dict]) -> None:
-    """One line: how many words row[key] has."""
+    """Print one line: how many words the texts row[key] have."""
     texts = [" ".join(m["content"] for m in row[key]) if isinstance(row[key], list) else row[key] for row in rows]
     words = sorted(len(text.split()) for text in texts)
     if words:
@@ -240,6 +251,7 @@ def print_lengths(key: str, rows: list[dict]) -> None:
 
 
 def shortened(value):
+    """The same JSON value, with the middle of its long strings left out."""
     if isinstance(value, str):
         return value if len(value) <= 90 else f"{value[:42]} ... {value[-42:]}"
     if isinstance(value, list):
@@ -250,16 +262,13 @@ def shortened(value):
 def prepare(
     paths: Path | list[Path], out_dir: Path, held_out: float, seed: int, format="auto", limit=0, prefix_words=0
 ) -> Counter:
-    """Write the six files; -> how many rows each got, and how much was dropped for which reason."""
-    check(0 <= held_out < 1, "--held_out must be in [0, 1)")
-    check(limit >= 0, f"--limit must be at least 0, not {limit}")
-    check(prefix_words >= 0, f"--prefix_words must be at least 0, not {prefix_words}")
+    """Write the six files, and print a summary. Parameters as in Config -> {file: rows, reason: dropped}."""
     dropped: Counter = Counter()
     paths = paths if isinstance(paths, list) else [paths]
     examples = [e for path in paths for e in read_examples(path, format, prefix_words, dropped)]
     names = ", ".join(map(str, paths))
     check(bool(examples), f"{names}: nothing left; dropped {', '.join(f'{n} {why}' for why, n in dropped.items())}")
-    if 0 < limit < len(examples):  # drawn, not the first ones: a published file may be sorted (IMDb's is, by its label)
+    if 0 < limit < len(examples):  # drawn at random: a published file may be sorted (IMDb's is, by its label)
         examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
     files = {suffix: rows_of(side, dropped) for suffix, side in split(examples, held_out, seed).items()}
@@ -286,25 +295,14 @@ def prepare(
     return written + dropped
 
 
+def run(config: Config) -> dict:
+    options = dataclasses.asdict(config)
+    prepare(list(map(Path, options.pop("files"))), Path(options.pop("out_dir")), **options)
+    return {}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="published data, see above")
-    add = parser.add_argument
-    add("--format", choices=("auto", *FORMATS), default="auto", help="what the records are (default: auto)")
-    add("--out_dir", type=Path, default=Path("out/real"), help="folder for the files (default: out/real)")
-    add("--held_out", type=float, default=0.1, help="share of the openings to hold out (default: 0.1)")
-    add("--seed", type=int, default=1, help="seed of the split and of --limit (default: 1)")
-    add("--limit", type=int, default=0, help="use so many examples, drawn at random (default: 0, all)")
-    add("--prefix_words", type=int, default=0, help="words of a plain text that make its prompt (default: 0)")
-    args = parser.parse_args()
-    for stream in (sys.stdout, sys.stderr):  # a console may lack letters of the records that are shown
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        prepare(args.files, args.out_dir, args.held_out, args.seed, args.format, args.limit, args.prefix_words)
-    except UserError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(run, Config, __doc__)
 
 
 if __name__ == "__main__":

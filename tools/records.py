@@ -1,5 +1,5 @@
-"""Data as it is published: files -> records (dicts), each with its place for an error to name; and the conversations in
-a record's fields -> turns.
+"""Reads data as it is published. A file becomes records (dicts), each with its place in the file, for errors. A
+record's conversations become turns.
 
 A file is a JSON list, JSON Lines or CSV with a header, each also compressed with gzip, or Parquet (needs pyarrow).
 """
@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 from lib.cli import UserError, check, one_line
-from data.files import ROLES, Prompt, parse_jsonl, text_field
+from data.files import ROLES, Prompt, parse_jsonl, read_bytes, text_field
 
 Turns = list[tuple[str, str]]  # (role, text)
 
@@ -24,13 +24,10 @@ Turns = list[tuple[str, str]]  # (role, text)
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """[("file:line" or "file: record number", record)] of one file, whatever it is; null fields count as absent."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    """All records of a file: [("file:line" or "file: record number", record)]. Null fields count as absent.
+
+    The content shows the kind of file; only CSV is known by its name."""
+    raw = read_bytes(path)
     if raw.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: only a pointer to the data (Git LFS); `git lfs pull` in its folder gets the file")
     if raw.startswith(b"\x1f\x8b") or path.suffix == ".gz":
@@ -51,6 +48,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
 
 
 def decode(path: Path, raw: bytes) -> str:
+    """UTF-8 text, without its byte-order mark. UserError names the line that is not."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,7 +67,7 @@ def read_json_list(path: Path, raw: bytes) -> list[tuple[str, dict]]:
 
 
 def read_csv(path: Path, raw: bytes) -> list[tuple[str, dict]]:
-    """The first line names the columns. A row is located by its last line; an empty cell is an empty string."""
+    """The first line names the columns. The place of a row is its last line. An empty cell is an empty string."""
     csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 KiB a cell
     rows = csv.DictReader(io.StringIO(decode(path, raw).replace("\r\n", "\n"), newline=""), strict=True)
     records = []
@@ -100,11 +98,12 @@ def read_parquet(path: Path, raw: bytes) -> list[tuple[str, dict]]:
 
 
 class Dropped(Exception):
-    """A sound record that can't be used, and why."""
+    """Raised for a sound record that can't be used. Its text says why, and such records are counted by it."""
 
 
 def transcript(text: str) -> Turns:
-    """A speaker's name counts after an empty line alone: "Human:" or "Assistant:" elsewhere is part of a text."""
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...". A speaker's name counts only after an empty line: "Human:"
+    or "Assistant:" elsewhere is part of a text."""
     before, *rest = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     if before or not rest:
         raise Dropped("not a transcript from its first word")
@@ -113,7 +112,7 @@ def transcript(text: str) -> Turns:
 
 
 def messages(where: str, record: dict, key: str) -> Turns:
-    """record[key], a list of {"role", "content"} or {"from", "value"}."""
+    """The turns in record[key], a list of {"role", "content"} or {"from", "value"}."""
     if not isinstance(record.get(key), list):
         raise UserError(f'{where}: "{key}" must be a list of messages (found: {", ".join(record) or "nothing"})')
     turns = []
@@ -129,7 +128,8 @@ def messages(where: str, record: dict, key: str) -> Turns:
 
 
 def prompt_turns(where: str, record: dict) -> Turns:
-    """record["prompt"]: messages, a transcript up to its last "Assistant:" (as in repackaged HH-RLHF), or a text."""
+    """The turns in record["prompt"]: messages, a transcript up to its last "Assistant:" (as in repackaged HH-RLHF), or
+    a text, which is one turn."""
     if isinstance(record.get("prompt"), list):
         return messages(where, record, "prompt")
     prompt = text_field(where, record, "prompt")
@@ -139,7 +139,8 @@ def prompt_turns(where: str, record: dict) -> Turns:
 
 
 def conversation(turns: Turns) -> tuple[str, str]:
-    """(prompt, last answer) of turns that alternate: perhaps the system's, then user, assistant, ..., assistant."""
+    """Turns -> (prompt, last answer). They must alternate: perhaps the system's, then user, assistant, ..., assistant.
+    Raises Dropped where they don't."""
     turns = [turn for turn in turns if turn != ("system", "")]  # published conversations often carry an empty one
     if not turns or turns[-1][0] != "assistant":
         raise Dropped("without an answer at the end")
