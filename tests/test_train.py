@@ -12,7 +12,7 @@ from helpers import (
 
 import lib.train
 from lib.cli import UserError
-from lib.train import clip_gradients, generator_for, lr_at
+from lib.train import clip_gradients, generator_for, lr_at, set_lr
 
 CPU = torch.device("cpu")
 
@@ -63,30 +63,38 @@ def test_generators_are_independent_streams():
 
 
 @pytest.mark.parametrize(
-    ("kind", "floor", "factors"),
+    ("kind", "factors"),
     [
-        ("cosine", 0.0, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 8: 0.5}),
-        ("cosine", 0.0, {6: (1 + math.cos(math.pi / 4)) / 2, 10: (1 - math.cos(math.pi / 4)) / 2}),
-        ("cosine", 0.1, {3: 1.0, 4: 1.0, 8: 0.55}),
-        ("linear", 0.0, {0: 0.25, 3: 1.0, 4: 1.0, 5: 0.875, 8: 0.5, 11: 0.125}),
-        ("linear", 0.2, {8: 0.6, 11: 0.3}),
-        ("constant", 0.0, {0: 0.25, 3: 1.0, 4: 1.0, 11: 1.0}),
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.5, 11: 0.5 * (1 + math.cos(math.pi * 7 / 8))}),
+        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.5, 11: 0.125}),
     ],
 )
-def test_lr_at_by_hand(kind, floor, factors):
+def test_lr_at_by_hand(kind, factors):
     """12 steps, 4 of warm-up: the first step already learns, the peak is reached at the
     end of warm-up, no step is beyond it."""
     for step, factor in factors.items():
-        assert lr_at(step, 12, 4, kind, floor) == pytest.approx(factor, abs=1e-12), step
-    curve = [lr_at(s, 12, 4, kind, floor) for s in range(12)]
-    assert max(curve) == 1.0 and min(curve) > floor and curve[4:] == sorted(curve[4:], reverse=True)
+        assert lr_at(step, 12, 4, kind) == pytest.approx(factor, abs=1e-12), step
+    curve = [lr_at(s, 12, 4, kind) for s in range(12)]
+    assert max(curve) == 1.0 and min(curve) > 0 and curve[4:] == sorted(curve[4:], reverse=True)
 
 
 def test_lr_at_edges():
     """No warm-up, or more warm-up than steps, or one step: no division by zero, never above the peak."""
-    assert lr_at(0, 10, 0, "cosine") == 1.0 and lr_at(0, 1, 0) == 1.0
-    assert [lr_at(s, 3, 4) for s in range(3)] == [0.25, 0.5, 0.75]
-    assert lr_at(4, 4, 4) == 1.0
+    assert lr_at(0, 10, 0, "cosine") == 1.0 and lr_at(0, 1, 0, "linear") == 1.0
+    assert [lr_at(s, 3, 4, "cosine") for s in range(3)] == [0.25, 0.5, 0.75]
+    assert lr_at(4, 4, 4, "linear") == 1.0
+
+
+def test_every_group_has_its_own_peak():
+    """PPO's policy and value model: a factor that is applied to what it was applied to before, or to one group's peak
+    in the place of another's; also in an optimiser that comes from a saved state."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in (1.0, 8.0)])
+    for step, factor in enumerate((0.5, 1.0, 1.0, 0.5)):
+        assert set_lr(optimizer, step, 4, 2, "linear") == factor
+        assert [group["lr"] for group in optimizer.param_groups] == [factor, 8 * factor]
+    resumed = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in (1.0, 8.0)])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert set_lr(resumed, 1, 4, 2, "linear") == 1.0 and resumed.param_groups[1]["lr"] == 8.0
 
 
 def model_with_gradients(seed: int, dtype=torch.float64):
