@@ -24,14 +24,6 @@ from sampling import Rollout
 CPU = torch.device("cpu")
 
 
-def test_shares_of_the_time_by_hand():
-    """The seconds from the first time to the last, and what part of them each step took: together 1."""
-    found = lib.show.shares([10.0, 12.0, 15.0, 20.0], ("rollout", "score", "update"))
-    assert found == {"seconds": 10.0, "share_rollout": 0.2, "share_score": 0.3, "share_update": 0.5}
-    with pytest.raises(ValueError):
-        lib.show.shares([10.0, 12.0, 15.0], ("rollout", "score", "update"))
-
-
 def test_sample_prompts_leaves_room_for_an_answer():
     """The end of each prompt, where the question is; and at least one token of it, whatever --max_new_tokens says."""
     policy = bigram(12 * torch.eye(23))  # repeats the last letter for ever
