@@ -87,10 +87,11 @@ def sample_policy(
     tokenizer: Tokenizer,
     config: Config,
     seed: int,
-    temperature: float,
+    temperature: float | None = None,
 ) -> dict[str, list]:
     """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm (None
-    without a reward model), ended, length."""
+    without a reward model), ended, length. temperature: config.temperature unless given."""
+    temperature = config.temperature if temperature is None else temperature
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
     options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
     for number, rows in enumerate(by_length(ids, 128)):
@@ -337,8 +338,8 @@ def run(config: Config) -> dict:
     greedy: dict[str, dict[str, list]] = {}  # policy -> what it says at temperature 0
     baseline: dict[str, list] = {}  # the first policy's samples
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
-        seed, networks = config.seed * 100 + number, (found.model, reference, reward_model)
-        samples = sample_policy(*networks, ids, tokenizer, config, seed, config.temperature)
+        seed = config.seed * 100 + number
+        samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
         samples["gold"] = gold(prompts, samples["completion"], samples["ended"]) if gold else []
         baseline = baseline or samples
         loss = held_out_loss(found.model, examples, LossConfig()) if examples else None

@@ -1,14 +1,14 @@
-"""Best of n as far as it goes: reward and KL of the sample that a reward model likes best, out of up to 256.
+"""Measures best of n: the reward and the KL of the sample that a reward model likes best, out of up to 256.
 
     python -m study.best_of_n --policy out/sft --reward_models out/reward_model --out out/best_of_n.json
 
-N samples of each prompt (twice the largest n) give every smaller n without another sample: evaluate.expected_best
-averages over all subsets. For several reward models also their minimum and their mean less standard deviation.
+N samples of each prompt (twice the largest n) serve for every n: evaluate.expected_best averages over all subsets.
+Several reward models also give their minimum, and their mean less standard deviation.
 
-The KL of best-of-n to the policy it samples from is usually quoted as log n - (n - 1)/n. That is an upper bound, met
-when no two samples are ever the same. Here they often are, and the KL can be measured: with F(y) the policy's
-probability of a completion that scores at most as much as y, and F-(y) of one that scores less, best-of-n says y with
-probability F(y)^n - F-(y)^n, and F(y) - F-(y) is pi(y). So only F- has to be estimated, by the share of the N samples
+The KL of best-of-n to its policy is usually quoted as log n - (n - 1)/n. That is an upper bound, and exact only if no
+two samples are ever the same. Here they often are, but the KL can be measured. Let F(y) be the policy's probability of
+a completion that scores at most as much as y, and F-(y) that of one that scores less. Then best-of-n says y with
+probability F(y)^n - F-(y)^n, and F(y) - F-(y) is pi(y). So only F- must be estimated: by the share of the N samples
 that score less.
 """
 
@@ -38,7 +38,7 @@ from sampling import Rollout, generate
 @dataclass
 class Config(Flags):
     policy: str = flag("out/sft", "checkpoint to sample from")
-    reward_models: list[str] = flag(["out/reward_model"], "one picks by itself; the rest, if any, are an ensemble")
+    reward_models: list[str] = flag(["out/reward_model"], "reward models; all but the first one are an ensemble")
     prompts: str = flag("out/data/prompts_test.jsonl", "prompts")
     n_prompts: int = flag(64, "prompts to use (0: all)", low=0)
     best_of: list[int] = flag([1, 2, 4, 8, 16, 32, 64, 128, 256], "values of n", low=1)
@@ -50,29 +50,28 @@ class Config(Flags):
 
 
 def best_log_ratio(scores: Tensor, logprobs: Tensor, n: int) -> Tensor:
-    """log of (probability under best-of-n / under the policy) of each sample, nats: scores, logprobs (P, N) -> (P, N).
+    """log(probability under best-of-n / probability under the policy) of each sample, in nats.
 
-    logprobs: of the policy. Averaged over what best-of-n says, this is its KL to the policy."""
+    scores, logprobs of the policy (P, N) -> (P, N). Its mean over best-of-n's own choices is the KL to the policy."""
     N = scores.size(1)
     ordered, scores = scores.sort(1).values.contiguous(), scores.contiguous()
-    worse = torch.searchsorted(ordered, scores)  # (P, N) how many of the samples score less
-    no_better = torch.searchsorted(ordered, scores, right=True)  # (P, N) or as much
+    worse = torch.searchsorted(ordered, scores)  # (P, N) number of samples that score less
+    no_better = torch.searchsorted(ordered, scores, right=True)  # (P, N) number that score less or as much
     p = logprobs.double().exp()
-    # Of a text that came often the middle is known better than the lower end, and if nothing was better its upper end
-    # is 1. Of a text that came once or twice the share of the samples says nothing about p.
+    # A text that was sampled often covers a range of shares, from F- to F. Its middle is known better than its lower
+    # end, and its upper end is 1 if nothing scored better. The share of a text that was sampled rarely says little.
     often = no_better - worse >= 10
     below = torch.where(often, (worse + no_better) / (2 * N) - p / 2, worse / N)
     below = torch.where(often & (no_better == N), 1 - p, below).clamp(0, 1)  # F-
-    # (F^n - F-^n) / p with F = F- + p, as F^n (1 - (F-/F)^n) / p: exact where p is close to 0, too: n F-^(n-1)
+    # (F^n - F-^n) / p with F = F- + p, written as F^n (1 - (F-/F)^n) / p: exact for p near 0, too (n F-^(n-1))
     p = torch.minimum(p, 1 - below).clamp(min=1e-300)
-    x = n * torch.log1p(p / below)  # n log(F/F-), infinite where nothing is worse
+    x = n * torch.log1p(p / below)  # n log(F/F-), infinite where nothing scores less
     return n * (below + p).log() + torch.log(-torch.expm1(-x)) - p.log()
 
 
-@torch.no_grad()
 def unique_rows(rollout: Rollout) -> tuple[Rollout, Tensor]:
-    """The different rows of a rollout, and where each row went: the same text needs no second score."""
-    keys = torch.cat([rollout.tokens, rollout.lens[:, None]], 1)  # (B, S+1); filler is EOS everywhere
+    """-> (the different rows of a rollout, the number in them of each row). So a text is scored once."""
+    keys = torch.cat([rollout.tokens, rollout.lens[:, None]], 1)  # (B, S+1); all filler is EOS
     _, index = keys.unique(dim=0, return_inverse=True)  # (B,)
     first = torch.full((int(index.max()) + 1,), len(index)).scatter_reduce(0, index, torch.arange(len(index)), "amin")
     rows = [x[first] for x in (rollout.tokens, rollout.prompt_lens, rollout.lens, rollout.ended)]
@@ -93,13 +92,13 @@ def run(config: Config) -> dict:
     ids = encode_prompts(prompts, tokenizer, policy.config.block_size, config.max_new_tokens, config.prompts)
     N = 2 * max(config.best_of)
     parts = (policy, scorers, gold, tokenizer, N, config)
-    columns = [sample(*parts, k, text, p) for k, (text, p) in enumerate(zip(prompts, ids, strict=True))]
-    logprobs, golds, scores = (torch.stack(x) for x in zip(*columns, strict=True))  # (P, N), (P, N), (P, models, N)
+    by_prompt = [sample(*parts, k, text, p) for k, (text, p) in enumerate(zip(prompts, ids, strict=True))]
+    logprobs, golds, scores = (torch.stack(x) for x in zip(*by_prompt, strict=True))  # (P, N), (P, N), (P, models, N)
     judges = {Path(path).name: scores[:, m] for m, path in enumerate(config.reward_models)}
     if len(scorers) > 2:
         ensemble = scores[:, 1:]
         judges |= {"min": ensemble.amin(1), "mean-std": ensemble.mean(1) - ensemble.std(1, correction=0)}
-    results = {name: curve(found, golds, logprobs, config.best_of) for name, found in judges.items()}
+    results = {name: curve(scores, golds, logprobs, config.best_of) for name, scores in judges.items()}
     for name, points in results.items():
         print(name)
         for p in points:
@@ -124,7 +123,7 @@ def sample(policy: GPT, scorers: list, gold, tokenizer, N: int, config: Config, 
 
 
 def curve(scores: Tensor, golds: Tensor, logprobs: Tensor, best_of: list[int]) -> list[dict]:
-    """For each n: score, gold reward and KL of the best of n, and the bound of the KL. All (P, N)."""
+    """The score, gold reward and KL of the best of n, and the bound of the KL, for each n. All tensors are (P, N)."""
     points = []
     for n in best_of:
         score, gold = (mean(expected_best(scores, x, n).tolist()) for x in (scores, golds))

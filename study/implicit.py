@@ -1,14 +1,13 @@
 """A policy trained by DPO *is* a reward model: r(x, y) = beta log(pi(y|x) / pi_ref(y|x)) + a constant of the prompt.
 
-    python -m study.implicit --dpo out/dpo --out out/implicit.json                       # how good a judge is it?
-    IMPLICIT=out/dpo python ppo.py --reward study/implicit.py:reward --out_dir out/x     # and as something to maximise?
+    python -m study.implicit --dpo out/dpo --out out/implicit.json                       # how well does it judge?
+    IMPLICIT=out/dpo python ppo.py --reward study/implicit.py:reward --out_dir out/x     # what does PPO make of it?
 
-Reference and beta are those that the run's config.json names.
+The config.json of the DPO run names the reference and beta.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,7 @@ import torch
 
 from data.batches import RankedExamples, by_length, contrast_rankings, encode_example, make_batch, pair_accuracy
 from data.batches import ranked_batch
-from data.files import read_prompts
+from data.files import read_json, read_prompts
 from data.tokenizer import Tokenizer
 from dpo import ranking_logprobs, sequence_logprobs
 from frame import completion_mask
@@ -31,7 +30,7 @@ from model import GPT
 
 @dataclass
 class Config(Flags):
-    dpo: str = flag("out/dpo", "folder of the policy")
+    dpo: str = flag("out/dpo", "folder of the DPO run")
     prompts: str = flag("out/data/prompts_held_out.jsonl", "prompts of the embedded task")
     n_prompts: int = flag(400, "prompts to use (0: all)", low=0)
     out: str = flag("out/implicit.json", "file to write")
@@ -39,10 +38,8 @@ class Config(Flags):
 
 @lru_cache(maxsize=1)
 def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
-    """policy, reference, tokenizer, beta"""
-    file = model_file(folder).with_name("config.json")
-    check(file.exists(), f"{file}: no such file; it names the reference and beta")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    """A DPO run -> policy, reference, tokenizer, beta."""
+    config = read_json(model_file(folder).with_name("config.json"), "python dpo.py")
     check("beta" in config, f"{folder} is not a run of dpo.py")
     start = load_model(folder, pick_device("auto"))
     policy, tokenizer = start.model, start.tokenizer
@@ -52,24 +49,25 @@ def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
 
 @torch.no_grad()
 def reward(prompts: list[str], completions: list[str], ended: list[bool]) -> list[float]:
-    """The implicit reward of completions; EOS counts where a completion ended by itself."""
+    """The implicit reward of each completion, by the DPO run in the folder that the environment's IMPLICIT names. EOS
+    counts if a completion ended by itself."""
     policy, reference, tokenizer, beta = load(os.environ.get("IMPLICIT", "out/dpo"))
     texts = zip(prompts, completions, ended, strict=True)
     block_size = policy.config.block_size
     examples = [encode_example(tokenizer, p, c, block_size, e, allow_empty=True) for p, c, e in texts]
-    found = [0.0] * len(examples)
+    rewards = [0.0] * len(examples)
     for rows in by_length(examples, 64):
         tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], policy.device)  # (b, T), (b,), (b,)
         mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
         ratio = sequence_logprobs(policy, tokens, mask) - sequence_logprobs(reference, tokens, mask)  # (b,)
         for i, r in zip(rows, ratio.tolist(), strict=True):
-            found[i] = beta * r
-    return found
+            rewards[i] = beta * r
+    return rewards
 
 
 @torch.no_grad()
 def accuracy(policy: GPT, reference: GPT, items: list[RankedExamples]) -> float:
-    """Share of pairs in the right order; pairs share their prompt, so its constant doesn't matter."""
+    """The share of pairs in the right order. The texts of a pair share their prompt, so its constant doesn't matter."""
     batch = ranked_batch(items, policy.device)
     ratio = ranking_logprobs(policy, batch) - ranking_logprobs(reference, batch)  # (N, K)
     correct, gap = pair_accuracy(ratio, batch.ranks)  # (N, P)

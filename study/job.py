@@ -1,9 +1,9 @@
-"""Run a script as `python SCRIPT ...` would, and end with the process that started it, however that one ends.
+"""Runs a script as `python SCRIPT ...` would, and ends when the process that started it ends, even if that is killed.
 
     python study/job.py ppo.py --kl_coef 0
 
-study/run.py starts its jobs through this, so that a scheduler that was killed leaves nobody behind who still writes
-into the folder that its successor's job writes into. Whoever starts it holds the other end of its standard input.
+study/run.py starts its jobs through this file. Without it a killed study would leave jobs behind, which write into the
+same folders as the jobs of the next start. The starting process holds the other end of standard input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     script = Path(sys.argv[1])
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(script.resolve().parent)  # as python itself sets it
+    sys.path[0] = str(script.resolve().parent)  # as python itself does
     if script.parts[0] == "-m":
         sys.argv = sys.argv[1:]
         sys.path[0] = os.getcwd()

@@ -270,7 +270,7 @@ def test_dpo_alone_has_answers_and_no_rollouts(tmp_path):
         ({"run": "."}, ["make demo"]),
         ({"run": "run", "stages": ["grpo"]}, ["--stages grpo"]),
         ({"run": "run", "out": "run"}, ["--out run"]),
-        ({"run": "run", "out": "run/ppo/config.json/page.html"}, ["--out", "can't be written"]),
+        ({"run": "run", "out": "run/ppo/config.json/page.html"}, ["config.json", "can't be made a folder"]),
         ({"run": "run", "prompts": "none.jsonl"}, ["none.jsonl"]),
     ],
 )
