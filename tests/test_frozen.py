@@ -4,30 +4,32 @@ same figures and gradients as if everybody computed it. And sampling in bfloat16
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
 
 import pytest
 import torch
 from helpers import EOS, ITEMS, make_gpt, make_scalar, make_told, random_prompts, rng, spread
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import dpo
+import frozen
 import ppo
-from model import KVCache
-from frozen import cast_once, choose_trainable, make_reference, share_frozen, trainable, trunk
+from frozen import cast_once, choose_trainable, make_reference, share_frozen, train_like, trunk
+from lib.cli import TrainConfig
+from lib.train import autocast
 from data.batches import ranked_batch
-from model import GPT
+from model import GPT, KVCache
 from sampling import generate
 
 LLAMA = {"norm": "rms", "n_kv_head": 2, "mlp": "swiglu", "n_inner": 40, "bias": "none", "tied": False}
 KINDS = [{}, {"rope_base": 100.0}, {"rope_base": 100.0, **LLAMA}]
 
 
+LAST = [TrainConfig(train_layers=n) for n in range(3)]  # what config says of --train_layers
+
+
 def frozen_gpt(n: int = 1, **sizes) -> GPT:
     """Three blocks in float64, of which the last n are to be trained."""
     model = make_gpt(n_layer=3, dtype=torch.float64, **sizes)
-    choose_trainable(model, dpo.Config(train_layers=n))
+    choose_trainable(model, LAST[n])
     return model
 
 
@@ -35,7 +37,7 @@ def changed(model, seed: int = 5):
     """The same with other values of what is trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in trainable(model):
+        for p in frozen.trainable(model):
             p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     return model
 
@@ -66,14 +68,14 @@ def test_the_trunk_of_rankings_equals_the_whole(kind):
     model = frozen_gpt(1, **kind)
     batch = ranked_batch(ITEMS, torch.device("cpu"))
     below = trunk(model, batch.tokens, batch.positions)
-    expected = dpo.ranking_logprobs(model, batch)
-    torch.testing.assert_close(dpo.ranking_logprobs(model, batch, below), expected, rtol=0, atol=1e-12)
+    found = model(batch.tokens, positions=batch.positions, below=below)
+    torch.testing.assert_close(found, model(batch.tokens, positions=batch.positions), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [make_scalar, make_told])
 def test_a_scalar_model_stands_on_the_trunk_too(make):
     scalar = make(n_layer=3, dtype=torch.float64)
-    choose_trainable(scalar, dpo.Config(train_layers=1))
+    choose_trainable(scalar, LAST[1])
     tokens = torch.randint(0, 23, (4, 11), generator=rng())
     below = trunk(scalar.gpt, tokens)
     torch.testing.assert_close(scalar(tokens, below=below), scalar(tokens), rtol=0, atol=1e-12)
@@ -117,8 +119,8 @@ def test_a_value_model_from_the_same_start_shares_the_policy_s_blocks(make):
     Its own parts stay its own, and its values stay what they were."""
     value_model = make(n_layer=3, dtype=torch.float64)
     policy = copy.deepcopy(value_model.gpt)
-    choose_trainable(policy, dpo.Config(train_layers=1))
-    choose_trainable(value_model, dpo.Config(train_layers=1))
+    choose_trainable(policy, LAST[1])
+    choose_trainable(value_model, LAST[1])
     changed(value_model)  # its training
     tokens = torch.randint(0, 23, (2, 6), generator=rng())
     before = value_model(tokens)
@@ -154,24 +156,19 @@ def test_a_value_model_of_another_depth_shares_nothing(n_layer):
     assert value_model.gpt.frozen == 0 and not storages(value_model) & storages(policy)
 
 
-# ------------------------------------------------------------------------------------------------ PPO and DPO on it
+# ------------------------------------------------------------------------------------------------ PPO on it
 
 
-def world(share: bool):
-    """policy, reference, value model and a rollout, of one start; share False: nothing is in common, all is computed
-    by everybody."""
+def world():
+    """policy, reference, value model and a rollout, of one start."""
     policy = frozen_gpt(1, seed=3)
     value_model = make_told(n_layer=3, dtype=torch.float64, seed=7)
     value_model.gpt.load_state_dict(policy.state_dict())
     spread(value_model.gpt.h[2], 11, scale=0.05)
     reference = make_reference(policy)
     changed(policy)
-    choose_trainable(value_model, dpo.Config(train_layers=1))
-    share_frozen(value_model.gpt, policy)
+    train_like(value_model, policy, LAST[1])
     assert value_model.gpt.frozen == 2
-    if not share:
-        reference, value_model = copy.deepcopy(reference), copy.deepcopy(value_model)
-        policy.frozen = reference.frozen = value_model.gpt.frozen = 0
     prompts = random_prompts([1, 5, 9, 2, 3, 7, 4], 23, seed=1)
     rollout = generate(policy, prompts, 8, eos_id=EOS, temperature=0.7, generator=rng(1))
     return policy, reference, value_model, rollout
@@ -182,35 +179,9 @@ def ppo_config(**changes) -> ppo.Config:
     return ppo.Config(**{**settings, "value_lr": 1e-2, **changes})
 
 
-def after_an_update(share: bool, **changes) -> tuple[ppo.Experience, list[Tensor]]:
-    policy, reference, value_model, rollout = world(share)
-    config = ppo_config(**changes)
-    scores = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    experience = ppo.make_experience(policy, reference, value_model, rollout, scores, 0.1, config)
-    optimizer = ppo.make_optimizer(policy, value_model, config)
-    ppo.update(policy, value_model, optimizer, experience, config, rng())
-    return experience, [p.detach() for p in (*policy.parameters(), *value_model.parameters())]
-
-
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_ppo_on_a_common_trunk_takes_the_same_steps(micro_batch):
-    """Rows of another micro-batch's trunk, a trunk cut at another place, a network that has its own: every figure of
-    the experience and every weight after an update are those of networks that share nothing."""
-    (shared, weights), (alone, expected) = (after_an_update(s, micro_batch=micro_batch) for s in (True, False))
-    assert shared.below.shape == (*shared.tokens.shape, 32) and alone.below is None
-    for f in fields(ppo.Experience)[:-1]:
-        torch.testing.assert_close(getattr(shared, f.name), getattr(alone, f.name), rtol=0, atol=1e-11)
-    policy, _, value_model, _ = world(True)
-    before = [*policy.parameters(), *value_model.parameters()]
-    moved = {p.requires_grad for p, after in zip(before, weights, strict=True) if not torch.equal(p, after)}
-    assert moved == {True}
-    for a, b in zip(weights, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 def test_frozen_blocks_run_once_for_three_networks_and_never_in_the_update(monkeypatch):
     """The whole point: what is known is not computed again."""
-    policy, reference, value_model, rollout = world(True)
+    policy, reference, value_model, rollout = world()
     runs: list[int] = []
     for model in (policy, reference, value_model.gpt):
         for i, block in enumerate(model.h):
@@ -225,35 +196,13 @@ def test_frozen_blocks_run_once_for_three_networks_and_never_in_the_update(monke
     assert set(runs) == {2}
 
 
-def test_dpo_on_a_common_trunk_has_the_same_losses_and_gradients():
-    """Losses and gradients are those of a policy and a reference that compute everything; the frozen blocks run once
-    for both."""
-    config, found, runs = dpo.Config(device="cpu"), [], []
-    for share in (True, False):
-        policy = frozen_gpt(1, seed=3, vocab=23)
-        reference = make_reference(policy)
-        changed(policy)
-        if not share:
-            reference, policy.frozen = copy.deepcopy(reference), 0
-        for model in (policy, reference):
-            for block in model.h[:2]:
-                block.register_forward_hook(lambda *_: runs.append(1))
-        losses = dpo.pair_losses(policy, reference, ITEMS, config)
-        losses[0].sum().backward()
-        found.append([losses.detach(), *(p.grad for p in trainable(policy))])
-        assert len(runs) == (2 if share else 2 + 4)
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 # ------------------------------------------------------------------------------------------------ sampling in bfloat16
 
 
 def test_the_cache_holds_what_autocast_computes():
     like, config = torch.zeros(1), make_gpt().config
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(torch.device("cpu"), "bfloat16"):
         assert KVCache(1, 1, config, like).kv[0].dtype == torch.bfloat16
-    assert KVCache(1, 1, config, like).kv[0].dtype == torch.float32
     assert KVCache(1, 1, config, like.double()).kv[0].dtype == torch.float64
 
 
@@ -263,7 +212,7 @@ def test_sampling_in_bfloat16_samples_from_the_same_model(kind):
     in bfloat16, would take others."""
     model = make_gpt(n_layer=3, seed=2, **kind)
     prompts = random_prompts([1, 5, 9, 2], 23, seed=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(model.device, "bfloat16"), cast_once(model):
         rollout = generate(model, prompts, 12, eos_id=EOS, temperature=0)
     with torch.no_grad():
         logits = model(rollout.tokens)[:, :-1]
@@ -287,9 +236,12 @@ def test_weights_are_cast_once_however_many_steps_there_are():
     casts = []
     for n in (4, 12):
         model = make_gpt(n_layer=3)
-        choose_trainable(model, dpo.Config(train_layers=1))
-        bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler, bfloat16:
+        choose_trainable(model, LAST[1])
+        with (
+            profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
+            autocast(model.device, "bfloat16"),
+            cast_once(model),
+        ):
             generate(model, [[1, 2, 3]], n, eos_id=99, generator=rng())
         shape = list(model.h[0].mlp.c_fc.weight.shape)
         shaped = [e for e in profiler.events() if e.name == "aten::_to_copy" and e.input_shapes[:1] == [shape]]

@@ -99,6 +99,10 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, stage):
     assert made == {"script": f"{stage}.py", "config": config, "task": ""}
     assert load_file(out / "state.pt")["step"] == log[-1]["step"]
     assert all(p.isfinite().all() for p in model.parameters())
+    if STAGES[stage].data == "prompts":  # what part of an iteration's seconds each part took
+        assert all(
+            sum(v for k, v in row.items() if k.startswith("share_")) == pytest.approx(1, abs=1e-5) for row in log
+        )
     for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=pytest.fail)
 
