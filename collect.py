@@ -158,7 +158,7 @@ def run(config: Config) -> dict:
     device = pick_device(config.device)
     loaded = [load_model(p, device, made_by="python sft.py") for p in config.policies]
     tokenizer = loaded[0].tokenizer
-    check(all(c.tokenizer.saved == tokenizer.saved for c in loaded), "the policies must share one tokenizer")
+    check(all(c.vocabulary == tokenizer.saved for c in loaded), "the policies must share one tokenizer")
     prompts = read_prompts(config.prompts, "python -m data.tiny")[config.skip :][: config.n_prompts or None]
     check(bool(prompts), f"{config.prompts}: no prompts left after --skip {config.skip}")
     task = task_of(config.prompts)

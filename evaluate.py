@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batches import by_length, contrast_rankings, encode_prompts, load_examples, load_rankings
 from data.files import read_demonstrations, read_prompts, sibling
 from data.tiny import PARTS, annotators_bayes_accuracy, best_completion, gold_parts, gold_reward, task_of
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, vocabulary_name
 from frame import put_back, rows_at_a_time
 from lib.checkpoint import Checkpoint, load_model, load_scorer, note_task
 from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
@@ -87,10 +87,11 @@ def sample_policy(
     tokenizer: Tokenizer,
     config: Config,
     seed: int,
-    temperature: float,
+    temperature: float | None = None,
 ) -> dict[str, list]:
     """One completion of every prompt -> lists in the order of the prompts: completion, kl (nats a sequence), rm (None
-    without a reward model), ended, length."""
+    without a reward model), ended, length. temperature: config.temperature unless given."""
+    temperature = config.temperature if temperature is None else temperature
     found: dict[str, list] = {k: [None] * len(ids) for k in ("completion", "kl", "rm", "ended", "length")}
     options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
     for number, rows in enumerate(by_length(ids, 128)):
@@ -238,7 +239,10 @@ def load_policies(config: Config, device: torch.device) -> list[Checkpoint]:
     for path, found in zip(config.policies, loaded, strict=True):
         smaller = found.model.config.block_size < baseline.model.config.block_size
         check(not smaller, f"{path}: its block_size is smaller than that of {first}")
-        same, names = found.tokenizer.saved == baseline.tokenizer.saved, (found.tokenizer.name, baseline.tokenizer.name)
+        same, names = (
+            found.vocabulary == baseline.vocabulary,
+            [vocabulary_name(c.vocabulary) for c in (found, baseline)],
+        )
         check(same, f"{path} has the {names[0]} vocabulary, {first} has {names[1]}")
     return loaded
 
@@ -334,8 +338,8 @@ def run(config: Config) -> dict:
     greedy: dict[str, dict[str, list]] = {}  # policy -> what it says at temperature 0
     baseline: dict[str, list] = {}  # the first policy's samples
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
-        seed, networks = config.seed * 100 + number, (found.model, reference, reward_model)
-        samples = sample_policy(*networks, ids, tokenizer, config, seed, config.temperature)
+        seed = config.seed * 100 + number
+        samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
         samples["gold"] = gold(prompts, samples["completion"], samples["ended"]) if gold else []
         baseline = baseline or samples
         loss = held_out_loss(found.model, examples, LossConfig()) if examples else None

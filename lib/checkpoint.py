@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from lib.cli import UserError, check, one_line
 from lib.weights import GPT2_NAMES, load_pretrained, local_path
 from model import GPT, GPTConfig, ScalarModel
@@ -57,8 +57,12 @@ class Checkpoint(NamedTuple):
     """What a stage left behind."""
 
     model: GPT | ScalarModel  # in eval mode
-    tokenizer: Tokenizer
+    vocabulary: str  # what load_tokenizer takes, Tokenizer.saved
     task: str  # "tiny" if it was trained on the embedded task, "" on anything else
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.vocabulary)
 
 
 def model_file(path: str | Path, made_by: str = "") -> Path:
@@ -74,12 +78,13 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     reward model). Prints what it has read."""
     if kind == "gpt" and is_published(path):
         tokenizer = load_tokenizer(start_vocabulary(path))
-        return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer, "")
+        return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer.saved, "")
     file = model_file(path, made_by)
     content = load_file(file)
     try:
         content = dict(content)
-        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
+        fields = {k: v for k, v in content["config"].items() if k != "expectation"}  # stood there once
+        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**fields)
         made = content["made"]
         if found == kind:
             expectation = "direction" in content["weights"]
@@ -90,7 +95,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
     check(found == kind, f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
     print(f"{file}: made by {made['script']}" + (f" from {made['config']['data']}" if "data" in made["config"] else ""))
-    return Checkpoint(model.to(device).eval(), load_tokenizer(tokenizer), made.get("task", ""))
+    return Checkpoint(model.to(device).eval(), tokenizer, made.get("task", ""))
 
 
 def is_published(source: str | Path) -> bool:
@@ -146,8 +151,8 @@ def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> C
 
 
 def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> None:
-    same = scorer.tokenizer.saved == policy.tokenizer.saved
-    reads, writes = scorer.tokenizer.name, policy.tokenizer.name
+    same = scorer.vocabulary == policy.vocabulary
+    reads, writes = vocabulary_name(scorer.vocabulary), vocabulary_name(policy.vocabulary)
     check(same, f"{path} reads {reads} tokens, the policy writes {writes} tokens")
     longest, needed = scorer.model.config.block_size, policy.model.config.block_size
     check(longest >= needed, f"{path} reads texts of {longest} tokens at most, the policy's have up to {needed}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.batches import Example, RankedExamples, contrast_rankings, encode_prompts, load_examples, load_rankings
 from data.files import held_out_twin, prompts_beside, read_prompts
 from data.tiny import annotators_bayes_accuracy, task_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from frozen import choose_trainable, make_reference, share_frozen
 from lib.checkpoint import Checkpoint, is_published, load_model, load_published, note_task, start_vocabulary
 from lib.cli import TrainConfig, UserError, check, flag
@@ -29,36 +29,38 @@ from sampling import Rollout
 
 
 def start_network(config) -> tuple[GPT, Tokenizer]:
-    """The network that sft.py trains, with the vocabulary of its texts: from scratch, from published weights, or from a
-    checkpoint. config: sft.Config."""
+    """The network that sft.py trains, and the vocabulary of its texts. config: sft.Config."""
     device = pick_device(config.device)
     vocabulary = start_vocabulary(config.init) if config.tokenizer == "auto" else config.tokenizer
     tokenizer = load_tokenizer(vocabulary, config.template)
     torch.manual_seed(config.seed)  # weights and dropout
+    return initial_model(config, tokenizer.n_vocab, device), tokenizer
+
+
+def initial_model(config, n_vocab: int, device: torch.device) -> GPT:
+    """From scratch, from published weights, or from a checkpoint; every start has the tokenizer's vocabulary."""
     if not config.init:
-        sizes = (tokenizer.n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
+        sizes = (n_vocab, config.block_size or 96, config.n_layer, config.n_head, config.n_embd)
         llama = {**LLAMA, "n_inner": 8 * round(config.n_embd / 3)} if config.block == "llama" else {}
         try:
-            model = GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base, **llama))
+            return GPT(GPTConfig(*sizes, config.dropout, rope_base=config.rope_base, **llama)).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
-        return model.to(device), tokenizer
     for name in ("n_layer", "n_head", "n_embd", "block", "rope_base"):
         own = getattr(config, name) != getattr(type(config), name)
         check(not own, f"--{name} is for a model from scratch; {config.init} has its own")
     if is_published(config.init):
-        model = load_published(config.init, tokenizer.n_vocab, config.block_size)
+        model = load_published(config.init, n_vocab, config.block_size)
     else:
-        model, of_model, _ = load_model(config.init, device)
-        if config.tokenizer != "auto":
-            same = of_model.saved == config.tokenizer
-            check(same, f"--init {config.init} was trained with --tokenizer {of_model.name}")
+        model, vocabulary, _ = load_model(config.init, device)
+        same = config.tokenizer in ("auto", vocabulary)
+        check(same, f"--init {config.init} was trained with --tokenizer {vocabulary_name(vocabulary)}")
         own = model.config.block_size
         fits = config.block_size in (0, own)
         check(fits, f"--block_size {config.block_size}: {config.init} has a block size of {own}")
     for part in [model.config, *(m for m in model.modules() if hasattr(m, "dropout"))]:
         part.dropout = config.dropout
-    return model.to(device), tokenizer
+    return model.to(device)
 
 
 class Demonstrations(NamedTuple):

@@ -1,9 +1,9 @@
-"""Break it on purpose: run a script with a mistake in it. Somebody has really made each of these mistakes.
+"""Break it on purpose: run a script with one of these mistakes in it, each of them somebody's real one.
 
     python -m study.broken score_late ppo.py --out_dir out/broken     # any script, any of its flags
-    python -m study.broken                                            # print the mistakes, as diffs
+    python -m study.broken                                            # the mistakes, as diffs
 
-The script runs in a temporary copy of the code with the mistake in it. The diff is printed first.
+The mistake goes into a copy of the code that is gone afterwards; the diff is printed first.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Mistake(NamedTuple):
     file: str
-    right: str  # code that is in the file once
-    wrong: str  # the code in its place
-    what: str  # one line of explanation
+    right: str  # stands in the file once
+    wrong: str
+    what: str
 
 
 BROKEN = {
     "score_late": Mistake(
         "frame.py",
         "    return F.one_hot(last, action_mask.size(1)) * scores[:, None]",
-        "    return F.one_hot((last + 1).clamp(max=action_mask.size(1) - 1), action_mask.size(1)) * scores[:, None]",
+        "    late = (last + 1).clamp(max=action_mask.size(1) - 1)\n"
+        "    return F.one_hot(late, action_mask.size(1)) * scores[:, None]",
         "the score lands one slot late, on filler, where only the longest row of the batch notices it",
     ),
     "raw_reward": Mistake(
@@ -72,7 +73,6 @@ BROKEN = {
 
 
 def diff(mistake: Mistake, before: str) -> str:
-    """The mistake as a diff of the file's text."""
     after = before.replace(mistake.right, mistake.wrong)
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), mistake.file, mistake.file, "", "", 0, "")
     return "\n".join(list(lines)[2:])
@@ -88,7 +88,7 @@ def main() -> None:
         return
     mistake, script = BROKEN[sys.argv[1]], sys.argv[2]
     with tempfile.TemporaryDirectory() as folder:
-        for source in [*ROOT.glob("*.py"), *ROOT.glob("data/*"), *ROOT.glob("lib/*")]:
+        for source in [path for folder in ("", "data/", "lib/", "tools/") for path in ROOT.glob(f"{folder}*")]:
             if source.is_file():
                 (copy := Path(folder) / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
                 shutil.copy(source, copy)

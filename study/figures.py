@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.cli import Flags, flag, run_main
-from study.results import SHAPES, fitted, read
+from study.results import BLOCK, SHAPES, fitted, read
 from study.style import COLOURS, TEXT, line, save, style
 from study.tables import MAXIMISED
 
@@ -58,6 +58,34 @@ def fit_line(axes: Axes, run: dict, key: str, form: str, **look) -> None:
     axes.plot(d, [fitted(run[f"{key}_fit"], x, SHAPES[form]) for x in d], linewidth=1.1, **look)
 
 
+def three_reward_models(results: dict) -> Figure:
+    """The picture of README.md: PPO without a penalty against three reward models. From one panel to the next a single
+    thing differs, first the number of rankings, then the head. Thin lines: seeds."""
+    figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    rl, maximised = results["overoptimisation"]["rl"], results["secret"]["maximised"]
+    runs = {
+        "300 rankings": rl["weak_0"],
+        "5,000 rankings": maximised["plain"],
+        "5,000, better head": rl["strong_0"],
+    }
+    for axes, (label, run) in zip(panels, runs.items(), strict=True):
+        x = [BLOCK * (k + 1) for k in range(len(run["points"]))]
+        for key, colour, title in (("score", "orange", "reward model's opinion"), ("gold", "blue", "true reward")):
+            for seed in zip(*(p[key]["seeds"] for p in run["points"]), strict=True):
+                axes.plot(x, seed, color=COLOURS[colour], linewidth=0.6)
+            means = [p[key]["mean"] for p in run["points"]]
+            axes.plot(x, means, color=COLOURS[colour], linewidth=2.4, label=f"{title} (mean)")
+        before = results["feedback"]["sft"]["gold"]["mean"]
+        axes.axhline(before, color=TEXT, linestyle=(0, (1, 1.5)), linewidth=1.2, label="true reward before")
+        axes.set_title(label)
+        axes.set_xticks([10, 20, 30, 40])
+        axes.set_xlabel("iterations of PPO")
+    panels[0].set_ylabel("reward")
+    legend(figure, panels[0])
+    return figure
+
+
 def overoptimisation(results: dict, rl: bool) -> Figure:
     """True reward and the reward model's opinion against the distance from SFT, by RL or by best of n."""
     figure = Figure(figsize=(6.8, 3.5), layout="constrained")
@@ -65,7 +93,7 @@ def overoptimisation(results: dict, rl: bool) -> Figure:
     form = "rl" if rl else "best_of_n"
     runs = results["overoptimisation"][form]
     names = ("weak_0", "strong_0") if rl else ("weak_0", "reward_model")
-    labels = ("weak: 300 rankings", "strong: 5,000 rankings")
+    labels = ("300 rankings, plain head", "5,000, told expectations")  # both differ: `three_reward_models` parts them
     look = {"markersize": 4, "linestyle": "none"}
     for axes, name, label in zip((left, right), names, labels, strict=True):
         x, points = along(runs[name]["points"], "distance"), runs[name]["points"]
@@ -236,6 +264,7 @@ def breaks(results: dict) -> Figure:
 
 
 FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "three_reward_models": three_reward_models,
     "overoptimisation": lambda results: overoptimisation(results, rl=True),
     "best_of_n": lambda results: overoptimisation(results, rl=False),
     "ensembles": ensembles,

@@ -41,7 +41,8 @@ def load(folder: str) -> tuple[GPT, GPT, Tokenizer, float]:
     """A DPO run -> policy, reference, tokenizer, beta."""
     config = read_json(model_file(folder).with_name("config.json"), "python dpo.py")
     check("beta" in config, f"{folder} is not a run of dpo.py")
-    policy, tokenizer, _ = load_model(folder, pick_device("auto"))
+    start = load_model(folder, pick_device("auto"))
+    policy, tokenizer = start.model, start.tokenizer
     reference = load_model(config["policy"], policy.device).model
     return policy, reference, tokenizer, config["beta"]
 

@@ -1,5 +1,5 @@
 """The metrics that the stages log in metrics.jsonl: title, unit, how to read it, healthy range. For plot.py and
-report.py, and for the table "Reading the metrics" of the documentation.
+report.py, and for the table "Reading the metrics" of docs/tuning.md.
 
 A metric has a range only if the range holds for any task and any reward; the score's, for one, depends on both. It is
 the range at the end of a run: `kl`, for one, starts at 0.
@@ -86,7 +86,7 @@ METRICS = {
     "explained_variance": Metric(
         "explained variance",
         "share",
-        "How much of the returns' variance the value model foretells. It rises towards 0.8; near or below 0 the value "
+        "How much of the returns' variance the value model predicts. It rises towards 0.8; near or below 0 the value "
         "model doesn't learn: raise --value_lr.",
         low=0.2,
         high=1.0,

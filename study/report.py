@@ -209,7 +209,7 @@ QUANTITIES = {
         "likely ones.",
     ),
     "ref_logprobs": ("reference log-prob", "nats", "The log of the probability that the reference gives the token."),
-    "returns": ("return", "reward", "Value plus advantage: what the value model is trained to foretell here."),
+    "returns": ("return", "reward", "Value plus advantage: what the value model is trained to predict here."),
 }
 NEED_VALUES = ("advantages", "values", "returns")
 

@@ -162,7 +162,7 @@ def run(config: Config) -> dict:
         results = gather(size, out)
         folder = Path(out) if config.quick else Path()  # a quick run doesn't overwrite the files of the repository
         write_json(results, folder / "study/results.json")
-        tables.write(results, f"{folder / 'docs/study.md'}", "" if config.quick else "README.md")
+        tables.write(results, f"{folder / 'docs/study.md'}", "" if config.quick else "docs/experiments.md")
         draw(results, str(folder / "assets"))
         print(f"{folder / 'study/results.json'}: the numbers")
     return {"jobs": len(chosen)}

@@ -1,4 +1,5 @@
-"""The study's results as tables: docs/study.md whole, and that of the mistakes in its place in README.md.
+"""The study's results as tables: docs/study.md whole, and that of the mistakes in its place in
+docs/experiments.md.
 
 python -m study.tables --results study/results.json
 """
@@ -19,7 +20,7 @@ from study.results import read
 class Config(Flags):
     results: str = flag("study/results.json", "what study/results.py has gathered")
     document: str = flag("docs/study.md", "file for all tables")
-    readme: str = flag("README.md", "file whose table of mistakes is brought up to date (empty: none)")
+    page: str = flag("docs/experiments.md", "file whose table of mistakes is brought up to date (empty: none)")
 
 
 def show(x: dict, digits: int = 2, sign: str = "") -> str:
@@ -146,8 +147,10 @@ def mistakes(results: dict) -> str:
 
 DOCUMENT = """# The study in numbers
 
+[RLHF from scratch](../README.md) · what the numbers mean: [the experiments](experiments.md)
+
 From `study/results.json` (`make study`, which writes this file too): mean over three seeds [95% interval], six
-where PPO without a penalty maximises a reward model from 300 rankings. [README.md](../README.md) says what they mean.
+where PPO without a penalty maximises a reward model from 300 rankings. Gold is the true reward, 3 at most.
 
 ## Over-optimisation
 
@@ -181,7 +184,7 @@ As what PPO maximises, without a penalty:
 ## Break it on purpose
 
 Change against the same run without the mistake, paired by seed; "correct" is the share of right answers. The commands
-are in [README.md](../README.md#6-break-it-on-purpose).
+are in [experiments.md](experiments.md#6-break-it-on-purpose).
 
 {breaks}
 """
@@ -195,23 +198,23 @@ def document(results: dict) -> str:
 def updated(text: str, new: str) -> str:
     """The text with its table of the same head as `new` replaced by that."""
     head = new.splitlines()[0]
-    check(text.count(head + "\n") == 1, f"--readme has no table (or several) with the head: {head}")
+    check(text.count(head + "\n") == 1, f"--page has no table (or several) with the head: {head}")
     before, _, rest = text.partition(head + "\n")
     after = rest.partition("\n\n")[2]
     return f"{before}{new}\n\n{after}"
 
 
-def write(results: dict, path: str, readme: str) -> None:
-    check(not readme or Path(readme).exists(), f"--readme {readme}: no such file")
+def write(results: dict, path: str, page: str) -> None:
+    check(not page or Path(page).exists(), f"--page {page}: no such file")
     write_text(document(results), Path(path))
-    if readme:
-        text = Path(readme).read_text(encoding="utf-8")
-        write_text(updated(text, mistakes(results)), Path(readme))
-    print(f"{path}: the tables" + (f"; that of the mistakes in {readme} is up to date" if readme else ""))
+    if page:
+        text = Path(page).read_text(encoding="utf-8")
+        write_text(updated(text, mistakes(results)), Path(page))
+    print(f"{path}: the tables" + (f"; that of the mistakes in {page} is up to date" if page else ""))
 
 
 def run(config: Config) -> dict:
-    write(read(config.results), config.document, config.readme)
+    write(read(config.results), config.document, config.page)
     return {}
 
 

@@ -3,12 +3,15 @@ steps of its optimisers, the passes of its networks, what its reward function wa
 
 from __future__ import annotations
 
+import copy
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 from helpers import EOS, RANKINGS, TOY, checkpoint, make_gpt, own_pairs, read_lines, task_rankings, write_lines
 from torch import Tensor, nn
@@ -21,8 +24,9 @@ import ppo
 import reward_model
 import sft
 from data.tokenizer import load_tokenizer
-from lib.checkpoint import load_model, save_model
+from lib.checkpoint import load_file, load_model, save_model
 from model import GPT, Block, ScalarModel
+from sampling import Rollout
 
 CPU = torch.device("cpu")
 
@@ -41,9 +45,12 @@ REWARDS = '''
 import json
 from pathlib import Path
 
+import torch
+
 
 def note(name, prompts, completions, ended):
     row = {"function": name, "prompts": prompts, "completions": completions, "ended": ended}
+    row["autocast"] = torch.is_autocast_enabled("cpu")
     with open(Path(__file__).with_name("asked.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\\n")
 
@@ -78,6 +85,16 @@ class Asked(NamedTuple):
     prompts: list[str]
     completions: list[str]
     ended: list[bool]
+    autocast: bool  # was it called within autocast?
+
+    def rollout(self) -> Rollout:
+        """The texts as ids, with EOS behind what has ended."""
+        prompts = [TOY.encode(p) for p in self.prompts]
+        rows = zip(prompts, map(TOY.encode, self.completions), self.ended, strict=True)
+        texts = [prompt + completion + [EOS] * ended for prompt, completion, ended in rows]
+        lens = [len(text) for text in texts]
+        tokens = torch.tensor([text + [EOS] * (max(lens) - len(text)) for text in texts])
+        return Rollout(tokens, torch.tensor([len(p) for p in prompts]), torch.tensor(lens), torch.tensor(self.ended))
 
 
 def asked(folder: Path, function: str = "letters") -> list[Asked]:
@@ -145,6 +162,16 @@ def toy_policy(seed: int = 1, **sizes) -> GPT:
     policy = make_gpt(seed, **{"block_size": 24, **sizes})
     with torch.no_grad():
         policy.ln_f.bias += LEAN * policy.wte.weight[EOS]
+    return policy
+
+
+def steady_policy(logits: list[float]) -> GPT:
+    """A policy whose next token has these logits, whatever was written before."""
+    policy = make_gpt(0, block_size=24)
+    with torch.no_grad():
+        policy.ln_f.weight.zero_()
+        direction = policy.ln_f.bias / policy.ln_f.bias.norm() ** 2
+        policy.wte.weight.copy_(torch.tensor(logits)[:, None] * direction)
     return policy
 
 
@@ -216,6 +243,24 @@ def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "ti
     return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
 
 
+class Killed(Exception):
+    pass
+
+
+def die_after_state(stage: str, folder, step: int, **changes) -> None:
+    """A run that is killed as soon as the state after this step is saved."""
+    replace = os.replace
+
+    def replace_and_die(source, target):
+        replace(source, target)
+        if str(target).endswith("state.pt") and load_file(target)["step"] == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_and_die)
+        run(stage, folder, **changes)
+
+
 # ------------------------------------------------------------------------------------------------ what can be seen
 
 
@@ -261,10 +306,21 @@ class Watch:
         self.steps: list[Step] = []
         self.passes: list[Pass] = []
         self.products: dict[bool, set] = {True: set(), False: set()}  # dtypes in blocks, with gradients and without
-        self.block_runs: list[Block] = []  # every forward pass of a block
+        self.block_runs: list[tuple[Block, bool]] = []  # every forward pass of a block; with gradients?
 
     def training(self, kind: type = nn.Module) -> list[Pass]:
         return [p for p in self.passes if p.training and isinstance(p.network, kind)]
+
+    def at(self, number: int, kind: type = GPT) -> nn.Module:
+        """The network of this kind that is trained, as it was before this step."""
+        network = next(p.network for p in self.training(kind))
+        step, names = self.steps[number], {id(p): name for name, p in network.named_parameters()}
+        before = copy.deepcopy(network)
+        groups = zip(step.optimizer.param_groups, step.weights, strict=True)
+        for p, weights in (pair for group, kept in groups for pair in zip(group["params"], kept, strict=True)):
+            if id(p) in names:
+                before.get_parameter(names[id(p)]).data.copy_(weights)
+        return before.requires_grad_(False)
 
     def of_step(self, number: int, kind: type = nn.Module) -> list[Pass]:
         """The passes with gradients since the step before."""
@@ -296,7 +352,7 @@ def watching():
 
     def before_pass(module, args):
         if isinstance(module, Block):
-            watch.block_runs.append(module)
+            watch.block_runs.append((module, torch.is_grad_enabled()))
 
     def after_pass(module, args, output):
         if isinstance(module, GPT | ScalarModel):

@@ -38,7 +38,7 @@ def config_of(script: str):
 
 
 @dataclass
-class Flags:
+class Flags(cli.Flags):
     text: str = flag("abc", "some text, 100 % of it")
     n: int = flag(3, "a number")
     x: float = flag(0.5, "a real number")
@@ -109,7 +109,7 @@ def test_help_of_the_flags(capsys):
 
 
 @dataclass
-class Ranges:
+class Ranges(cli.Flags):
     size: int = flag(3, "from 2 to 5", low=2, high=5)
     share: float = flag(0.5, "between 0 and 1", above=0, below=1)
     part: float = flag(0.5, "above 0, at most 1", above=0, high=1)
@@ -431,7 +431,7 @@ def run_main_with(monkeypatch, run, *argv: str) -> int:
 
 
 @dataclass
-class StrictFlags:
+class StrictFlags(cli.Flags):
     strict: bool = flag(False, "fail on gates")
 
 
@@ -516,7 +516,8 @@ LAYERS = [
     {"data"},
     {"model"},
     {"frame"},
-    {"sampling", "frozen"},
+    {"frozen"},
+    {"sampling"},
     {"lib"},
     {"tools.records", "tools.annotate"},
     {"sft"},

@@ -68,16 +68,16 @@ def sft_step(model: GPT, examples: list[Example]) -> None:
 def pairs(examples: list[Example]) -> list[RankedExamples]:
     """Every two of them as answers to the prompt of the first."""
     two = zip(examples[::2], examples[1::2], strict=True)
-    return [RankedExamples([a, Example(a.prompt, b.completion)], [0, 1], torch.zeros(2)) for a, b in two]
+    return [RankedExamples([a, Example(a.prompt, b.completion)], [0, 1]) for a, b in two]
 
 
 def reward_step(model: ScalarModel, examples: list[Example]) -> None:
     batch = ranked_batch(pairs(examples), torch.device("cpu"))
-    reward_model.ranking_loss(model(batch.tokens, batch.ends, batch.branches), batch.ranks).backward()
+    reward_model.ranking_loss(model(batch.tokens, batch.ends, batch.positions), batch.ranks).backward()
 
 
 def dpo_step(model: GPT, examples: list[Example]) -> None:
-    dpo.pair_losses(model, pairs(examples), dpo.Config())[0].mean().backward()
+    dpo.pair_losses(model, model, pairs(examples), dpo.Config())[0].mean().backward()
 
 
 # ------------------------------------------------------------------------------------------------ number of graphs
@@ -87,9 +87,10 @@ def dpo_step(model: GPT, examples: list[Example]) -> None:
 
 
 @pytest.mark.parametrize("rope_base", [0.0, 100.0])
-def test_four_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_base):
-    """One for the blocks, one for the last, which goes on at the predicting positions alone; and both again where
-    completions share a prompt. A graph for every length, or for every block."""
+def test_six_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_base):
+    """One for the blocks, one for the last, which goes on at the predicting positions alone; both again where
+    completions share a prompt; and these once more without gradients, for DPO's reference. A graph for every length, or
+    for every block."""
     policy, choose = make_gpt(n_layer=4, rope_base=rope_base), random.Random(1)
     scorer = ScalarModel.from_gpt(policy, expectation=True).eval()
     counter, counts = compiler("eager", policy, scorer), []
@@ -99,7 +100,7 @@ def test_four_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_b
         dpo_step(policy, examples)
         reward_step(scorer, examples)
         counts.append(counter.frame_count)
-    assert 4 <= counts[-1] == counts[3] <= 8
+    assert 6 <= counts[-1] == counts[3] <= 12
     assert no_graph_breaks()
 
 
@@ -143,7 +144,7 @@ def test_sizes_of_one_add_a_bounded_number_of_graphs(compiler):
 def test_frozen_blocks_are_compiled_too(compiler):
     """--train_layers 1: the blocks below have no gradients, the last has."""
     policy, choose = make_gpt(3, n_layer=3), random.Random(4)
-    frozen.train_last_layers(policy, 1)
+    frozen.choose_trainable(policy, dpo.Config(train_layers=1))
     counter = compiler("eager", policy)
     for _ in range(6):
         sft_step(policy, texts(3, choose))

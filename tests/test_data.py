@@ -21,6 +21,7 @@ import torch
 from helpers import GPT2_BPE, ROOT, text_before, write_lines
 
 from lib.cli import UserError
+from model import mask_of
 from data import tiny
 from data.batches import (
     Example,
@@ -32,7 +33,6 @@ from data.batches import (
     encode_rankings,
     epoch_batches,
     load_examples,
-    load_preferences,
     load_rankings,
     make_batch,
     micro_batches,
@@ -759,28 +759,6 @@ def test_a_text_in_several_places_takes_their_mean(texts, ranks, expected):
     assert kept[0].ranks == sorted(kept[0].ranks)
 
 
-def test_preferences_come_with_their_held_out_twin(tmp_path):
-    """mine.jsonl is judged by mine_held_out.jsonl beside it, and belongs to the task whose prompts it holds."""
-
-    @dataclass
-    class Paths:
-        data: str
-        held_out_data: str = "auto"
-
-    pair = {"chosen": "a", "rejected": "b"}
-    mine = write_lines(tmp_path / "mine.jsonl", [{"prompt": "p", **pair}])
-    write_lines(tmp_path / "rankings_held_out.jsonl", [{"prompt": "not these", **pair}])
-    items, held_out, task = load_preferences(Paths(mine), Letters(), 20)
-    assert (len(items), held_out, task) == (1, [], "")
-    twin = write_lines(tmp_path / "mine_held_out.jsonl", [{"prompt": "q", **pair}] * 2)
-    items, held_out, task = load_preferences(Paths(mine), Letters(), 20)
-    assert [text_of(item.examples[0].prompt) for item in held_out] == ["q", "q"]
-    tiny_prompt = tiny.sample_prompt(random.Random(1), "train")
-    write_lines(tmp_path / "mine.jsonl", [{"prompt": tiny_prompt, **pair}])
-    assert load_preferences(Paths(mine, ""), Letters(), 99)[1:] == ([], "tiny")
-    assert len(load_preferences(Paths(mine, twin), Letters(), 99)[1]) == 2
-
-
 def test_ranked_batch_of_unequal_k():
     """Every ranking is one row, prompt first; what each token follows, sees and belongs to; -1 where it has fewer."""
     rankings = [
@@ -792,19 +770,20 @@ def test_ranked_batch_of_unequal_k():
     batch = ranked_batch(items, torch.device("cpu"))
     assert batch.ends.shape == batch.lens.shape == batch.ranks.shape == (3, 4) and batch.tokens.shape == (3, 11)
     assert batch.ranks.tolist() == [[0, 1, -1, -1], [0, 1, 1, 2], [0, 1, 2, -1]]
+    mask = mask_of(batch.positions, torch.float32)  # what a token sees, as the network reads it from the positions
     for n, ranking in enumerate(rankings):
         for k, text in enumerate(ranking.completions):
             mine = (batch.owner[n] == k).nonzero().flatten().tolist()  # its columns
             last, P = mine[-1], len(ranking.prompt)
             assert batch.tokens[n, mine].tolist() == [*map(ord, text), 0]
             assert batch.lens[n, k] == len(text) + 1 and batch.ends[n, k] == 11 * n + last
-            assert text_before(batch.tokens, batch.branches, 11 * n + last) == [*map(ord, ranking.prompt + text), 0]
-            assert batch.branches.positions[n, mine].tolist() == list(range(P, P + len(mine)))
+            assert text_before(batch.tokens, batch.positions, 11 * n + last) == [*map(ord, ranking.prompt + text), 0]
+            assert batch.positions[n, mine].tolist() == list(range(P, P + len(mine)))
             for i, column in enumerate(mine):
-                seen = batch.branches.visible[n, 0, column].nonzero().flatten().tolist()
+                seen = (mask[n, 0, column] == 0).nonzero().flatten().tolist()
                 assert seen == [*range(P), *mine[: i + 1]]
         for column in range(len(ranking.prompt)):
-            assert batch.branches.visible[n, 0, column].nonzero().flatten().tolist() == list(range(column + 1))
+            assert (mask[n, 0, column] == 0).nonzero().flatten().tolist() == list(range(column + 1))
     with pytest.raises(ValueError, match="one prompt"):
         RankedExamples([Example([1], [2]), Example([3], [2])], [0, 1])
 

@@ -34,6 +34,7 @@ import sample
 import sft
 from lib.cli import UserError
 from lib.checkpoint import save_model
+from data.batches import contrast_rankings
 from data.tokenizer import format_prompt, load_tokenizer
 from evaluate import (
     Config,
@@ -690,7 +691,8 @@ def test_the_reward_model_is_judged_part_by_part(tmp_path):
     settings |= {"out_dir": str(tmp_path / "out"), "device": "cpu", "max_new_tokens": 4, "n_prompts": 10}
     write_lines(tmp_path / "rankings.jsonl", rows)
     found = evaluate.run(Config(**settings))["reward_model"]
-    expected = accuracy_by_part(scorer, [r["prompt"] for r in rows[:10]], tokenizer, torch.device("cpu"))
+    contrasts = contrast_rankings([r["prompt"] for r in rows[:10]], tokenizer, 96)
+    expected = accuracy_by_part(scorer, contrasts, torch.device("cpu"))
     assert {name: share for name, share in found.items() if "_vs_" in name} == expected and len(expected) == 7
     assert len(set(expected.values())) > 2
 

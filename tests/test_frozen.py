@@ -4,32 +4,32 @@ same figures and gradients as if everybody computed it. And sampling in bfloat16
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
 
 import pytest
 import torch
 from helpers import EOS, ITEMS, make_gpt, make_scalar, make_told, random_prompts, rng, spread
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import frozen
-import dpo
 import ppo
-from model import KVCache
-from frozen import keep_trunk, make_reference, sampling, share_frozen, train_last_layers
+from frozen import cast_once, choose_trainable, make_reference, share_frozen, train_like, trunk
+from lib.cli import TrainConfig
+from lib.train import autocast
 from data.batches import ranked_batch
-from frame import token_logprobs
-from model import GPT
+from model import GPT, KVCache
 from sampling import generate
 
 LLAMA = {"norm": "rms", "n_kv_head": 2, "mlp": "swiglu", "n_inner": 40, "bias": "none", "tied": False}
 KINDS = [{}, {"rope_base": 100.0}, {"rope_base": 100.0, **LLAMA}]
 
 
+LAST = [TrainConfig(train_layers=n) for n in range(3)]  # what config says of --train_layers
+
+
 def frozen_gpt(n: int = 1, **sizes) -> GPT:
     """Three blocks in float64, of which the last n are to be trained."""
     model = make_gpt(n_layer=3, dtype=torch.float64, **sizes)
-    train_last_layers(model, n)
+    choose_trainable(model, LAST[n])
     return model
 
 
@@ -56,12 +56,10 @@ def test_what_stands_on_the_trunk_equals_the_whole(kind, n):
     model = frozen_gpt(n, **kind)
     tokens = torch.randint(0, 23, (4, 11), generator=rng())
     where = torch.rand(4, 10, generator=rng(1)) < 0.5
-    below = model.trunk(tokens)
+    below = trunk(model, tokens)
     assert below.shape == (4, 11, 32) and not below.requires_grad
     for options in ({}, {"where": where}):
         torch.testing.assert_close(model(tokens, **options, below=below), model(tokens, **options), rtol=0, atol=1e-12)
-    found = token_logprobs(model, tokens, 0.7, where, below=below)
-    torch.testing.assert_close(found, token_logprobs(model, tokens, 0.7, where), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,31 +67,17 @@ def test_the_trunk_of_rankings_equals_the_whole(kind):
     """Completions that share a prompt: their own positions, and none sees another, in the frozen blocks too."""
     model = frozen_gpt(1, **kind)
     batch = ranked_batch(ITEMS, torch.device("cpu"))
-    options = {"mask": batch.owner[:, 1:] < 4, "branches": batch.branches}
-    below = model.trunk(batch.tokens, batch.branches)
-    expected = token_logprobs(model, batch.tokens, **options)
-    torch.testing.assert_close(
-        token_logprobs(model, batch.tokens, **options, below=below), expected, rtol=0, atol=1e-12
-    )
-
-
-def test_slices_take_their_own_part_of_the_trunk(monkeypatch):
-    """Without gradients token_logprobs works through the rows in slices: every slice with the first one's trunk."""
-    model = frozen_gpt()
-    tokens = torch.randint(0, 23, (5, 9), generator=rng())
-    below = model.trunk(tokens)
-    expected = token_logprobs(model, tokens).detach()
-    monkeypatch.setattr("frame.rows_at_a_time", lambda tokens, model: 2)
-    with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(model, tokens, below=below), expected, rtol=0, atol=1e-12)
+    below = trunk(model, batch.tokens, batch.positions)
+    found = model(batch.tokens, positions=batch.positions, below=below)
+    torch.testing.assert_close(found, model(batch.tokens, positions=batch.positions), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [make_scalar, make_told])
 def test_a_scalar_model_stands_on_the_trunk_too(make):
     scalar = make(n_layer=3, dtype=torch.float64)
-    train_last_layers(scalar, 1)
+    choose_trainable(scalar, LAST[1])
     tokens = torch.randint(0, 23, (4, 11), generator=rng())
-    below = scalar.gpt.trunk(tokens)
+    below = trunk(scalar.gpt, tokens)
     torch.testing.assert_close(scalar(tokens, below=below), scalar(tokens), rtol=0, atol=1e-12)
 
 
@@ -135,8 +119,8 @@ def test_a_value_model_from_the_same_start_shares_the_policy_s_blocks(make):
     Its own parts stay its own, and its values stay what they were."""
     value_model = make(n_layer=3, dtype=torch.float64)
     policy = copy.deepcopy(value_model.gpt)
-    train_last_layers(policy, 1)
-    train_last_layers(value_model, 1)
+    choose_trainable(policy, LAST[1])
+    choose_trainable(value_model, LAST[1])
     changed(value_model)  # its training
     tokens = torch.randint(0, 23, (2, 6), generator=rng())
     before = value_model(tokens)
@@ -146,7 +130,7 @@ def test_a_value_model_from_the_same_start_shares_the_policy_s_blocks(make):
     frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
     assert storages(value_model) & storages(policy) == frozen
     assert torch.equal(value_model(tokens), before)
-    torch.testing.assert_close(value_model(tokens, below=policy.trunk(tokens)), before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(value_model(tokens, below=trunk(policy, tokens)), before, rtol=0, atol=1e-12)
     names = {name for name, p in value_model.named_parameters() if p.requires_grad}
     assert names and all(n.startswith(("gpt.h.2.", "gpt.ln_f.", "head.", "block.", "ln.", "direction")) for n in names)
 
@@ -162,7 +146,7 @@ def test_a_value_model_that_differs_in_one_number_shares_nothing():
     before = value_model(tokens)
     share_frozen(value_model.gpt, policy)
     assert value_model.gpt.frozen == 0 and not storages(value_model) & storages(policy)
-    assert torch.equal(value_model(tokens, below=policy.trunk(tokens)), before)
+    assert torch.equal(value_model(tokens, below=trunk(policy, tokens)), before)
 
 
 @pytest.mark.parametrize("n_layer", [1, 4])
@@ -172,24 +156,19 @@ def test_a_value_model_of_another_depth_shares_nothing(n_layer):
     assert value_model.gpt.frozen == 0 and not storages(value_model) & storages(policy)
 
 
-# ------------------------------------------------------------------------------------------------ PPO and DPO on it
+# ------------------------------------------------------------------------------------------------ PPO on it
 
 
-def world(share: bool):
-    """policy, reference, value model and a rollout, of one start; share False: nothing is in common, all is computed
-    by everybody."""
+def world():
+    """policy, reference, value model and a rollout, of one start."""
     policy = frozen_gpt(1, seed=3)
     value_model = make_told(n_layer=3, dtype=torch.float64, seed=7)
     value_model.gpt.load_state_dict(policy.state_dict())
     spread(value_model.gpt.h[2], 11, scale=0.05)
     reference = make_reference(policy)
     changed(policy)
-    train_last_layers(value_model, 1)
-    share_frozen(value_model.gpt, policy)
+    train_like(value_model, policy, LAST[1])
     assert value_model.gpt.frozen == 2
-    if not share:
-        reference, value_model = copy.deepcopy(reference), copy.deepcopy(value_model)
-        policy.frozen = reference.frozen = value_model.gpt.frozen = 0
     prompts = random_prompts([1, 5, 9, 2, 3, 7, 4], 23, seed=1)
     rollout = generate(policy, prompts, 8, eos_id=EOS, temperature=0.7, generator=rng(1))
     return policy, reference, value_model, rollout
@@ -200,35 +179,9 @@ def ppo_config(**changes) -> ppo.Config:
     return ppo.Config(**{**settings, "value_lr": 1e-2, **changes})
 
 
-def after_an_update(share: bool, **changes) -> tuple[ppo.Experience, list[Tensor]]:
-    policy, reference, value_model, rollout = world(share)
-    config = ppo_config(**changes)
-    scores = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    experience = ppo.make_experience(policy, reference, value_model, rollout, scores, 0.1, config)
-    optimizer = ppo.make_optimizer(policy, value_model, config)
-    ppo.update(policy, value_model, optimizer, experience, config, rng())
-    return experience, [p.detach() for p in (*policy.parameters(), *value_model.parameters())]
-
-
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_ppo_on_a_common_trunk_takes_the_same_steps(micro_batch):
-    """Rows of another micro-batch's trunk, a trunk cut at another place, a network that has its own: every figure of
-    the experience and every weight after an update are those of networks that share nothing."""
-    (shared, weights), (alone, expected) = (after_an_update(s, micro_batch=micro_batch) for s in (True, False))
-    assert shared.below.shape == (*shared.tokens.shape, 32) and alone.below is None
-    for f in fields(ppo.Experience)[:-1]:
-        torch.testing.assert_close(getattr(shared, f.name), getattr(alone, f.name), rtol=0, atol=1e-11)
-    policy, _, value_model, _ = world(True)
-    before = [*policy.parameters(), *value_model.parameters()]
-    moved = {p.requires_grad for p, after in zip(before, weights, strict=True) if not torch.equal(p, after)}
-    assert moved == {True}
-    for a, b in zip(weights, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
 def test_frozen_blocks_run_once_for_three_networks_and_never_in_the_update(monkeypatch):
     """The whole point: what is known is not computed again."""
-    policy, reference, value_model, rollout = world(True)
+    policy, reference, value_model, rollout = world()
     runs: list[int] = []
     for model in (policy, reference, value_model.gpt):
         for i, block in enumerate(model.h):
@@ -243,52 +196,14 @@ def test_frozen_blocks_run_once_for_three_networks_and_never_in_the_update(monke
     assert set(runs) == {2}
 
 
-@pytest.mark.parametrize("room", [2**29, 0])
-def test_dpo_on_a_kept_trunk_has_the_same_losses_and_gradients(monkeypatch, room):
-    """Kept activations matched with the wrong ranking or row, or too many to keep: losses and gradients are those of a
-    policy that computes everything."""
-    monkeypatch.setattr(frozen, "KEPT_NUMBERS", room)
-    config = dpo.Config(micro_batch=2, device="cpu")
-    found = []
-    for keep in (True, False):
-        policy, items = frozen_gpt(1, seed=3, vocab=23), copy.deepcopy(ITEMS)
-        reference = make_reference(policy)
-        changed(policy)
-        if keep:
-            keep_trunk(policy, items, config)
-            assert all((item.below is not None) == (room > 0) for item in items)
-        dpo.add_reference_logprobs(reference, items, config)
-        losses = dpo.pair_losses(policy, items[::-1], config)  # another order than they were kept in
-        losses[0].sum().backward()
-        found.append([losses.detach(), *(p.grad for p in frozen.trainable(policy))])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
-def test_the_kept_trunk_is_computed_once_for_all_epochs():
-    policy, items, config = frozen_gpt(), copy.deepcopy(ITEMS), dpo.Config(micro_batch=2, device="cpu")
-    reference, runs = make_reference(policy), []
-    for model in (policy, reference):
-        for block in model.h[:2]:
-            block.register_forward_hook(lambda *_: runs.append(1))
-    keep_trunk(policy, items, config)
-    dpo.add_reference_logprobs(reference, items, config)
-    assert len(runs) == 2 * 3  # two frozen blocks, 5 rankings in parts of 2
-    for _ in range(3):
-        dpo.pair_losses(policy, items, config)
-    assert len(runs) == 2 * 3
-
-
 # ------------------------------------------------------------------------------------------------ sampling in bfloat16
 
 
 def test_the_cache_holds_what_autocast_computes():
     like, config = torch.zeros(1), make_gpt().config
-    with sampling(make_gpt(), "bfloat16"):
-        assert KVCache(1, 1, config, like).kv.dtype == torch.bfloat16
-    with sampling(make_gpt(), "float32"):
-        assert KVCache(1, 1, config, like).kv.dtype == torch.float32
-    assert KVCache(1, 1, config, like.double()).kv.dtype == torch.float64
+    with autocast(torch.device("cpu"), "bfloat16"):
+        assert KVCache(1, 1, config, like).kv[0].dtype == torch.bfloat16
+    assert KVCache(1, 1, config, like.double()).kv[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,7 +212,7 @@ def test_sampling_in_bfloat16_samples_from_the_same_model(kind):
     in bfloat16, would take others."""
     model = make_gpt(n_layer=3, seed=2, **kind)
     prompts = random_prompts([1, 5, 9, 2], 23, seed=1)
-    with sampling(model, "bfloat16"):
+    with autocast(model.device, "bfloat16"), cast_once(model):
         rollout = generate(model, prompts, 12, eos_id=EOS, temperature=0)
     with torch.no_grad():
         logits = model(rollout.tokens)[:, :-1]
@@ -310,7 +225,7 @@ def test_sampling_in_bfloat16_samples_from_the_same_model(kind):
 def test_sampling_leaves_the_weights_as_frozen_as_they_were():
     model = frozen_gpt()
     before = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(KeyboardInterrupt), sampling(model, "bfloat16"):
+    with pytest.raises(KeyboardInterrupt), cast_once(model):
         assert all(p.requires_grad for p in model.parameters())
         raise KeyboardInterrupt
     assert [p.requires_grad for p in model.parameters()] == before
@@ -321,8 +236,12 @@ def test_weights_are_cast_once_however_many_steps_there_are():
     casts = []
     for n in (4, 12):
         model = make_gpt(n_layer=3)
-        train_last_layers(model, 1)
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler, sampling(model, "bfloat16"):
+        choose_trainable(model, LAST[1])
+        with (
+            profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
+            autocast(model.device, "bfloat16"),
+            cast_once(model),
+        ):
             generate(model, [[1, 2, 3]], n, eos_id=99, generator=rng())
         shape = list(model.h[0].mlp.c_fc.weight.shape)
         shaped = [e for e in profiler.events() if e.name == "aten::_to_copy" and e.input_shapes[:1] == [shape]]

@@ -25,6 +25,7 @@ import grpo
 import ppo
 import reward_model
 import sft
+from lib.setup import initial_model
 from lib.cli import UserError
 from lib.checkpoint import load_file
 from lib.run import RunFolder
@@ -287,7 +288,7 @@ def test_weights_that_are_imported_are_named(tmp_path, capsys):
     """--init FOLDER: with their block size, for it limits all that follows."""
     n_vocab = load_tokenizer("tiny").n_vocab
     save_pretrained(make_gpt(vocab=n_vocab, block_size=40), tmp_path / "weights")
-    sft.initial_model(sft.Config(init=str(tmp_path / "weights")), n_vocab, "cpu")
+    initial_model(sft.Config(init=str(tmp_path / "weights")), n_vocab, "cpu")
     assert f"{tmp_path / 'weights'}: " in (shown := capsys.readouterr().out) and "block size 40" in shown
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,19 +22,16 @@ from helpers import (
     random_prompts,
     rng,
     slow_hidden,
-    spoil,
     spread,
 )
+from stages import eos_lover
 from torch import Tensor
 
 import ppo
-from frozen import train_last_layers
-from lib.cli import UserError
-from data.batches import Example
 from frame import whiten
 from model import GPT, GPTConfig
 from sampling import Rollout, generate
-from ppo import Config, Experience, make_experience, policy_loss, ptx_losses, update
+from ppo import Config, Experience, make_experience, update
 
 # ------------------------------------------------------------------------------------------------ experience
 
@@ -140,8 +137,7 @@ def test_returns_are_formed_before_whitening():
 
 
 def columns(experience: Experience) -> dict[str, Tensor]:
-    others = ("tokens", "lens", "ended", "action_mask", "below")
-    return {f.name: getattr(experience, f.name) for f in fields(Experience) if f.name not in others}
+    return {name: getattr(experience, name) for name in FIGURES}
 
 
 @pytest.mark.parametrize("filler", [0, EOS])
@@ -195,10 +191,8 @@ def test_networks_read_rows_of_similar_length_and_answer_at_the_actions_alone(mi
     for name, model in (("policy", policy), ("reference", reference), ("value_model", value_model)):
 
         def note(_, inputs, output, name=name):
-            tokens, where = inputs
-            passes.setdefault(name, []).append(tuple(tokens.shape))
+            passes.setdefault(name, []).append(tuple(inputs[0].shape))
             asked[name] += len(output)
-            assert len(output) == int(where.sum())
 
         model.register_forward_hook(note)
     experience = make_experience(policy, reference, value_model, rollout, randn(7, seed=47).float(), 0.3, config)
@@ -217,15 +211,6 @@ def test_policy_equal_to_reference_has_no_kl(kl):
     experience = make_experience(policy, copy.deepcopy(policy), value_model, rollout, scores, 0.3, tiny_config(kl=kl))
     assert experience.kl.abs().max() <= 1e-12
     torch.testing.assert_close(experience.rewards.sum(1), scores, rtol=0, atol=1e-12)
-
-
-def eos_lover(seed: int = 0):
-    """A policy that ends every text at once."""
-    policy = make_gpt(seed)
-    with torch.no_grad():
-        policy.ln_f.weight.zero_()
-        policy.wte.weight[EOS] = 100 * policy.ln_f.bias / policy.ln_f.bias.norm() ** 2
-    return policy
 
 
 def test_eos_as_first_action():
@@ -265,21 +250,30 @@ def prepared(seed: int = 0, B: int = 7, told: bool = True, **changes):
     return models[0], models[2], experience, config
 
 
-def slow_update(
-    policy, value_model, experience: Experience, config: Config, lr: float
-) -> tuple[object, object, dict[str, float]]:
+FIGURES = ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "values", "rewards", "advantages", "returns")
+
+
+def rows_of(experience) -> list[dict[str, Tensor]]:
+    """Its figures at the actions of every row, as slow_rows gives them; and "tokens", "prompt_len" of the row."""
+    rows = []
+    for i, n in enumerate(experience.lens.tolist()):
+        mask = experience.action_mask[i]
+        row = {name: getattr(experience, name)[i][mask] for name in FIGURES}
+        rows.append(row | {"tokens": experience.tokens[i, :n].tolist(), "prompt_len": n - int(mask.sum())})
+    return rows
+
+
+def slow_update(policy, value_model, rows: list[dict], config: Config, lr: float, value_lr: float | None = None):
     """PPO as one would write it down: row by row without filler, float64, whole batch, plain gradient
     descent. -> new models, mean figures."""
-    policy, value_model = copy.deepcopy(policy), copy.deepcopy(value_model)
-    N = int(experience.action_mask.sum())
+    policy, value_model = (copy.deepcopy(model).requires_grad_() for model in (policy, value_model))
+    N = sum(len(row["logprobs"]) for row in rows)
     steps: list[list[float]] = []
     for _ in range(config.ppo_epochs):
         p_loss, v_loss, clipped, v_clipped, approx_kl = (torch.zeros((), dtype=torch.float64) for _ in range(5))
-        for i, n in enumerate(experience.lens.tolist()):
-            ids, mask = experience.tokens[i, :n].tolist(), experience.action_mask[i]
-            P = n - int(mask.sum())
-            old, A = experience.logprobs[i][mask], experience.advantages[i][mask]
-            old_v, R = experience.values[i][mask], experience.returns[i][mask]
+        for row in rows:
+            ids, P, n = row["tokens"], row["prompt_len"], len(row["tokens"])
+            old, A, old_v, R = (row[name] for name in ("logprobs", "advantages", "values", "returns"))
             new = completion_logprobs(policy, ids[:P], ids[P:], config.temperature)
             raw = value_model.head(slow_hidden(value_model, ids))[P - 1 : n - 1, 0]
             v = (raw - value_model.mean) / value_model.std
@@ -293,7 +287,7 @@ def slow_update(
                 approx_kl = approx_kl + ratio - 1 - ratio.log()
         steps.append([x.item() / N for x in (p_loss, v_loss, clipped, v_clipped, approx_kl)])
         descend(policy, p_loss / N, lr)
-        descend(value_model, v_loss / N, lr)
+        descend(value_model, v_loss / N, lr if value_lr is None else value_lr)
     names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "approx_kl")
     return policy, value_model, {k: sum(s[i] for s in steps) / len(steps) for i, k in enumerate(names)}
 
@@ -305,7 +299,7 @@ def test_an_update_equals_the_slow_one_for_any_micro_batch(float64, micro_batch,
     settings = {"micro_batch": micro_batch, "ppo_epochs": 3, "value_clip": 0.05}
     policy, value_model, experience, config = prepared(told=told, **settings)
     before = copy.deepcopy(policy), copy.deepcopy(value_model)
-    expected_policy, expected_value, figures = slow_update(policy, value_model, experience, config, lr=0.05)
+    expected_policy, expected_value, figures = slow_update(policy, value_model, rows_of(experience), config, lr=0.05)
     for name in ("clip_fraction", "value_clip_fraction", "approx_kl"):
         assert figures[name] > 0.005, "clipping must be at work"
     stats = update(policy, value_model, sgd(policy, value_model, 0.05), experience, config, rng())
@@ -313,39 +307,6 @@ def test_an_update_equals_the_slow_one_for_any_micro_batch(float64, micro_batch,
     assert_same_weights(value_model, expected_value, before[1])
     assert {k: stats[k] for k in figures} == pytest.approx(figures, rel=1e-9)
     assert stats["updates"] == 3
-
-
-def test_the_order_of_the_rows_does_not_matter():
-    """An experience in another order, with another permutation, takes the same step."""
-    policy, value_model, experience, config = prepared(micro_batch=2, ppo_epochs=2)
-    before, trained = copy.deepcopy(policy), []
-    for seed, order in enumerate(([0, 1, 2, 3, 4, 5, 6], [6, 2, 0, 5, 1, 4, 3])):
-        p, v = copy.deepcopy(policy), copy.deepcopy(value_model)
-        shuffled = Experience(*(getattr(experience, f.name)[order] for f in fields(Experience)[:-1]))
-        update(p, v, sgd(p, v, 0.05), shuffled, config, rng(seed))
-        trained.append(p)
-    assert_same_weights(trained[1], trained[0], before)
-
-
-def test_garbage_at_masked_places_does_not_reach_the_weights(float64):
-    """Ids, old log-probs, advantages, values and returns of prompt and filler positions,
-    and 7 more columns, change no weight."""
-    policy, value_model, experience, config = prepared(micro_batch=2, ppo_epochs=2)
-    before, trained = copy.deepcopy(policy), []
-    mask = experience.action_mask
-    spoilt = {k: torch.cat([spoil(x, mask, 1e6), torch.full((7, 7), 1e6)], 1) for k, x in columns(experience).items()}
-    tokens = torch.where(torch.arange(experience.tokens.size(1)) < experience.lens[:, None], experience.tokens, 3)
-    wide_tokens, wide_mask = torch.cat([tokens, torch.full((7, 7), 5)], 1), torch.cat([mask, mask.new_zeros(7, 7)], 1)
-    wide = Experience(wide_tokens, experience.lens, experience.ended, wide_mask, **spoilt)
-    values = []
-    for source in (experience, wide):
-        p, v = copy.deepcopy(policy), copy.deepcopy(value_model)
-        stats = update(p, v, sgd(p, v, 0.05), source, config, rng())
-        trained.append((p, v))
-        values.append({k: x for k, x in stats.items() if k != "first_ratio"})
-    assert_same_weights(trained[1][0], trained[0][0], before)
-    assert_same_weights(trained[1][1], trained[0][1], value_model)
-    assert values[1] == pytest.approx(values[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -394,125 +355,40 @@ def test_without_learning_the_log_ratio_stays_0(float64):
     assert stats["updates"] == 4 * 3
 
 
-def test_every_rollout_is_used_once_an_epoch_in_a_fresh_order(monkeypatch):
-    """A remainder that is dropped when the minibatch doesn't divide the rollouts, or one permutation for all epochs."""
-    policy, value_model, experience, config = prepared(minibatch=3, micro_batch=1, ppo_epochs=3, lr=0.0)
-    seen: list[int] = []
-    rows = [experience.logprobs[i][experience.action_mask[i]].tolist() for i in range(7)]
-
-    def watch(logprobs, old_logprobs, advantages, action_mask, *rest):
-        seen.append(rows.index(old_logprobs[0][action_mask[0]].tolist()))
-        return policy_loss(logprobs, old_logprobs, advantages, action_mask, *rest)
-
-    monkeypatch.setattr(ppo, "policy_loss", watch)
-    stats = update(policy, value_model, sgd(policy, value_model, 0.0), experience, config, rng())
-    assert stats["updates"] == 9
-    epochs = [seen[i : i + 7] for i in (0, 7, 14)]
-    assert [sorted(e) for e in epochs] == [list(range(7))] * 3
-    minibatches = {tuple(sorted(e[:3])) for e in epochs}
-    assert len(minibatches) > 1
-
-
 BFLOAT16 = {"dtype": "bfloat16", "temperature": 1.0, "minibatch": 5, "micro_batch": 3, "ppo_epochs": 1}
 
 
 def gpt2_like(shift: float) -> GPT:
-    """GPT-2's width and vocabulary, one block, and logits that stand at `shift`, as GPT-2's own do at about -100."""
+    """A large vocabulary, one block, and logits that stand at `shift`, as GPT-2's own do at about -100."""
     torch.manual_seed(0)
-    policy = GPT(GPTConfig(50257, 48, n_layer=1, n_head=12, n_embd=768)).eval()
+    policy = GPT(GPTConfig(8000, 48, n_layer=1, n_head=4, n_embd=256)).eval()
     with torch.no_grad():
-        far = torch.nn.functional.normalize(torch.randn(768), dim=0)
+        far = torch.nn.functional.normalize(torch.randn(256), dim=0)
         policy.ln_f.bias += 100 * far
         policy.wte.weight += shift / 100 * far
     return policy
 
 
-def test_bfloat16_keeps_the_ratios_of_a_network_of_gpt2_s_size():
+def test_bfloat16_keeps_the_ratios_of_a_network_whose_logits_are_far_from_0():
     """Logits that leave the head in bfloat16 are 0.5 apart at -100: 6.7% of the tokens lay outside the clip after a
     step that moved nothing, or the run stopped because the first ratio was not 1. Prompts of unequal length, a
     minibatch and micro-batches that divide nothing, and a step of 1e-6."""
     policy = gpt2_like(shift=-100.0)
     with torch.no_grad():
         assert policy(torch.tensor([[1, 2, 3]])).mean().item() == pytest.approx(-100, abs=15)
-    prompts = random_prompts([1, 17, 9, 2, 12, 5, 20], 50257, seed=1)
-    rollout = generate(policy, prompts, 22, eos_id=50256, generator=rng(2))
+    prompts = random_prompts([1, 17, 9, 2, 12, 5, 20], 8000, seed=1)
+    rollout = generate(policy, prompts, 22, eos_id=7999, generator=rng(2))
     config = tiny_config(**BFLOAT16, lr=1e-6)
     experience = make_experience(policy, policy, None, rollout, randn(7, seed=50).float(), 0.3, config)
     stats = update(policy, None, ppo.make_optimizer(policy, None, config), experience, config, rng())
     assert stats["updates"] == 2
     assert abs(stats["first_ratio"] - 1) < 1e-3
-    after = ppo.measure(policy, policy, None, rollout, config)["logprobs"]
+    after = make_experience(policy, policy, None, rollout, randn(7, seed=50).float(), 0.3, config).logprobs
     mask = experience.action_mask
     assert mask.sum() > 150
     ratio = (after - experience.logprobs)[mask].exp()
     assert ((ratio - 1).abs() > config.clip).float().mean().item() < 1e-3
     assert stats["clip_fraction"] < 1e-3
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_dtype_holds_for_the_products_of_every_forward_pass(dtype):
-    """--dtype that is ignored in the update, in a network or in the PTX term: memory and time as without it. The
-    blocks' products are in that dtype; logits and values, and all weights, stay in float32."""
-    config = tiny_config(dtype=dtype, ptx_coef=0.5)
-    policy, reference, value_model, rollout = tiny_world(dtype=torch.float32)
-    wanted = getattr(torch, dtype)
-    products: dict[str, set] = {}
-
-    def watch(name: str, model) -> None:
-        seen = products.setdefault(name, set())
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not getattr(model, "head", None):
-                module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
-        model.register_forward_hook(lambda _, __, output: products.setdefault("output", set()).add(output.dtype))
-
-    for name, model in (("policy", policy), ("reference", reference), ("value_model", value_model)):
-        watch(name, model)
-    experience = make_experience(policy, reference, value_model, rollout, randn(7, seed=51).float(), 0.3, config)
-    assert products == {k: {wanted} for k in ("policy", "reference", "value_model")} | {"output": {torch.float32}}
-    for seen in products.values():
-        seen.clear()
-    update(policy, value_model, sgd(policy, value_model, 0.0), experience, config, rng())
-    assert products == {"policy": {wanted}, "reference": set(), "value_model": {wanted}, "output": {torch.float32}}
-    for seen in products.values():
-        seen.clear()
-    list(ptx_losses(policy, [Example([1, 2], [3, 4, 5, EOS])], config, 0)())
-    assert products["policy"] == {wanted}
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}
-
-
-def test_adam_divides_by_a_small_eps(float64):
-    """Adam's first step is lr * g / (|g| + eps) in every coordinate: an eps of 1e-2 makes it plain SGD for gradients
-    of this size, one of 1e-8 makes the first steps huge. Each network at its own learning rate."""
-    policy, value_model = make_gpt(0), make_scalar(3)
-    optimizer = ppo.make_optimizer(policy, value_model, tiny_config(lr=3e-3, value_lr=7e-3))
-    for model, lr in ((policy, 3e-3), (value_model, 7e-3)):
-        before = copy.deepcopy(model)
-        for p in model.parameters():
-            p.grad = torch.full_like(p, -2e-5)
-        optimizer.step()
-        optimizer.zero_grad()
-        for p, start in zip(model.parameters(), before.parameters(), strict=True):
-            expected = torch.full_like(p, lr * 2e-5 / (2e-5 + 1e-5))
-            torch.testing.assert_close(p - start, expected, rtol=1e-6, atol=0)
-
-
-def test_rows_are_cut_to_the_longest_of_them_or_left_as_wide():
-    """Rows that keep another row's columns, or lose their own."""
-    _, _, experience, _ = prepared()
-    shortest = experience.lens.argsort()[:3].tolist()
-    T, longest = experience.tokens.size(1), int(experience.lens[shortest].max())
-    assert longest < T
-    for cut, width in ((True, longest), (False, T)):
-        part = experience.rows(shortest, cut)
-        assert part.tokens.shape == (3, width)
-        assert torch.equal(part.lens, experience.lens[shortest]) and torch.equal(part.ended, experience.ended[shortest])
-        for n, i in enumerate(shortest):
-            length = int(experience.lens[i])
-            assert torch.equal(part.tokens[n, :length], experience.tokens[i, :length])
-        for name, column in columns(experience).items():
-            assert getattr(part, name).shape == (3, width - 1)
-            assert torch.equal(getattr(part, name), column[shortest, : width - 1]), name
-        assert torch.equal(part.action_mask.sum(1), experience.action_mask[shortest].sum(1))
 
 
 def test_without_a_value_model_the_policy_learns_the_same(float64):
@@ -524,12 +400,10 @@ def test_without_a_value_model_the_policy_learns_the_same(float64):
     assert_same_weights(policy, expected, before)
     assert stats["updates"] == 2
     *models, rollout = tiny_world()
-    told = ppo.measure(models[0], models[1], None, rollout, config)
-    beside = ppo.measure(*models, rollout, config)
-    assert (told.pop("values") == 0).all()
-    assert set(told) == set(beside) - {"values"}
-    for name, column in told.items():
-        torch.testing.assert_close(column, beside[name], rtol=0, atol=1e-12)
+    beside, alone = (make_experience(*models[:2], m, rollout, randn(7, seed=1), 0.3, config) for m in (models[2], None))
+    assert (alone.values == 0).all()
+    for name in ("logprobs", "ref_logprobs", "kl", "k3", "entropy", "rewards"):
+        torch.testing.assert_close(getattr(alone, name), getattr(beside, name), rtol=0, atol=1e-12)
 
 
 def test_early_stop_leaves_the_weights_unmoved():
@@ -569,110 +443,3 @@ def test_policy_and_value_are_trained_apart():
     update(policy, value_model, sgd(policy, value_model, 0.1), right, replace(config, ppo_epochs=1), rng())
     assert distance(value_model, still[1]) < 1e-12
     assert not torch.equal(policy.wte.weight, still[0].wte.weight)
-
-
-def test_gradients_are_clipped_separately_after_they_are_there():
-    """Clipping before backward, or one norm for both networks: the length of each network's step tells."""
-    policy, value_model, experience, config = prepared(grad_clip=1e-3, ppo_epochs=1, micro_batch=2)
-    before = copy.deepcopy(policy), copy.deepcopy(value_model)
-    stats = update(policy, value_model, sgd(policy, value_model, 1.0), experience, config, rng())
-    for model, start in zip((policy, value_model), before, strict=True):
-        assert distance(model, start) == pytest.approx(1e-3, rel=1e-2)
-    assert stats["grad_norm"] > 1e-2
-
-
-def test_a_gradient_norm_of_0_is_no_limit():
-    """--grad_clip 0 trained nothing: every gradient was scaled to length 0. It is the step of a limit out of reach."""
-    steps = []
-    for limit in (0.0, 1e9):
-        policy, value_model, experience, config = prepared(grad_clip=limit, micro_batch=2)
-        before = copy.deepcopy(policy)
-        stats = update(policy, value_model, sgd(policy, value_model, 0.1), experience, config, rng())
-        steps.append((distance(policy, before), stats["grad_norm"]))
-    assert steps[0] == steps[1]
-    assert steps[0][0] > 1e-3
-
-
-def test_frozen_layers_stay_as_they_are():
-    """Training the last block only: everything else, the tied embedding above
-    all, has no gradient and doesn't change."""
-    policy, value_model, experience, config = prepared(ppo_epochs=2)
-    train_last_layers(policy, 1)
-    before = copy.deepcopy(policy.state_dict())
-    optimizer = ppo.make_optimizer(policy, value_model, config)
-    update(policy, value_model, optimizer, experience, config, rng())
-    for name, p in policy.named_parameters():
-        trained = name.startswith(("h.1.", "ln_f."))
-        assert (p.grad is not None) == trained, name
-        assert torch.equal(p, before[name]) != trained, name
-    with pytest.raises(UserError, match="--train_layers 3: the model has 2 blocks"):
-        train_last_layers(policy, 3)
-    whole = make_gpt(0)
-    train_last_layers(whole, 0)
-    assert all(p.requires_grad for p in whole.parameters())
-    train_last_layers(value_model, 1)
-    names = {name for name, p in value_model.named_parameters() if p.requires_grad}
-    above = ("gpt.h.1.", "gpt.ln_f.", "direction", "block.", "ln.", "head.")
-    assert names == {n for n, _ in value_model.named_parameters() if n.startswith(above)}
-
-
-@pytest.mark.parametrize("micro_batch", [0, 1, 3])
-def test_the_pretraining_term_counts_once_a_step(micro_batch):
-    """PPO-ptx: coefficient times the SFT loss of a batch of demonstrations, once
-    a step however the rollouts are split."""
-    policy, value_model, experience, config = prepared(micro_batch=micro_batch, ppo_epochs=1, ptx_coef=0.5)
-    demonstrations = [Example([1, 2], [3, 4, 5, EOS])]  # a single one, so every batch of it has the same loss
-    before, expected = copy.deepcopy(policy), copy.deepcopy(policy)
-    descend(expected, -0.5 * completion_logprobs(expected, [1, 2], [3, 4, 5, EOS]).mean(), 0.1)
-    calm = replace(experience, advantages=torch.zeros_like(experience.advantages))
-    extra = ptx_losses(policy, demonstrations, config, iteration=0)
-    update(policy, value_model, sgd(policy, value_model, 0.1), calm, config, rng(), extra)
-    assert_same_weights(policy, expected, before)
-
-
-DEMONSTRATIONS = [
-    Example([1, 2], [3, 4, 5, EOS]),
-    Example([7], [8, EOS]),
-    Example([2, 3, 4, 5, 6], [9]),  # cut
-    Example([1], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, EOS]),
-]
-
-
-@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3, 16])
-def test_the_pretraining_term_goes_in_micro_batches(monkeypatch, micro_batch):
-    """--micro_batch must hold for the demonstrations too, whose texts may be longer than the rollouts: no forward pass
-    with more rows, and the same gradient for any size, that of the mean over all tokens of the drawn batch."""
-    policy, config = make_gpt(0, dtype=torch.float64), tiny_config(ptx_coef=0.5, minibatch=7, micro_batch=micro_batch)
-    drawn: list[int] = []
-    original = torch.randint
-
-    def record(*args, **options):
-        drawn.extend(original(*args, **options).tolist())
-        return torch.tensor(drawn)
-
-    monkeypatch.setattr(torch, "randint", record)
-    widths: list[tuple[int, ...]] = []
-    policy.register_forward_pre_hook(lambda _, inputs: widths.append(tuple(inputs[0].shape)))
-    losses = list(ptx_losses(policy, DEMONSTRATIONS, config, iteration=3)())
-    assert sum(rows for rows, _ in widths) == 7 == len(drawn)
-    assert max(rows for rows, _ in widths) == (min(micro_batch, 7) or 7)
-    sum(losses).backward()
-    slow = make_gpt(0, dtype=torch.float64)
-    batch = [DEMONSTRATIONS[i] for i in drawn]
-    total = sum(completion_logprobs(slow, e.prompt, e.completion).sum() for e in batch)
-    (-0.5 * total / sum(len(e.completion) for e in batch)).backward()
-    for (name, p), expected in zip(policy.named_parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, expected.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_the_pretraining_term_draws_anew_in_every_step():
-    """The same demonstrations in every step of a run would be learned by heart; a resumed iteration draws the same."""
-    policy, config = make_gpt(0, dtype=torch.float64), tiny_config(ptx_coef=0.5, minibatch=16, micro_batch=0)
-
-    def totals(iteration: int) -> list[float]:
-        losses = ptx_losses(policy, DEMONSTRATIONS, config, iteration)
-        return [sum(losses()).item() for _ in range(3)]
-
-    first, second = totals(0), totals(1)
-    assert len({round(x, 9) for x in first + second}) == 6
-    assert totals(1) == second

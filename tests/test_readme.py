@@ -1,4 +1,5 @@
-"""README.md: every command in it is run, at a small size; every link, function and test that it names is there."""
+"""README.md and the pages of docs/: every command is run, at a small size; every link, function and test that they name
+is there; the tables are those of the code and of the study."""
 
 from __future__ import annotations
 
@@ -19,9 +20,13 @@ from study import tables
 from study.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-# At the end of a command, where they win over what README.md says: the same code, with next to nothing to do.
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXT = "\n\n".join(PAGES.values())
+# The files that the pages let a reader write: a block of Python that begins with the file's name.
+OWN_FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", TEXT, re.DOTALL))
+# What stands for a policy that has to be downloaded, when its commands are run: the one that the scratch folder has.
+PUBLISHED, SMALL_POLICY = "hf:HuggingFaceTB/SmolLM2-135M-Instruct", "out/sft"
+# At the end of a command, where they win over what the page says: the same code, with next to nothing to do.
 PPO = "--iterations 1 --rollouts 8 --minibatch 8 --warmup 0 --max_new_tokens 8"
 SMALL = {
     "sft.py": "--epochs 1 --warmup 0",
@@ -32,23 +37,26 @@ SMALL = {
     "dpo.py": "--warmup 0 --max_new_tokens 8",
     "evaluate.py": "--n_prompts 4 --best_of 1 2 --max_new_tokens 8",
     "sample.py": "--max_new_tokens 8",
-    "tools/bench.py": "--size tiny --stages sft --repeats 1 --batch_size 4 --micro_batch 2",
-    "tools/plan.py": "--sizes gpt2",
+    "tools.bench": "--size tiny --stages sft --repeats 1 --batch_size 4 --micro_batch 2",
+    "tools.plan": "--sizes gpt2",
     "study.run": "--commands",
     "study.best_of_n": "--n_prompts 2 --best_of 1 2 --max_new_tokens 8",
     "study.implicit": "--n_prompts 4",
 }
-# Not run here, but their flags are read: these need a network, or a person.
-NEEDS_MORE = ("--annotator web", "--annotator human", "gpt2", "hf:", "out/real", "--tokenizer", "annotate")
-NEEDS_TIME = ("tests/mutate.py", "tests/kill_and_resume.py", "pytest", "tools.prepare", "tools/bench.py --compare")
+# Not run here, but their flags are read: these need a network, or a person, or what was not run either ...
+NEEDS_MORE = ("--annotator web", "--annotator human", "gpt2", "out/real", "out/mine/sft", "--tokenizer", "annotate")
+# ... or time
+NEEDS_TIME = ("tests/", "pytest", "tools.prepare", "tools.bench --compare", "make_vocab")
 
 
 def commands() -> list[str]:
     """What starts with python in the blocks, and between single backquotes when it names a script."""
     found = []
-    for text in (TEXT, *DOCS.values()):
-        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
-            found += [line.split("  #")[0].strip() for line in block.splitlines()]
+    for text in PAGES.values():
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            if language in ("python", "json"):
+                continue
+            found += [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
         found += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
     starts = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?python (?:-m )?\S+")
     return list(
@@ -68,7 +76,7 @@ def script_of(command: str) -> tuple[str, list[str], dict[str, str]]:
 
 def test_there_are_commands():
     """A pattern that finds nothing passes everything."""
-    assert len(commands()) >= 30
+    assert len(commands()) >= 80
 
 
 @pytest.mark.parametrize("command", commands())
@@ -81,6 +89,8 @@ def test_a_command_has_flags_that_its_script_knows(command):
         assert arguments[0] in BROKEN
         script, arguments = arguments[1], arguments[2:]
     name = script.removesuffix(".py").replace("/", ".")
+    if script in OWN_FILES or "--help" in arguments:
+        return
     if name.startswith("tests") or script == "pytest":
         assert script == "pytest" or (ROOT / script).exists()
         return
@@ -127,12 +137,12 @@ print(json.dumps(failed))
 def scratch(tmp_path_factory) -> Path:
     """A copy of the project with what the commands start from: a small run of the demo, and files of one's own."""
     folder = tmp_path_factory.mktemp("readme")
-    for source in ("data", "study", "runs", "assets", "README.md", *(p.name for p in ROOT.glob("*.py"))):
-        ignored = shutil.ignore_patterns("__pycache__")
-        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-        copy(ROOT / source, folder / source, **({"ignore": ignored} if (ROOT / source).is_dir() else {}))
-    for block in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", TEXT, re.DOTALL):
-        (folder / block[0]).write_text(block[1], encoding="utf-8")
+    for source in ("data", "lib", "tools", "study", "runs", "assets", "docs"):
+        shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in ROOT.glob("*.py"):
+        shutil.copy(source, folder)
+    for name, code in OWN_FILES.items():
+        (folder / name).write_text(code, encoding="utf-8")
     prepare = [
         "data.tiny --demonstrations 200 --held_out_demonstrations 20 --prompts 100 --held_out_prompts 20",
         "sft.py --data out/data/demonstrations.jsonl --out_dir out/sft --n_layer 2 --n_embd 32 --warmup 0 --epochs 1",
@@ -148,6 +158,8 @@ def scratch(tmp_path_factory) -> Path:
     assert not failed, failed[0]
     for name in ("rm1", "rm2", "rm3"):
         shutil.copytree(folder / "out/reward_model", folder / "out" / name)
+    for name in ("prompts.jsonl", "prompts_held_out.jsonl"):
+        shutil.copy(folder / "out/data" / name, folder)
     return folder
 
 
@@ -155,9 +167,10 @@ def run_all(chosen: list[str], folder: Path, small: bool = True) -> list[str]:
     """Run commands one after the other in the folder -> those that failed, with the end of what they printed."""
     jobs = []
     for command in chosen:
-        script, arguments, environment = script_of(command)
+        script, arguments, environment = script_of(command.replace(PUBLISHED, SMALL_POLICY))
         key = arguments[1] if script == "study.broken" and arguments else script
         extra = shlex.split(SMALL.get(key, "")) if small else []
+        extra += ["--train_layers", "1"] if "--train_layers" in arguments and key != "tools.plan" else []
         if small and key == "sft.py" and "--init" not in arguments:
             extra += ["--n_layer", "2", "--n_embd", "32"]
         module = " -m " in command
@@ -202,19 +215,28 @@ def anchor(title: str) -> str:
 
 def test_links_lead_somewhere():
     """A figure that was renamed; a section that moved."""
-    texts = {ROOT / "README.md": TEXT, **DOCS}
-    anchors = {p: {anchor(title) for title in re.findall(r"^#+ (.+)$", t, re.MULTILINE)} for p, t in texts.items()}
-    for path, text in texts.items():
+    anchors = {p: {anchor(title) for title in re.findall(r"^#+ (.+)$", t, re.MULTILINE)} for p, t in PAGES.items()}
+    for path, text in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             file, _, place = target.partition("#")
             if not target.startswith("http"):
                 there = (path.parent / file).resolve() if file else path
-                assert there.exists(), target
-                assert not place or place in anchors[there], target
+                assert there.exists(), f"{path.name}: {target}"
+                assert not place or place in anchors[there], f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_can_be_found_left_and_finished(path):
+    """README.md lists every page, every page links back, and none is longer than what one reads in one sitting."""
+    readme, text = ROOT / "README.md", PAGES[path]
+    assert len(text.splitlines()) <= (300 if path == readme else 400)
+    if path != readme:
+        assert f"](docs/{path.name})" in PAGES[readme]
+        assert "](../README.md" in "\n".join(text.splitlines()[:8])
 
 
 def test_the_table_of_metrics_is_that_of_the_figures():
-    """A healthy range in README.md and another one shaded in the plots and the report."""
+    """A healthy range in the docs and another one shaded in the plots and the report."""
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| (.+) \|$", TEXT, re.MULTILINE)
     told = {name: (unit, healthy, text) for name, unit, healthy, text in rows if name in METRICS}
     assert list(told) == list(METRICS)
@@ -226,21 +248,24 @@ def test_the_table_of_metrics_is_that_of_the_figures():
 
 
 def test_functions_and_tests_that_it_names_are_there():
-    """The table of details points at lines of code and tests: `function` in file.py, `test_x.py`."""
-    named = re.findall(r"`(\w+)` in ([\w/]+\.py)", TEXT)
-    assert len(named) >= 15
-    for function, file in named:
+    """The pages point at lines of code and at tests: `function` in file.py, `test_x.py`, `test_that_this_is_so`."""
+    named = re.findall(r"`(\w+)` in `?([\w/]+\.py)", TEXT)
+    assert len(named) >= 30
+    for name, file in named:
         source = (ROOT / file).read_text(encoding="utf-8")
-        assert re.search(rf"^\s*(?:def|class) {function}\b", source, re.MULTILINE), f"{function} in {file}"
-    for test in set(re.findall(r"`(test_\w+\.py)`", TEXT)):
-        assert (ROOT / "tests" / test).exists(), test
+        assert re.search(rf"^(?:\s*(?:def|class) )?{name}\b", source, re.MULTILINE), f"{name} in {file}"
+    tests = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py")}
+    for test in set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", TEXT)):
+        assert test in tests, test
+    for test in set(re.findall(r"`(test_\w+)`", TEXT)):
+        assert any(f"def {test}(" in source for source in tests.values()), test
 
 
 def test_the_tables_of_the_study_are_those_of_its_results():
     """Numbers copied by hand go stale in silence. `python -m study.tables` brings them up to date."""
     results = json.loads((ROOT / "study" / "results.json").read_text(encoding="utf-8"))
-    assert tables.mistakes(results) in TEXT
-    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == tables.document(results)
+    assert tables.mistakes(results) in PAGES[ROOT / "docs" / "experiments.md"]
+    assert PAGES[ROOT / "docs" / "study.md"] == tables.document(results)
 
 
 def test_a_table_is_replaced_where_it_stands(tmp_path):
@@ -249,6 +274,6 @@ def test_a_table_is_replaced_where_it_stands(tmp_path):
     assert tables.updated(text, new) == text.replace("| 1 | 2 |", "| 3 | 4 |\n| 5 | 6 |")
     with pytest.raises(UserError, match=r"no table .* \| a \| d \|"):
         tables.updated(text, tables.table("| a | d |", iter([])))
-    with pytest.raises(UserError, match=r"--readme \S+nowhere\.md: no such file"):
+    with pytest.raises(UserError, match=r"--page \S+nowhere\.md: no such file"):
         tables.write({}, str(tmp_path / "study.md"), str(tmp_path / "nowhere.md"))
     assert not list(tmp_path.iterdir())

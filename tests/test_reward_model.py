@@ -45,7 +45,9 @@ from data import tiny
 from data.batches import contrast_rankings, ranked_batch
 from data.tokenizer import load_tokenizer
 from model import ScalarModel
-from reward_model import accuracy_by_part, annotators_bayes_accuracy, evaluate, pair_accuracy
+from data.batches import pair_accuracy
+from data.tiny import annotators_bayes_accuracy
+from reward_model import accuracy_by_part, evaluate
 from reward_model import ranking_loss
 
 CPU = torch.device("cpu")
@@ -335,7 +337,7 @@ def test_accuracy_part_by_part():
     tokenizer = load_tokenizer("tiny")
     prompts = tiny.distinct_prompts(12, random.Random(3), "dev")
     model = make_told(15, vocab=tokenizer.n_vocab, block_size=96, n_embd=16, n_layer=1)
-    found = accuracy_by_part(model, prompts, tokenizer, CPU)
+    found = accuracy_by_part(model, contrast_rankings(prompts, tokenizer, 96), CPU)
     contrasts = contrast_rankings(prompts, tokenizer, 96)
     assert list(found) == list(contrasts) and len(set(found.values())) > 2
     for name, items in contrasts.items():

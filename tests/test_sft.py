@@ -29,6 +29,7 @@ from stages import DEMONSTRATIONS, demonstrations, run
 from torch import Tensor
 
 import sft
+from lib.setup import initial_model
 from lib.cli import UserError
 from data.batches import Example, make_batch
 from frame import completion_mask
@@ -173,7 +174,7 @@ def test_untrained_loss_is_about_ln_v():
     """A loss at the start far from ln V: wrong initialisation, wrong labels, or a sum where a mean is meant."""
     for config in (sft.Config(), sft.Config(n_layer=1, n_head=2, n_embd=16)):
         torch.manual_seed(0)
-        model = sft.initial_model(config, 1000, CPU)
+        model = initial_model(config, 1000, CPU)
         frame = frame_batch(B=16, vocab=1000, seed=9)
         with torch.no_grad():
             loss = sft_loss(model(frame.tokens), frame.tokens, frame.completion_mask).item()
@@ -283,7 +284,7 @@ def test_dropout_flag_holds_for_every_start(tmp_path, start):
     """An option that is silently ignored: --dropout must count when training goes on from a checkpoint or from
     published weights, not only from scratch; in every part that drops, and in what is saved."""
     init = starts(tmp_path)[start]
-    model = sft.initial_model(Config(init=init, dropout=0.25), 23, CPU)
+    model = initial_model(Config(init=init, dropout=0.25), 23, CPU)
     assert model.config.dropout == 0.25
     twin = GPT(model.config)  # what the saved configuration says
     twin.load_state_dict(model.state_dict())
@@ -297,7 +298,7 @@ def test_dropout_flag_holds_for_every_start(tmp_path, start):
 @pytest.mark.parametrize("start", ["folder", "checkpoint"])
 def test_a_start_from_weights_computes_what_they_do(tmp_path, start):
     """Weights left out or transposed on the way in: training then starts from a guess."""
-    model = sft.initial_model(Config(init=starts(tmp_path)[start]), 23, CPU).eval()
+    model = initial_model(Config(init=starts(tmp_path)[start]), 23, CPU).eval()
     tokens = torch.randint(0, 23, (2, 48), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(tokens), make_gpt(9)(tokens))
 
@@ -306,17 +307,17 @@ def test_block_size_is_honoured_or_refused(tmp_path):
     """--block_size ignored with --init: memory for 1,024 positions where 96 were asked for. Published weights are cut
     to it; a checkpoint has its own."""
     inits = starts(tmp_path)
-    short = sft.initial_model(Config(init=inits["folder"], block_size=16), 23, CPU).eval()
+    short = initial_model(Config(init=inits["folder"], block_size=16), 23, CPU).eval()
     tokens = torch.randint(0, 23, (2, 16), generator=torch.Generator().manual_seed(0))
     assert short.config.block_size == 16 and torch.equal(short(tokens), make_gpt(9)(tokens))
     for start, block_size in (("folder", 0), ("folder", 48), ("checkpoint", 0), ("checkpoint", 48)):
-        model = sft.initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
+        model = initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
         assert model.config.block_size == 48
     for start, block_size in (("folder", 49), ("checkpoint", 16), ("checkpoint", 49)):
         with pytest.raises(UserError, match=rf"block_size {block_size}: .* 48"):
-            sft.initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
+            initial_model(Config(init=inits[start], block_size=block_size), 23, CPU)
     for block_size, expected in ((0, 96), (17, 17)):
-        assert sft.initial_model(Config(block_size=block_size), 23, CPU).config.block_size == expected
+        assert initial_model(Config(block_size=block_size), 23, CPU).config.block_size == expected
 
 
 @pytest.mark.parametrize("start", ["folder", "checkpoint"])
@@ -324,12 +325,12 @@ def test_block_size_is_honoured_or_refused(tmp_path):
 def test_sizes_are_refused_where_the_weights_have_their_own(tmp_path, start, name):
     """--n_layer 12 --init FOLDER trains the folder's two layers, and nobody notices."""
     with pytest.raises(UserError, match=f"--{name} is for a model from scratch"):
-        sft.initial_model(Config(init=starts(tmp_path)[start], **{name: 8}), 23, CPU)
+        initial_model(Config(init=starts(tmp_path)[start], **{name: "llama" if name == "block" else 8}), 23, CPU)
 
 
 def test_a_llama_from_scratch_has_llama_s_blocks_and_about_as_many_weights():
     """--block that is ignored, or that changes the MLP alone; a comparison with a network of another size."""
-    plain, llama = (sft.initial_model(Config(block=block), 930, CPU) for block in ("gpt2", "llama"))
+    plain, llama = (initial_model(Config(block=block), 930, CPU) for block in ("gpt2", "llama"))
     c = llama.config
     assert (c.norm, c.mlp, c.bias, c.n_inner, c.rope_base) == ("rms", "swiglu", "none", 344, 1e4)
     assert (plain.config.norm, plain.config.mlp, plain.config.bias) == ("layer", "gelu", "all")
@@ -354,20 +355,20 @@ def test_positions_are_those_of_the_flag(tmp_path):
 def test_impossible_starts_are_refused(tmp_path):
     """A checkpoint whose ids mean other words, heads that don't divide the channels: refused by the flag's name."""
     with pytest.raises(UserError, match="rope_base"):
-        sft.initial_model(Config(n_embd=12), 23, CPU)  # 3 channels a head can't be paired
+        initial_model(Config(n_embd=12), 23, CPU)  # 3 channels a head can't be paired
     with pytest.raises(UserError, match="was trained with --tokenizer toy"):
-        sft.initial_model(Config(init=starts(tmp_path)["checkpoint"], tokenizer="tiny"), 23, CPU)
+        initial_model(Config(init=starts(tmp_path)["checkpoint"], tokenizer="tiny"), 23, CPU)
     with pytest.raises(UserError, match="n_embd 30 is not a multiple of n_head 4"):
-        sft.initial_model(Config(n_embd=30), 23, CPU)
+        initial_model(Config(n_embd=30), 23, CPU)
 
 
 def test_published_weights_must_have_the_vocabulary_s_rows(tmp_path):
     """Fewer rows than token ids: an index error at some later token. More: padding that would be given probability."""
     save_pretrained(make_gpt(9), tmp_path)
     config = Config(init=str(tmp_path))
-    assert sft.initial_model(config, 20, CPU)(torch.tensor([[1, 2]])).shape == (1, 2, 20)
+    assert initial_model(config, 20, CPU)(torch.tensor([[1, 2]])).shape == (1, 2, 20)
     with pytest.raises(UserError, match="23 token ids, but the vocabulary has 24"):
-        sft.initial_model(config, 24, CPU)
+        initial_model(config, 24, CPU)
 
 
 @pytest.mark.parametrize("broken", ["nothing", "config", "weights", "another"])
@@ -384,7 +385,7 @@ def test_an_init_that_can_not_be_loaded_is_one_line(tmp_path, broken):
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({**shape, "n_layer": 3}), encoding="utf-8")
     with pytest.raises(UserError, match=str(folder)) as error:
-        sft.initial_model(Config(init=str(folder)), 23, CPU)
+        initial_model(Config(init=str(folder)), 23, CPU)
     assert "\n" not in str(error.value)
     if broken == "another":
         assert "h.2." in str(error.value)  # what is missing, not only that something is

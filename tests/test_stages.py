@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import os
 
@@ -15,16 +16,33 @@ from helpers import (
     TOY,
     assert_same_weights,
     beside_a_demo,
+    checkpoint,
+    make_told,
     plain_sgd,
     read_lines,
     strict_json,
     write_lines,
 )
-from stages import CPU, PROMPTS, STAGES, asked, demonstrations, on_task, run, settings, toy_policy, watching
+from stages import (
+    die_after_state,
+    CPU,
+    DEMONSTRATIONS,
+    PROMPTS,
+    STAGES,
+    asked,
+    demonstrations,
+    on_task,
+    reward_file,
+    run,
+    settings,
+    steady_policy,
+    toy_policy,
+    watching,
+)
 
 from lib.checkpoint import load_file, load_model
 from lib.cli import TrainConfig, UserError
-from model import GPT, Block
+from model import GPT, Block, ScalarModel
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
 learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
@@ -81,6 +99,12 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, stage):
     assert made == {"script": f"{stage}.py", "config": config, "task": ""}
     assert load_file(out / "state.pt")["step"] == log[-1]["step"]
     assert all(p.isfinite().all() for p in model.parameters())
+    if STAGES[stage].data == "prompts":  # what part of an iteration's seconds each part took
+        assert all(
+            sum(v for k, v in row.items() if k.startswith("share_")) == pytest.approx(1, abs=1e-5) for row in log
+        )
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 @every_stage
@@ -124,40 +148,26 @@ def test_a_run_that_blows_up_stops_and_leaves_no_model(tmp_path, stage, lr):
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-class Killed(Exception):
-    pass
-
-
-def die_after_state(stage: str, folder, step: int, **changes) -> None:
-    """A run that is killed as soon as the state after this step is saved."""
-    replace = os.replace
-
-    def replace_and_die(source, target):
-        replace(source, target)
-        if str(target).endswith("state.pt") and load_file(target)["step"] == step:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", replace_and_die)
-        run(stage, folder, **changes)
-
-
 @every_stage
 @pytest.mark.parametrize("train_layers", [0, 1])
 def test_a_resumed_run_equals_the_unbroken_one(tmp_path, stage, train_layers):
     """Killed after a saved state and resumed, with half a line in its log and torch's generator elsewhere, a run ends
     with the same weights to the bit and the same log and results. An optimiser that starts anew, a data position or a
     KL coefficient that is lost, dropout of other draws, a common trunk that is common no more."""
-    changes = {"model": toy_policy(dropout=0.1, n_layer=3), **one_step(stage, 4), "train_layers": train_layers}
+    start = toy_policy(dropout=0.1, n_layer=3)
+    changes = {"model": start, **one_step(stage, 8), "train_layers": train_layers}
     changes |= {"dropout": 0.1} if stage == "sft" else {}
-    changes |= {"kl_target": 3.0} if stage == "ppo" else {}
+    if stage == "ppo":
+        mine = write_lines(tmp_path / "mine.jsonl", demonstrations(DEMONSTRATIONS))
+        changes |= {"kl_target": 3.0, "ptx_coef": 0.1, "ptx_data": mine}
+        changes |= {"reward": checkpoint(tmp_path / "rm", ScalarModel.from_gpt(start))}
     whole = run(stage, tmp_path / "whole", **changes)
-    die_after_state(stage, tmp_path / "broken", 2, save_every=2, **changes)
+    die_after_state(stage, tmp_path / "broken", 6, save_every=6, **changes)
     with open(tmp_path / "broken" / "out" / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 3, "loss"')  # a line that the crash cut short
+        file.write('{"step": 7, "loss"')  # a line that the crash cut short
     torch.manual_seed(12345)
     with watching() as watch:
-        resumed = run(stage, tmp_path / "broken", save_every=2, resume=True, **changes)
+        resumed = run(stage, tmp_path / "broken", save_every=6, resume=True, **changes)
     assert len(watch.steps) == 2
     for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -185,21 +195,25 @@ def test_a_finished_run_goes_on_for_longer_or_is_left_as_it_is(tmp_path, stage):
 
 @every_stage
 def test_a_state_belongs_to_its_configuration(tmp_path, stage):
-    """Another learning rate, seed, start or data: refused, the flag named, no byte changed. A run that has been started
-    anew in the meantime has no state until it saves its first."""
-    run(stage, tmp_path, save_every=1)
+    """Going on from one run's weights with another learning rate, seed, start or data gives neither run, and a run that
+    shrinks has done more than it was asked for: refused, the flag named, no byte changed. A run that is started anew
+    has no results of the one before; the model stays until there is a new one: a mistyped flag must not cost it."""
+    changes = {**one_step(stage, 2), "save_every": 1}
+    if STAGES[stage].data == "prompts":
+        rewards = [f"{reward_file(tmp_path)}:{name}" for name in ("letters", "stops")]
+        changes["reward"] = rewards
+    run(stage, tmp_path, **changes)
     before = files_of(tmp_path / "out")
-    flag, start = STAGES[stage].data, STAGES[stage].start
-    made = settings(stage, tmp_path)
-    other = write_lines(tmp_path / "other.jsonl", read_lines(made[flag]))
-    for name, value in {"lr": 1e-4, "seed": 2, "grad_clip": 0.5, flag: other, start: str(tmp_path / "x")}.items():
-        if name == start:
-            (tmp_path / "start").rename(tmp_path / "x")
-            made[start] = value
-        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} "):
-            run(stage, tmp_path, save_every=1, resume=True, **{name: value})
-        assert files_of(tmp_path / "out") == before
-    die_after_state(stage, tmp_path, 1, save_every=1, seed=2)
+    flag, start, longer = STAGES[stage].data, STAGES[stage].start, STAGES[stage].longer
+    other = write_lines(tmp_path / "other.jsonl", read_lines(settings(stage, tmp_path)[flag]))
+    changed = {"lr": 1e-4, "seed": 2, "grad_clip": 0.5, "warmup": 1, longer: 1, flag: other}
+    changed[start] = checkpoint(tmp_path / "elsewhere", toy_policy())
+    changed |= {"reward": rewards[::-1]} if "reward" in changes else {}
+    for name, value in changed.items():
+        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} ") as error:
+            run(stage, tmp_path, **changes | {name: value}, resume=True)
+        assert "\n" not in str(error.value) and files_of(tmp_path / "out") == before
+    die_after_state(stage, tmp_path, 1, **changes | {"seed": 2})
     assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "model.pt").exists()
 
 
@@ -379,6 +393,27 @@ def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
     assert a == b and a[0] != a[1] and a[0] != c[0]
 
 
+@samples
+def test_samples_are_drawn_at_the_temperature_from_the_whole_vocabulary(tmp_path, stage):
+    """A temperature that is not passed on, top-k or top-p in rollouts: the policy sampled from is not the one that is
+    scored, and KL turns negative. Of a policy whose next token has the same known distribution everywhere: each token's
+    share within 4.5 standard errors."""
+    logits = [3.0, 2.0, 1.0, *[0.0] * 19, 1.0]
+    few = {"minibatch": 240, "micro_batch": 0, "ppo_epochs": 1}
+    run(stage, tmp_path, steady_policy(logits), rollouts=240, iterations=1, lr=0.0, temperature=0.7, **few)
+    (call,) = asked(tmp_path)
+    written = [
+        i
+        for text, ended in zip(call.completions, call.ended, strict=True)
+        for i in [*TOY.encode(text), EOS][: len(text) + ended]
+    ]
+    probabilities = (torch.tensor(logits) / 0.7).softmax(0).tolist()
+    assert len(written) > 1000
+    for token, p in enumerate(probabilities):
+        share = written.count(token) / len(written)
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / len(written)), token
+
+
 # ----------------------------------------------------------------------------------------------- memory and speed
 
 
@@ -387,16 +422,21 @@ def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
 def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
     """--dtype that is ignored in training, in sampling or in scoring: the run is merely slow. The weights stay float32,
     and a little rounding changes the first step's figures by little."""
-    scorer = {"reward": str(tmp_path / "rm" / "out")}
-    if stage in ("ppo", "grpo"):
-        run("reward_model", tmp_path / "rm")
-    changes = scorer if stage in ("ppo", "grpo") else {}
+    changes = {}
+    if STAGES[stage].data == "prompts":
+        scorer = checkpoint(tmp_path / "rm", make_told(2, block_size=24))
+        changes["reward"] = [scorer, f"{reward_file(tmp_path)}:letters"]
+    if stage == "ppo":
+        mine = write_lines(tmp_path / "mine.jsonl", demonstrations(DEMONSTRATIONS))
+        changes |= {"ptx_coef": 0.5, "ptx_data": mine}
     with watching() as watch:
         _, model, log = run(stage, tmp_path, **one_step(stage), **changes, dtype=dtype)
     wanted = getattr(torch, dtype)
     assert watch.products[True] == {wanted}
     if stage in ("reward_model", "ppo", "grpo"):  # whose samples and scores are in it too
         assert watch.products[False] == {wanted}
+    if "reward" in changes:  # a function of the user's own is called without autocast
+        assert not any(call.autocast for call in asked(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in watch.steps[0].optimizer.param_groups[0]["params"]} == {torch.float32}
     exact = run(stage, tmp_path / "exact", **one_step(stage), **changes).log[0]
@@ -440,12 +480,13 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
     What is trained takes the very step that it takes in a run that trains everything."""
     start = toy_policy(n_layer=3)
     decay = {"weight_decay": 0.1} if stage in ("sft", "reward_model") else {}
-    above = ("h.2.", "ln_f.", "gpt.h.2.", "gpt.ln_f.", "head.", "block.", "ln.", "direction")
     before = dict(run(stage, tmp_path, start, **one_step(stage), lr=0.0).model.named_parameters())
-    after = run(stage, tmp_path, start, **one_step(stage), train_layers=1, **decay).model
-    with torch.no_grad():
+    for n, blocks in ((2, "h.1. h.2."), (1, "h.2.")):
+        above = ("ln_f.", "gpt.ln_f.", "head.", "block.", "ln.", "direction", *blocks.split())
+        above += tuple(f"gpt.{block}" for block in blocks.split())
+        after = run(stage, tmp_path, start, **one_step(stage), train_layers=n, **decay).model
         moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name.startswith(above)}
+        assert moved == {name for name in before if name.startswith(above)}
     plain_sgd(monkeypatch)
     some, everything = (run(stage, tmp_path, start, **one_step(stage), train_layers=n).model for n in (1, 0))
     for (name, a), b in zip(some.named_parameters(), everything.parameters(), strict=True):
@@ -453,6 +494,17 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     with pytest.raises(UserError, match="--train_layers 4: the model has 3 blocks"):
         run(stage, tmp_path, start, train_layers=4)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+def test_frozen_blocks_never_run_with_gradients(tmp_path, stage):
+    """With --train_layers what the frozen blocks say of a text is the same for policy and reference and in every pass
+    over it: computed again in every update, it is most of the time that the flag should save."""
+    with watching() as watch:
+        run(stage, tmp_path, toy_policy(n_layer=3), train_layers=1)
+    (policy,) = {p.network for p in watch.training(GPT)}
+    runs = {block for block, gradients in watch.block_runs if gradients}
+    assert [block in runs for block in policy.h] == [False, False, True]
 
 
 @every_stage
@@ -525,6 +577,20 @@ def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, s
         assert run(stage, tmp_path, **changes, resume=True).results == results
 
 
+@samples
+def test_only_the_usual_reward_of_the_task_is_judged(tmp_path, stage):
+    """The expected ranges are those of one reward model, unweighted, on the embedded task: for any other reward a gate
+    would fail, or pass, by accident."""
+    changes = on_task(stage, tmp_path, own=False, vocabulary="bytes")
+    usual, letters = changes.pop("reward"), f"{reward_file(tmp_path)}:letters"
+    for other in (
+        {"reward": letters},
+        {"reward": [usual, letters]},
+        {"reward": usual, "reward_weights": [2.0]},
+    ):
+        assert run(stage, tmp_path, **changes, **other, gold="").results["gates"] == [], other
+
+
 @every_stage
 def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage):
     """With data of one's own the stage was judged on the demo's held-out data, or normalised on the demo's prompts, in
@@ -541,6 +607,7 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage
     results = module.train(module.Config(**flags))
     said = capsys.readouterr().out
     assert f"{data}: " in said and f"{start}/model.pt: made by" in said and "accuracy" not in results
+    assert "NOTE" not in said  # the policy isn't the demo's
     assert load_model(own / "out", CPU, STAGES[stage].kind).task == ""
     if STAGES[stage].held_out:
         assert "data_held_out.jsonl" in said  # what is missing is said

@@ -25,6 +25,7 @@ from helpers import write_lines
 import lib.reward
 import dpo
 import frame
+import ppo
 import sft
 from lib.cli import UserError, check_ranges, parse_config
 from lib.checkpoint import Checkpoint
@@ -88,7 +89,7 @@ def test_samples_keep_their_own_figures():
     policy, scorers = make_gpt(1), [make_scalar(2), make_scalar(3)]
     config = best_of_n.Config(max_new_tokens=2, seed=5)
     gold = lambda prompts, completions, ended: [len(c) + 0.01 * sum(map(ord, c)) for c in completions]  # noqa: E731
-    parts = (policy, [Checkpoint(m, TOY, "") for m in scorers], gold, TOY, 48, config)
+    parts = (policy, [Checkpoint(m, "toy", "") for m in scorers], gold, TOY, 48, config)
     logprobs, golds, scores = best_of_n.sample(*parts, 3, "abc", [0, 1, 2])
 
     generator = generator_for(policy.device, 5, 7, 3)
@@ -101,7 +102,7 @@ def test_samples_keep_their_own_figures():
             assert logprobs[i].item() == pytest.approx(
                 completion_logprobs(policy, [0, 1, 2], ids).sum().item(), abs=1e-4
             )
-            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])], [])[0])
+            assert golds[i].item() == pytest.approx(gold([""], [TOY.decode(rollout.completions()[i])], [True])[0])
             for m, model in enumerate(scorers):
                 alone = model(torch.tensor([[0, 1, 2, *ids]]))[0, -1].item()
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
@@ -324,7 +325,7 @@ def test_score_late_loses_the_score_of_all_but_the_longest(monkeypatch):
     paid = {}
     for module in (frame, break_module("score_late", monkeypatch)):
         scores = module.at_last_action(torch.tensor([5.0, 7.0]), mask)
-        paid[module.__name__] = (scores * mask).sum(1).tolist()
+        paid[module.__name__] = ppo.shaped_rewards(scores, torch.zeros(2, 3), mask, 0.1).sum(1).tolist()
     assert paid == {"frame": [5.0, 7.0], "broken_score_late": [0.0, 7.0]}
 
 
@@ -367,7 +368,7 @@ def test_raw_reward_is_before_mean_and_scale(tmp_path, monkeypatch):
     """score = (raw - mean) / std."""
     model = make_scalar(1)
     model.mean.fill_(2.0), model.std.fill_(5.0)
-    path, policy = checkpoint(tmp_path / "rm", model), Checkpoint(make_gpt(1), TOY, "")
+    path, policy = checkpoint(tmp_path / "rm", model), Checkpoint(make_gpt(1), "toy", "")
     rollout = generate(policy.model, [[1, 2], [3]], 4, eos_id=EOS, generator=torch.Generator().manual_seed(1))
     arguments = ([path], policy, "", torch.device("cpu"))
     right = lib.reward.load_reward(*arguments)[0](rollout, [""] * 2, [""] * 2)

@@ -163,7 +163,7 @@ def test_a_broken_script_runs_the_broken_code(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "+    return F.one_hot((last + 1)" in done.stdout and "no such checkpoint" in done.stderr
+    assert "+    late = (last + 1).clamp(" in done.stdout and "no such checkpoint" in done.stderr
     done = subprocess.run(
         [sys.executable, "-m", "study.broken", "typo", "ppo.py"], cwd=ROOT, capture_output=True, text=True
     )

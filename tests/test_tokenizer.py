@@ -402,7 +402,7 @@ def test_a_checkpoint_holds_the_whole_vocabulary(tmp_path):
     load_tokenizer.cache_clear()
     content = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert isinstance(content["tokenizer"], str)
-    after = load_tokenizer(load_model(tmp_path / "run", CPU).tokenizer)
+    after = load_model(tmp_path / "run", CPU).tokenizer
     assert after is not before
     for name in ("saved", "name", "n_vocab", "eos_id", "template"):
         assert getattr(after, name) == getattr(before, name), name
@@ -468,12 +468,12 @@ def test_sft_starts_from_a_folder_with_its_vocabulary(tmp_path, monkeypatch, cap
     shutil.rmtree(folder)
     load_tokenizer.cache_clear()
     found = load_model(tmp_path / "one", CPU)
-    assert found.tokenizer == expected.saved and found.model.config.real_vocab == 57
+    assert found.vocabulary == expected.saved and found.model.config.real_vocab == 57
     assert load_file(tmp_path / "one" / "model.pt")["made"]["config"]["init"] == str(folder)
     start_sft(tmp_path, init=str(tmp_path / "one"), out_dir=str(tmp_path / "two"))
-    assert load_model(tmp_path / "two", CPU).tokenizer == expected.saved
+    assert load_model(tmp_path / "two", CPU).vocabulary == expected.saved
     start_sft(tmp_path, init=str(tmp_path / "one"), out_dir=str(tmp_path / "three"), template="plain")
-    assert load_tokenizer(load_model(tmp_path / "three", CPU).tokenizer).template == "plain"
+    assert load_model(tmp_path / "three", CPU).tokenizer.template == "plain"
     capsys.readouterr()
     sample.run(sample.Config(policy=str(tmp_path / "two"), prompt="hello", max_new_tokens=4, device="cpu"))
     assert "two > " in capsys.readouterr().out

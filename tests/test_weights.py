@@ -335,11 +335,11 @@ def test_a_llama_folder_is_llama_by_loops(tmp_path, changes, float64):
     for row, logits in zip(tokens, model(tokens), strict=True):
         torch.testing.assert_close(logits, slow_llama(shape, tensors, row.tolist()), rtol=0, atol=1e-9)
     # sampling with a cache goes the same way
-    caches = [KVCache(2, 11, model.config, model.wte.weight) for _ in model.h]
-    found = prefill(model, tokens[:, :4], torch.tensor([4, 4]), caches)
+    cache = KVCache(2, 11, model.config, model.wte.weight)
+    found = prefill(model, tokens[:, :4], torch.tensor([4, 4]), cache)
     for t in range(4, 11):
         torch.testing.assert_close(found, model(tokens)[:, t - 1], rtol=0, atol=1e-9)
-        found = decode_one_token(model, tokens[:, t], torch.full((2,), t), caches)
+        found = decode_one_token(model, tokens[:, t], torch.full((2,), t), cache)
     drawn = generate(model, [[1, 2, 3], [4]], 8, eos_id=0, temperature=0.0)
     for row, start, end in zip(drawn.tokens, drawn.prompt_lens.tolist(), drawn.lens.tolist(), strict=True):
         best = slow_llama(shape, tensors, row[:end].tolist()).argmax(-1)
