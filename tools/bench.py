@@ -34,7 +34,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -185,14 +184,8 @@ class Start(NamedTuple):
     batches: list[list]  # for each step: Example of sft.py, RankedExamples of reward_model.py and dpo.py, else prompts
 
 
-class Done(NamedTuple):
-    """What a step has worked on."""
-
-    texts: Texts
-    seconds: tuple[float, ...] = ()  # PPO's rollout, score and update
-
-
-Step = Callable[[list], Done]  # takes a batch: one optimiser step, one iteration of PPO, or one `generate`
+# Takes a batch -> the texts that it has worked on: one optimiser step, one iteration of PPO, or one `generate`.
+Step = Callable[[list], Texts]
 
 
 def make_start(net: GPTConfig, config: Config, stage: str) -> Start:
@@ -229,13 +222,13 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 def training_step(model: nn.Module, optimizer, config, loss: Callable[[list, list], Tensor]) -> Step:
     """The step in the loop of sft.py, reward_model.py and dpo.py. loss(micro-batch, batch)."""
 
-    def step(batch: list) -> Done:
+    def step(batch: list) -> Texts:
         optimizer.zero_grad(set_to_none=True)
         for part in micro_batches(batch, config.micro_batch):
             loss(part, batch).backward()
         clip_gradients(model, config.grad_clip)
         optimizer.step()
-        return Done([(len(e.prompt), len(e.completion)) for e in examples_of(batch)])
+        return [(len(e.prompt), len(e.completion)) for e in examples_of(batch)]
 
     return step
 
@@ -284,17 +277,13 @@ def own_ppo(s: Start) -> Step:
     if s.config.compile:
         compile_blocks(s.reference, value_model)
 
-    def step(prompts: list[list[int]]) -> Done:
-        clock = [now(s.device)]
+    def step(prompts: list[list[int]]) -> Texts:
         rollout = sample(prompts)
-        clock.append(now(s.device))
         scores = score_rollout(s.scorer, rollout) - own.eos_penalty * (~rollout.ended)
         networks = (s.policy, s.reference, value_model)
         experience = ppo.make_experience(*networks, rollout, scores, own.kl_coef, own)
-        clock.append(now(s.device))
         ppo.update(s.policy, value_model, optimizer, experience, own, order)
-        clock.append(now(s.device))
-        return Done(texts_of(rollout), tuple(b - a for a, b in pairwise(clock)))
+        return texts_of(rollout)
 
     return step
 
@@ -310,7 +299,7 @@ def texts_of(rollout: Rollout) -> Texts:
 
 def own_generate(s: Start) -> Step:
     sample = own_sampler(s, s.config.new_tokens)
-    return lambda prompts: Done(texts_of(sample(prompts)))
+    return lambda prompts: texts_of(sample(prompts))
 
 
 # -------------------------------------------------------------------------------- the same with plain transformers
@@ -389,10 +378,10 @@ def their_generate(s: Start) -> Step:
     n, model = s.config.new_tokens, their_model(s.policy.eval())
     options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": 0}
 
-    def step(prompts: list[list[int]]) -> Done:
+    def step(prompts: list[list[int]]) -> Texts:
         ids = torch.tensor(prompts, device=s.device)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, **options)
-        return Done([(s.config.prompt, n)] * len(prompts))
+        return [(s.config.prompt, n)] * len(prompts)
 
     return step
 
@@ -441,16 +430,16 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
     torch.compiler.reset()  # forget what was compiled for another stage
     s = make_start(net, config, stage)
     steps = {side: make_step(s, stage, side) for side in sides}
-    runs: dict[str, list[tuple[float, Done]]] = {side: [] for side in sides}  # seconds, what was done
+    runs: dict[str, list[tuple[float, Texts]]] = {side: [] for side in sides}  # seconds and texts of each step
     for number in tqdm(range(len(s.batches)), stage, disable=None):
         for side, step in steps.items():
             runs[side].append(timed(lambda step=step, n=number: step(s.batches[n]), s.device))
     first = runs["ours"][0][0]
     ours, *theirs = (rows[WARM_UP:] for rows in runs.values())
-    speeds = [tokens_of(stage, done.texts) / seconds for seconds, done in ours]
-    rates = [needed_flops(stage, done.texts, net) / seconds for seconds, done in ours]
+    speeds = [tokens_of(stage, texts) / seconds for seconds, texts in ours]
+    rates = [needed_flops(stage, texts, net) / seconds for seconds, texts in ours]
     figures = {
-        "tokens": median(tokens_of(stage, done.texts) for _, done in ours),
+        "tokens": median(tokens_of(stage, texts) for _, texts in ours),
         "seconds": median(seconds for seconds, _ in ours),
         "tokens_per_s": median(speeds),
         "share_of_matmul": median(rates) / ceilings["matmul_gflops"] / 1e9,
@@ -458,10 +447,6 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
     }
     if config.compile:
         figures["compile_seconds"] = first - figures["seconds"]
-    if stage == "ppo":
-        phases = [median(phase) for phase in zip(*(done.seconds for _, done in ours), strict=True)]
-        names = ("rollout", "score", "update")
-        figures["shares"] = {name: t / sum(phases) for name, t in zip(names, phases, strict=True)}
     if stage == "generate":
         prefill = own_sampler(s, 1)
         prefill_seconds = median(timed(lambda batch=batch: prefill(batch), s.device)[0] for batch in s.batches)
@@ -469,7 +454,7 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
         speed = decode_bytes(s.policy, config) / figures["step_seconds"]
         figures["share_of_copy"] = speed / ceilings["copy_gb"] / 1e9
     if theirs:
-        their_speeds = [tokens_of(stage, done.texts) / seconds for seconds, done in theirs[0]]
+        their_speeds = [tokens_of(stage, texts) / seconds for seconds, texts in theirs[0]]
         ratios = [a / b for a, b in zip(speeds, their_speeds, strict=True)]
         figures["transformers"] = {"tokens_per_s": median(their_speeds), "peak_mb": memory.get("transformers")}
         figures["ratio"] = [median(speeds) / median(their_speeds), min(ratios), max(ratios)]
@@ -494,8 +479,6 @@ def print_table(stages: dict[str, dict], config: Config) -> None:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         print("  ".join([first.ljust(widths[0]), *cells]))
     print("tokens and ms of a step (medians); tokens/s of real tokens; shares of what this machine reaches; --help")
-    if "ppo" in stages:
-        print("ppo: " + ", ".join(f"{name} {share:.0%}" for name, share in stages["ppo"]["shares"].items()))
     if "generate" in stages:
         print(f"generate: {1000 * stages['generate']['step_seconds']:.2f} ms a step of {config.batch_size} rows")
 
@@ -503,9 +486,9 @@ def print_table(stages: dict[str, dict], config: Config) -> None:
 def run(config: Config) -> dict:
     """-> {"machine", "config", "ceilings": {"matmul_gflops", "matmul_shapes", "copy_gb"}, "stages": {stage: figures}}.
 
-    figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured). PPO
-    has "shares" of its phases; generate "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"; --compare
-    adds "transformers" ("tokens_per_s", "peak_mb") and "ratio", ours to theirs: of the medians, least, most."""
+    figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured).
+    generate also has "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"; --compare adds
+    "transformers" ("tokens_per_s", "peak_mb") and "ratio", ours to theirs: of the medians, least, most."""
     net, low, high = SIZES[config.size], config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(config.batch_size > 1 and config.new_tokens > 1, "--batch_size and --new_tokens must be at least 2")
