@@ -20,7 +20,9 @@ import lib.checkpoint
 import lib.run
 import lib.train
 import dpo
+import evaluate
 import ppo
+from data import tiny
 from lib.cli import UserError
 from study import metrics, report
 
@@ -446,6 +448,14 @@ def test_every_logged_figure_is_explained():
     assert {"held_out_loss", "tokens_per_s", "grad_norm"} <= logged
     assert logged <= set(metrics.METRICS)
     assert {name for _, main in report.GROUPS.values() for name in main} <= set(metrics.METRICS)
+
+
+def test_the_page_explains_its_columns_and_quantities():
+    """A column of evaluate.py, a part of the true reward or a token's figure that the page has no words for."""
+    page = report.PAGE.read_text(encoding="utf-8")
+    titles = [title for _, title, _ in evaluate.COLUMNS] + [part.replace("_", " ") for part in tiny.PARTS]
+    for name in [*titles, *report.QUANTITIES]:
+        assert re.search(rf'^  "?{re.escape(name)}"?: ["{{]', page, re.MULTILINE), name
 
 
 def test_stages_are_known_by_their_flags():
