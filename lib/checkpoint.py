@@ -83,7 +83,8 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     content = load_file(file)
     try:
         content = dict(content)
-        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**content["config"])
+        fields = {k: v for k, v in content["config"].items() if k != "expectation"}  # stood there once
+        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**fields)
         made = content["made"]
         if found == kind:
             expectation = "direction" in content["weights"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import strict_json
 from stages import die_after_state, run
 
 import lib.run
+import sft
 from lib.cli import UserError
 from lib.run import gate
 
@@ -189,3 +191,21 @@ def test_the_last_quarter_of_a_run(capsys):
     assert [(g["name"], g["value"], g["ok"]) for g in results["gates"]] == [("a score", 6.5, True), ("a KL", 65, False)]
     assert "score 6.50 (0.00), kl 65.00 (0.00)" in capsys.readouterr().out
     assert lib.run.last_quarter(history[:3], ())["score"] == 2.0
+
+
+def test_shares_of_a_step_s_time_by_hand(tmp_path, monkeypatch):
+    """The seconds from the start of the step to the last lap, and what part of them each lap took: together 1."""
+    folder = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 2)
+    times = iter([10.0, 12.0, 15.0, 20.0, 30.0, 31.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    steps = folder.steps("test")
+    next(steps)
+    for name in ("rollout", "score", "update"):
+        folder.lap(name)
+    folder.log(1)
+    next(steps)  # the next one starts afresh
+    folder.lap("rollout")
+    folder.log(2)
+    first, second = folder.history()
+    assert first == {"step": 1, "seconds": 10.0, "share_rollout": 0.2, "share_score": 0.3, "share_update": 0.5}
+    assert second == {"step": 2, "seconds": 1.0, "share_rollout": 1.0}

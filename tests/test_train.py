@@ -12,7 +12,7 @@ from helpers import (
 
 import lib.train
 from lib.cli import UserError
-from lib.train import clip_gradients, generator_for, lr_at
+from lib.train import clip_gradients, generator_for, lr_at, set_lr
 
 CPU = torch.device("cpu")
 
@@ -65,9 +65,8 @@ def test_generators_are_independent_streams():
 @pytest.mark.parametrize(
     ("kind", "factors"),
     [
-        ("cosine", {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 8: 0.5}),
-        ("cosine", {6: (1 + math.cos(math.pi / 4)) / 2, 10: (1 - math.cos(math.pi / 4)) / 2}),
-        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 5: 0.875, 8: 0.5, 11: 0.125}),
+        ("cosine", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.5, 11: 0.5 * (1 + math.cos(math.pi * 7 / 8))}),
+        ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.5, 11: 0.125}),
     ],
 )
 def test_lr_at_by_hand(kind, factors):
@@ -81,9 +80,21 @@ def test_lr_at_by_hand(kind, factors):
 
 def test_lr_at_edges():
     """No warm-up, or more warm-up than steps, or one step: no division by zero, never above the peak."""
-    assert lr_at(0, 10, 0, "cosine") == lr_at(0, 1, 0, "cosine") == 1.0
+    assert lr_at(0, 10, 0, "cosine") == 1.0 and lr_at(0, 1, 0, "linear") == 1.0
     assert [lr_at(s, 3, 4, "cosine") for s in range(3)] == [0.25, 0.5, 0.75]
     assert lr_at(4, 4, 4, "linear") == 1.0
+
+
+def test_every_group_has_its_own_peak():
+    """PPO's policy and value model: a factor that is applied to what it was applied to before, or to one group's peak
+    in the place of another's; also in an optimiser that comes from a saved state."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in (1.0, 8.0)])
+    for step, factor in enumerate((0.5, 1.0, 1.0, 0.5)):
+        assert set_lr(optimizer, step, 4, 2, "linear") == factor
+        assert [group["lr"] for group in optimizer.param_groups] == [factor, 8 * factor]
+    resumed = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in (1.0, 8.0)])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert set_lr(resumed, 1, 4, 2, "linear") == 1.0 and resumed.param_groups[1]["lr"] == 8.0
 
 
 def model_with_gradients(seed: int, dtype=torch.float64):
