@@ -34,6 +34,7 @@ from stages import (
     on_task,
     reward_file,
     run,
+    same_figures,
     settings,
     steady_policy,
     toy_policy,
@@ -47,7 +48,6 @@ from model import GPT, Block, ScalarModel
 every_stage = pytest.mark.parametrize("stage", STAGES)
 learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
 samples = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "prompts"])
-TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
 
 
 def test_no_stage_is_forgotten():
@@ -67,10 +67,6 @@ def one_step(stage: str, n: int = 1) -> dict:
     """n epochs or iterations of one optimiser step each, on all items."""
     once = {"minibatch": 12, "ppo_epochs": 1} if STAGES[stage].data == "prompts" else {}
     return {**length_of(stage, n), **once}
-
-
-def same_figures(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
 def files_of(folder) -> dict[str, bytes]:
