@@ -98,8 +98,8 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def run_child(stage: str, work: Path, kill_after: float | None = None, amid_save: bool = False, **changes) -> End:
-    """Run the stage in a child process, and kill it after so many seconds unless it has ended by then; amid_save: not at
-    once but as soon as a file is being saved."""
+    """Run the stage in a child process, and kill it after so many seconds unless it has ended by then; amid_save: as
+    soon after that as a file is being saved."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context, log = multiprocessing.get_context("forkserver"), work / "log"
     context.set_forkserver_preload(PRELOAD)
