@@ -209,6 +209,14 @@ def settings(name: str, folder: Path, model=None, rows=None, held_out=None, **ch
     return {**made, **changes}
 
 
+TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
+
+
+def same_figures(rows: list[dict]) -> list[dict]:
+    """Rows of a log, or results, without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
 class Ran(NamedTuple):
     results: dict
     model: GPT | ScalarModel  # what was trained, as it was saved
