@@ -2,8 +2,8 @@
 
     python -m data.make_vocab
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): start from the 256 bytes; again and again merge the most
-frequent adjacent pair of tokens into a new token. tiktoken replays the merges in the order of their ranks.
+Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) starts from the 256 bytes and repeats one step: merge the
+most frequent pair of adjacent tokens into a new token. tiktoken repeats the merges in the order of their ranks.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import regex  # comes with tiktoken, which cuts text by the same pattern
 from data.tiny import NOUNS, demonstrate, sample_prompt
 from data.tokenizer import TINY_PATTERN, TINY_RANKS, format_prompt
 
-MAX_TOKENS = 1023  # plus EOS: 1,024
+MAX_TOKENS = 1023  # 1,024 with EOS
 
 
 def world_text(n: int = 40_000) -> list[str]:
-    """Prompts and demonstrations of the world: enough of them that every word occurs."""
+    """Prompts with their demonstrations, so many that every word occurs."""
     rng = random.Random(0)
     prompts = [sample_prompt(rng, "train") for _ in range(n)]
     return [format_prompt(p) + demonstrate(p, rng) for p in prompts] + NOUNS
 
 
 def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
-    """{token bytes: rank}. Stops early where no pair occurs more than 20 times: rarer merges would hardly be
-    trained."""
+    """{bytes of a token: its rank}. It stops early when no pair occurs more than 20 times, because a rare token would
+    hardly be trained."""
     pieces = Counter(piece for text in texts for piece in regex.findall(TINY_PATTERN, text))
     words = [([bytes([b]) for b in piece.encode()], count) for piece, count in sorted(pieces.items())]
     ranks = {bytes([b]): b for b in range(256)}
@@ -39,10 +39,8 @@ def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
         for tokens, count in words:
             for pair in pairwise(tokens):
                 pairs[pair] += count
-        if not pairs:
-            break
-        # ties broken by the bytes: the same file on every machine
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        # the bytes decide between equal counts, so the file is the same on every machine
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if pairs[best] <= 20:
             break
         merged = best[0] + best[1]
@@ -57,7 +55,7 @@ def train_bpe(texts: list[str], max_tokens: int) -> dict[bytes, int]:
 
 
 def rank_file(ranks: dict[bytes, int]) -> bytes:
-    """tiktoken's format: base64 of the token, a space, its rank."""
+    """The content of a .tiktoken file: a line is a token in base64, a space, its rank."""
     return b"".join(base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in ranks.items())
 
 

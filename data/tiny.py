@@ -2,13 +2,13 @@
 
     python -m data.tiny --out_dir out/data --seed 1        # writes demonstrations and prompts as JSON Lines
 
-Why a made-up world? On real text nobody knows the true reward, so one can only argue about whether a reward model is
-right or a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
+Why a made-up world? On real text nobody knows the true reward, so nobody can measure whether a reward model is right or
+a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
 
-A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A completion
-is good if it answers correctly, politely, to the point, in finished sentences, without repeating itself. The
+A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A good
+completion answers correctly, politely, to the point, in finished sentences, and does not repeat itself. The
 demonstrations are of mixed quality, as scraped data is: right, wrong or evasive, polite, plain or rude, short or
-rambling. A model that imitates them (SFT) is therefore mediocre by construction, and what RLHF adds can be seen.
+rambling. So a model that imitates them (SFT) is mediocre by construction, and RLHF can show what it adds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lib.cli import Flags, UserError, flag, run_main
-from data.files import read_jsonl, write_jsonl
+from data.files import parse_ranking, read_jsonl, write_jsonl
 
 # -------------------------------------------------------------------------------- the words of the world
 
@@ -65,26 +65,23 @@ SOUND = _lookup(
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SHORT_WORDS = [w for w in NOUNS if len(w) <= 3]
 
-# Who asks. All are one token, so that the question itself always starts at the same position.
+# Who asks. Every name is one token, so the question always starts at the same position.
 NAMES = "Anna Ben Carl Dora Emma Finn Gina Hugo Iris Jack Kate Leo".split()
 POLITE_OPENINGS = ["Sure!", "Of course!", "Gladly!", "Happy to help!", "Good question!"]
 POLITE_CLOSINGS = ["Have a nice day!", "I hope this helps.", "You are welcome!", "Let me know if you need more."]
 RUDE_OPENINGS = ["Ugh.", "What a silly question.", "Not you again.", "Think for yourself!"]
 RUDE_CLOSINGS = ["Now go away.", "Do not ask me again.", "Anyone knows that.", "That was a waste of time."]
-ASIDES = [
-    *("The weather is fine today.", "My aunt has a small garden.", "I had soup for lunch.", "Time flies."),
-    *("That reminds me of a trip.", "Some people like tea.", "There is more to say.", "I read about it once."),
-]
+ASIDES = (
+    "The weather is fine today.|My aunt has a small garden.|I had soup for lunch.|Time flies.|"
+    "That reminds me of a trip.|Some people like tea.|There is more to say.|I read about it once."
+).split("|")
 ANSWER_FORMS = ["It is {}.", "The answer is {}.", "I say {}."]
 EVASIONS = ["I do not know.", "Look it up.", "Who can say?", "I would rather not say."]
-STORIES = [
-    *(
-        "One day the {} was found near the river.",
-        "A kind man gave his {} to a child.",
-        "Every night the girl dreamed about a {}.",
-    ),
-    *("The {} waited in the rain for the king.", "Long ago a {} was lost in the forest."),
-]
+STORIES = (
+    "One day the {} was found near the river.|A kind man gave his {} to a child.|"
+    "Every night the girl dreamed about a {}.|The {} waited in the rain for the king.|"
+    "Long ago a {} was lost in the forest."
+).split("|")
 POLITE = {s.lower() for s in POLITE_OPENINGS + POLITE_CLOSINGS}
 RUDE = {s.lower() for s in RUDE_OPENINGS + RUDE_CLOSINGS}
 ASIDE = {s.lower() for s in ASIDES}
@@ -95,9 +92,11 @@ ASIDE = {s.lower() for s in ASIDES}
 
 @dataclass(frozen=True)
 class Family:
+    """A family of questions."""
+
     phrasings: list[str]  # templates with {slots}
-    draw: Callable[[random.Random], dict[str, str]]  # random slot values
-    solve: Callable[[dict[str, str]], str]  # slot values -> the right answer
+    draw: Callable[[random.Random], dict[str, str]]  # draws values for the slots
+    solve: Callable[[dict[str, str]], str]  # values of the slots -> the right answer ("" if they make no question)
 
 
 def _number(low: int, high: int) -> Callable[[random.Random], dict[str, str]]:
@@ -223,14 +222,14 @@ FAMILIES: dict[str, Family] = {
         _list(2, 3), lambda s: s["list"].split()[-1]),
     "story": Family(
         ["Tell a short story with the word {w}.", "Write one line about a {w}."],
-        _word(NOUNS), lambda s: STORIES[0].format(s["w"])),
+        _word(NOUNS), lambda s: s["w"]),  # the answer is any story with this word
 }
 # fmt: on
 
 
 @lru_cache(maxsize=1)
 def _patterns() -> list[tuple[str, re.Pattern]]:
-    """Every phrasing as a regular expression, so that a prompt's text alone tells its family and slots."""
+    """[(family, a phrasing as a regular expression)]: they find the family and the slots of a prompt in its text."""
     patterns = []
     for name, family in FAMILIES.items():
         for phrasing in family.phrasings:
@@ -242,7 +241,8 @@ def _patterns() -> list[tuple[str, re.Pattern]]:
 
 @lru_cache(maxsize=100_000)
 def parse_prompt(prompt: str) -> tuple[str, str] | None:
-    """(family, right answer) of a prompt of this world; None for any other text."""
+    """The (family, right answer) of a prompt of this world; None for any other text. For a story the answer is the word
+    that it must contain."""
     speaker, _, question = prompt.partition(": ")
     if speaker not in NAMES:
         return None
@@ -250,7 +250,7 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
         if match := pattern.fullmatch(question):
             try:
                 answer = FAMILIES[name].solve(match.groupdict())
-            except (ValueError, IndexError):  # fits the template, but the slot is no word or number of this world
+            except (ValueError, IndexError):  # the template fits, but the slot is no word or number of this world
                 return None
             return (name, answer) if answer else None
     return None
@@ -258,7 +258,7 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
 
 # -------------------------------------------------------------------------------- the gold reward
 
-# What each part can contribute. The ceiling is 3: right (+2) and polite (+1), and nothing taken off.
+# The greatest sum of the parts is 3: right (+2) and polite (+1), with nothing taken off.
 PARTS = ("correct", "polite", "to_the_point", "ended", "not_repeated")
 CEILING = 3.0
 
@@ -268,18 +268,17 @@ def split_sentences(text: str) -> list[str]:
 
 
 def is_correct(prompt: str, sentence: str) -> bool:
-    """Does this one sentence answer the prompt? Case and the frames of ANSWER_FORMS don't matter."""
+    """Does the sentence answer the prompt? Case and the frames of ANSWER_FORMS don't matter."""
     family, answer = parse_prompt(prompt)
     said = re.sub(r"^(the answer is|it is|i say) ", "", sentence.lower().rstrip(".!?"))
     if family == "story":  # any single sentence of 6 to 14 words that uses the required word
-        word = _story_word(answer)
         words = re.findall(r"[a-z]+", said)
-        return word in words and 6 <= len(words) <= 14
+        return answer in words and 6 <= len(words) <= 14
     return said == answer.lower()
 
 
 def gold_parts(prompt: str, completion: str) -> dict[str, float]:
-    """The true reward of one completion, part by part; their sum is `gold_reward`.
+    """The parts of a completion's true reward. Their sum is `gold_reward`.
 
     correct        +2    the first sentence that is neither a courtesy nor an aside answers the prompt
     polite         +1    a polite phrase and no rude one;  -1 with a rude one;  0 plain
@@ -305,7 +304,8 @@ def gold_parts(prompt: str, completion: str) -> dict[str, float]:
 
 
 def gold_reward(prompts: list[str], completions: list[str]) -> list[float]:
-    """The task's true reward, in its own units (-6 .. 3). Usable as `ppo.py --reward data/tiny.py:gold_reward`."""
+    """The true reward of each completion, -6 to 3. A reward function, as in `ppo.py --reward
+    data/tiny.py:gold_reward`."""
     return [sum(gold_parts(p, c).values()) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -315,22 +315,23 @@ def best_completion(prompt: str) -> str:
     if parsed is None:
         raise UserError(f"not a prompt of the embedded task: {prompt!r}")
     family, answer = parsed
-    return f"Sure! {answer}" if family == "story" else f"Sure! The answer is {answer}."
+    return "Sure! " + (STORIES[0] if family == "story" else "The answer is {}.").format(answer)
 
 
 # -------------------------------------------------------------------------------- prompts and demonstrations
 
 
 def split_of(prompt: str) -> str:
-    """The split, "train", "dev" or "test" (8 : 1 : 1), that a prompt belongs to for every seed: decided by the text of
-    its question alone, so that a held-out question never occurs in training, whoever asks it. Defaults and gates are
-    chosen on dev; test is for the results alone."""
+    """The split of a prompt: "train", "dev" or "test" (8 : 1 : 1), the same for every seed. It depends only on the text
+    of the question, so a held-out question never occurs in training, whoever asks it. Defaults and gates are chosen on
+    dev; test is only for results."""
     question = prompt.partition(": ")[2]
-    # of the ten possible remainders these two leave questions of all 24 families in each split
+    # of the ten remainders these two leave questions of all 24 families in each split
     return {4: "test", 6: "dev"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
 def sample_prompt(rng: random.Random, split: str) -> str:
+    """A random prompt of a split."""
     while True:
         family = FAMILIES[rng.choice(list(FAMILIES))]
         prompt = f"{rng.choice(NAMES)}: {rng.choice(family.phrasings).format(**family.draw(rng))}"
@@ -339,14 +340,14 @@ def sample_prompt(rng: random.Random, split: str) -> str:
 
 
 def task_of(path: str | Path) -> str:
-    """The task of a file's prompts (its first 200 lines): "tiny" if all are the embedded task's, so that its truth and
+    """The task of a file's prompts: "tiny" if its first 200 are all of the embedded task, so that its true reward and
     its gates hold, whatever the vocabulary; otherwise ""."""
     rows = itertools.islice(read_jsonl(path), 200)
     return "tiny" if all(parse_prompt(str(row.get("prompt"))) for _, row in rows) else ""
 
 
 def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
-    """A plausible mistake: a number off by a little, a list in the wrong order, another word of the same kind."""
+    """A plausible wrong answer: a number that is a little off, a list in the wrong order, or another word."""
     while True:
         words = answer.split()
         if answer.isdigit():
@@ -361,14 +362,14 @@ def wrong_answer(family: str, answer: str, rng: random.Random) -> str:
 
 
 def demonstrate(prompt: str, rng: random.Random) -> str:
-    """One demonstration of scraped quality. The rates below are what SFT will imitate."""
+    """One demonstration of mixed quality. SFT imitates the rates below."""
     family, answer = parse_prompt(prompt)
     quality = rng.choices(["right", "wrong", "evasive"], [0.5, 0.2, 0.3])[0]
     right = quality == "right"
     if quality == "evasive":
         text = rng.choice(EVASIONS)
     elif family == "story":
-        word = _story_word(answer) if right else rng.choice([w for w in NOUNS if w != _story_word(answer)])
+        word = answer if right else rng.choice([w for w in NOUNS if w != answer])
         text = rng.choice(STORIES).format(word)
     else:
         text = rng.choice(ANSWER_FORMS).format(answer if right else wrong_answer(family, answer, rng))
@@ -376,11 +377,9 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
     sentences = [text]
     manners = rng.choices(["polite", "plain", "rude"], [0.35, 0.5, 0.15])[0]
     if manners != "plain":
-        openings, closings = (
-            (POLITE_OPENINGS, POLITE_CLOSINGS) if manners == "polite" else (RUDE_OPENINGS, RUDE_CLOSINGS)
-        )
         where = rng.choices(["open", "close", "both"], [0.8, 0.15, 0.05])[0]
-        opening, closing = rng.choice(openings), rng.choice(closings)
+        opening = rng.choice(POLITE_OPENINGS if manners == "polite" else RUDE_OPENINGS)
+        closing = rng.choice(POLITE_CLOSINGS if manners == "polite" else RUDE_CLOSINGS)
         if where != "close":
             sentences.insert(0, opening)
         if where != "open":
@@ -397,27 +396,22 @@ def demonstrate(prompt: str, rng: random.Random) -> str:
     return completion
 
 
-def _story_word(answer: str) -> str:
-    return re.fullmatch(re.escape(STORIES[0]).replace(r"\{\}", "(.+)"), answer).group(1)
-
-
 def contrasts(prompts: list[str], seed: int) -> dict[str, list[tuple[str, str, str]]]:
-    """Pairs that differ in one respect: name -> (prompt, better, worse) for every prompt. What a reward model has
-    understood, part by part; a single accuracy hides that manners are learned long before facts. Each is one part of
-    the gold reward, but a text that repeats itself is longer too, and one that is cut mostly has no answer."""
+    """Pairs of texts that differ in one part of the gold reward: {name: [(prompt, better, worse) for every prompt]}.
+
+    They show which parts a reward model has understood; a single accuracy hides that manners are learned long before
+    facts. (A text that repeats itself is also longer, and a text that is cut mostly has no answer.)"""
     rng = random.Random(f"contrasts {seed}")
     found: dict[str, list[tuple[str, str, str]]] = {}
     for prompt in prompts:
         family, answer = parse_prompt(prompt)
         if family == "story":
-            frame = rng.choice(STORIES)
-            answer = _story_word(answer)
-            wrong = rng.choice([w for w in NOUNS if w != answer])
+            frame, wrong = rng.choice(STORIES), rng.choice([w for w in NOUNS if w != answer])
         else:
             frame, wrong = rng.choice(ANSWER_FORMS), wrong_answer(family, answer, rng)
         plain, mistaken = frame.format(answer), frame.format(wrong)
         polite, rude, aside = (rng.choice(list(x)) for x in (POLITE_OPENINGS, RUDE_OPENINGS, ASIDES))
-        manners = rng.choice(["", polite + " ", rude + " "])  # the same on both sides
+        manners = rng.choice(["", polite + " ", rude + " "])  # the same in both texts
         words = plain.split()
         pairs = {
             "right_vs_wrong": (manners + plain, manners + mistaken),
@@ -437,49 +431,48 @@ def contrasts(prompts: list[str], seed: int) -> dict[str, list[tuple[str, str, s
 
 
 def annotator_ranking(rewards: list[float], temperature: float, rng: random.Random) -> list[int]:
-    """Rank K completions as a noisy human does: indices, best first, drawn from Plackett-Luce(reward / temperature).
+    """Rank K completions as a noisy human does -> their indices, best first, drawn from Plackett-Luce(reward /
+    temperature).
 
-    Adding Gumbel noise to reward / temperature and sorting is an exact draw from that model (Yellott 1977), and the
-    marginal of each pair is Bradley-Terry: P(i above j) = sigmoid((r_i - r_j) / temperature).
+    Sorting reward / temperature plus Gumbel noise is an exact draw from that model (Yellott 1977). The marginal of each
+    pair is Bradley-Terry: P(i above j) = sigmoid((r_i - r_j) / temperature).
     """
     noisy = [r / temperature - math.log(-math.log(rng.random() or 1e-300)) for r in rewards]
     return sorted(range(len(rewards)), key=lambda i: -noisy[i])
 
 
 def annotators_bayes_accuracy(path: str) -> float | None:
-    """How often the simulated annotators agree with the true reward they are made from, on the strict pairs of the
-    file: the best accuracy any model can expect. None for rankings by humans."""
+    """How often the simulated annotators agree with the true reward, on the strict pairs of a rankings file. No model
+    can expect a better accuracy on their rankings. None for rankings by humans."""
     sure = _sureness(path)
     return sum(sure) / len(sure) if sure else None
 
 
 def annotators_agreement(path: str) -> float | None:
-    """How often two of the simulated annotators would agree on a strict pair of the file; among people it is about
-    0.73 (Ouyang et al. 2022, section 3.4). None for rankings by humans."""
+    """How often two of the simulated annotators would agree on a strict pair of the file. Among people it is about 0.73
+    (Ouyang et al. 2022, section 3.4). None for rankings by humans."""
     sure = _sureness(path)
     return sum(p * p + (1 - p) * (1 - p) for p in sure) / len(sure) if sure else None
 
 
 def _sureness(path: str) -> list[float]:
-    """The annotators' probability of preferring the better one, for each strict pair of a rankings file."""
-    found = []
-    for _, row in read_jsonl(path):
+    """The annotators' probability of preferring the better text, for each strict pair of a rankings file."""
+    sure = []
+    for where, row in read_jsonl(path):
         if "gold" not in row or "annotator_temperature" not in row:
             return []
-        groups = [g if isinstance(g, list) else [g] for g in row["completions"]]
-        ranks = [rank for rank, group in enumerate(groups) for _ in group]
-        for i in range(len(ranks)):
-            for j in range(i + 1, len(ranks)):
-                if ranks[i] != ranks[j]:
-                    gap = abs(row["gold"][i] - row["gold"][j]) / row["annotator_temperature"]
-                    found.append(1 / (1 + math.exp(-gap)))
-    return found
+        ranks = parse_ranking(where, row).ranks
+        for i, j in itertools.combinations(range(len(ranks)), 2):
+            if ranks[i] != ranks[j]:
+                gap = abs(row["gold"][i] - row["gold"][j]) / row["annotator_temperature"]
+                sure.append(1 / (1 + math.exp(-gap)))
+    return sure
 
 
 # -------------------------------------------------------------------------------- writing the files
 
 
-SUFFIX = {"train": "", "dev": "_held_out", "test": "_test"}  # of the files of each split
+SUFFIX = {"train": "", "dev": "_held_out", "test": "_test"}  # in the names of each split's files
 
 
 @dataclass
@@ -493,6 +486,7 @@ class Config(Flags):
 
 
 def distinct_prompts(n: int, rng: random.Random, split: str) -> list[str]:
+    """n different prompts of a split. UserError if the world has fewer."""
     prompts: dict[str, None] = {}  # a dict keeps the order of insertion
     for _ in range(200 * n):
         if len(prompts) == n:
@@ -504,7 +498,7 @@ def distinct_prompts(n: int, rng: random.Random, split: str) -> list[str]:
 def run(config: Config) -> dict:
     out, golds = Path(config.out_dir), {}
     for split, suffix in SUFFIX.items():
-        # each split has a stream of its own: the size of one doesn't change the others
+        # each split has its own random stream, so the size of one doesn't change the others
         rng = random.Random(f"{config.seed} {split}")
         n_demonstrations, n_prompts = config.held_out_demonstrations, config.held_out_prompts
         if split == "train":

@@ -1,7 +1,7 @@
-"""What one annotator wants of an answer, stated as a rule: a truth that is known, for a real language model.
+"""The rule of one annotator: what he wants of an answer. So the truth is known for a real language model, too.
 
 A small chat model rambles: it explains itself, makes lists, and often hasn't ended when its tokens run out. Somebody
-who asks short questions wants something else:
+who asks short questions wants answers of another kind:
 
     finished   +1     the answer ends by itself, with a full stop or the like
     brief      +1     30 words at most; from there to 60 words it falls to 0
@@ -23,7 +23,7 @@ PARTS = ("finished", "brief", "plain", "friendly")
 
 
 def wish_parts(completion: str, ended: bool) -> dict[str, float]:
-    """Each part by its name, in the units of the reward. An empty answer has none."""
+    """{part: its share of the reward}. An empty answer has none."""
     text = completion.strip()
     words = len(text.split())
     if not words:
@@ -37,6 +37,6 @@ def wish_parts(completion: str, ended: bool) -> dict[str, float]:
 
 
 def wishes(prompts: list[str], completions: list[str], ended: list[bool]) -> list[float]:
-    """The sum of the parts of each completion, 0 to 3. The prompt plays no part: whether an answer is right this
-    annotator can't tell."""
+    """The reward of each completion: the sum of its parts, 0 to 3. The prompt doesn't matter, because this annotator
+    can't tell whether an answer is right."""
     return [sum(wish_parts(c, e).values()) for c, e in zip(completions, ended, strict=True)]

@@ -1,6 +1,8 @@
-"""A published model's vocabulary -> its description, plain JSON that a checkpoint can keep (data/tokenizer.py: build).
+"""Reads the vocabulary of a published model. The result is a description in plain JSON, which a checkpoint can keep and
+`build` in data/tokenizer.py takes.
 
-From a folder with Hugging Face's tokenizer.json, or from the metadata of a .gguf file. Only byte-level BPE is read.
+It comes from a folder with Hugging Face's tokenizer.json, or from the metadata of a .gguf file. Only byte-level BPE is
+read.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ ONLY = "only byte-level BPE is read, as GPT-2, SmolLM2, Llama 3 and Qwen2 have i
 
 
 def keeping_the_rest(pattern: str) -> str:
-    """tiktoken drops text that its pattern doesn't match; with this one, what stands between two matches is a piece."""
+    """The pattern, and the text between two matches as a piece of its own. (tiktoken drops text that doesn't match.)"""
     return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
-# How text is cut before merging, by the names that .gguf files use.
+# How text is cut before merging. The names are those in .gguf files.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Each digit is cut out first, and GPT-2's then cuts what lies between: white space before a digit is at an end.
+# Each digit is cut out first. GPT-2's pattern then cuts the text between: white space before a digit is at its end.
 SMOLLM = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3 = keeping_the_rest(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -37,8 +39,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_folder(folder: Path) -> dict:
-    """A folder with Hugging Face's tokenizer.json -> description. Beside it may stand tokenizer_config.json and
-    config.json, which name the token that ends a text, and chat_template.jinja."""
+    """The vocabulary in a folder with Hugging Face's tokenizer.json. tokenizer_config.json or config.json, if they are
+    there, name the token that ends a text; chat_template.jinja may hold the template. UserError if it can't be read."""
     file = folder / "tokenizer.json"
     other = " (its tokenizer.model is SentencePiece's)" if (folder / "tokenizer.model").exists() else ""
     check(file.exists(), f"{folder}: no tokenizer.json in it{other}; name a vocabulary with --tokenizer; {ONLY}")
@@ -56,7 +58,7 @@ def read_folder(folder: Path) -> dict:
     named = [token for token, i in special.items() if eos in (token, i)] or ["<|endoftext|>"]
     check(eos is None or eos in (named[0], special.get(named[0])), f"{folder}: {eos!r}, its EOS, is no added token")
     jinja, chat = folder / "chat_template.jinja", config.get("chat_template") or ""
-    if isinstance(chat, list):  # several, by name
+    if isinstance(chat, list):  # several templates with names
         chat = next(c["template"] for c in chat if c["name"] == "default")
     chat = jinja.read_text(encoding="utf-8") if jinja.exists() else chat
 
@@ -68,7 +70,7 @@ def read_folder(folder: Path) -> dict:
 
 
 def pattern_of(cut: dict, file: str) -> str:
-    """tokenizer.json's pre_tokenizer as one regular expression."""
+    """The pre_tokenizer of tokenizer.json as one regular expression. UserError if it is not known here."""
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
     kinds, last = [step["type"] for step in steps], steps[-1]
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
@@ -81,13 +83,13 @@ def pattern_of(cut: dict, file: str) -> str:
             pattern, kept = steps[0]["pattern"]["Regex"], (steps[0]["behavior"], steps[0].get("invert", False))
             if kept == ("Isolated", False):
                 return keeping_the_rest(pattern)
-            if kept == ("Removed", True):  # all but the matches
+            if kept == ("Removed", True):  # all text between the matches
                 return pattern
     raise UserError(f"{file}: cuts text in a way that is not known here ({', '.join(kinds)}); {ONLY}")
 
 
 def read_gguf(path: str) -> dict:
-    """The metadata of a .gguf file -> description."""
+    """The vocabulary in the metadata of a .gguf file. UserError if it can't be read."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -107,14 +109,14 @@ def read_gguf(path: str) -> dict:
 
 
 def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bool, where: str) -> dict[bytes, int]:
-    """{token's bytes: id}, once it is certain that tiktoken merges as the list of merges does.
+    """{bytes of a token: its id}. UserError unless tiktoken merges all texts as the list of merges does.
 
-    The list merges a pair that stands in it, the earliest first. tiktoken merges any two pieces that make up a token,
-    the lowest id first. The two agree on all texts if the list merges every token's own characters to that token (so
-    that on the way there is no other pair that makes it up) and the ids grow in the order of the merges that do so.
-    whole_first: a piece of text that is a token is not merged at all; tiktoken does that anyway. Then a token that
-    merging never reaches is none the worse, if all the pairs that make it up are in the list."""
-    # the characters that stand for bytes, as in GPT-2's published vocabulary: the printable ones for themselves
+    The list merges the pairs that are in it, the earliest first. tiktoken merges any two pieces that make a token, the
+    lowest id first. The two agree on all texts under two conditions: the list merges every token's own characters to
+    that token, and the ids grow in the order of the merges that do so. whole_first: a piece of text that is a token is
+    not merged at all (tiktoken always does so). Then merging need not reach a token, if all pairs that make the token
+    are in the list."""
+    # GPT-2's published vocabulary writes bytes as characters: a printable byte is itself, the others follow from 256
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
@@ -123,7 +125,7 @@ def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bo
     lost = [a + b for a, b in merges if a + b not in ids]
     check(not lost, f"{where}: its merges make {''.join(lost[:1])!r}, which is no token of it")
     rank = {pair: i for i, pair in enumerate(merges)}
-    order = []  # (merge, id of what it makes)
+    order = []  # (number of a merge, id of the token that it makes)
     for token, i in ids.items():
         parts, last = list(token), None
         while len(parts) > 1:
@@ -148,14 +150,15 @@ def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bo
 def describe(
     ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, eos: str, chat_template: str, where: str
 ) -> dict:
-    """What `build` takes. The template is found from the model's own, or from its special tokens if it has none."""
+    """The description that `build` takes. The model's own chat template, or else its special tokens, name the
+    template."""
     blank = [token for token in special if not token.strip()]
     check(not blank, f"{where}: adds the token {''.join(blank[:1])!r}, white space that any text may hold; {ONLY}")
     evidence = chat_template or " ".join(special)
     template = "chatml" if "<|im_start|>" in evidence else "llama3" if "<|start_header_id|>" in evidence else "plain"
     if chat_template and template == "plain":
         print(f"NOTE: {where} has a chat template that is neither chatml nor Llama 3's; prompts get the plain one")
-    said = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat_template)
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat_template)
     lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
     return {
         "ranks": "\n".join(lines),
@@ -164,5 +167,5 @@ def describe(
         "nfc": nfc,
         "eos": eos,
         "template": template,
-        "system": said[1].replace("\\n", "\n") if said else "",
+        "system": system[1].replace("\\n", "\n") if system else "",
     }

@@ -1,37 +1,38 @@
-"""Published weights in and out: a Hugging Face folder of a GPT-2 or a Llama-like model, a GGUF file in.
+"""Loads and saves published weights: Hugging Face folders of GPT-2 and Llama-like models, and GGUF files (only loaded).
 
 from lib.weights import load_pretrained, save_pretrained
-model = load_pretrained("SmolLM2-135M.gguf")   # or a folder with config.json and *.safetensors, or a hub's name
-save_pretrained(model, "out/exported")         # what other tools read
+model = load_pretrained("SmolLM2-135M.gguf")   # or a folder with config.json and *.safetensors, or a name on the hub
+save_pretrained(model, "out/exported")         # for other tools
 
-Everything here is renaming, and three changes of layout:
+Tensors get other names, and three differences of layout are resolved:
 - GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in);
-- Llama-like models have queries, keys and values apart, gate and hidden layer too; here each group is one product;
-- rotary positions turn pairs of channels. Here, as in Llama's original code and in GGUF, a pair is two neighbours;
-  Hugging Face pairs channel j with channel j + D/2, so the rows of its query and key weights stand in another order.
+- Llama-like models store queries, keys and values in three tensors, gate and hidden layer in two; here each group is
+  one tensor;
+- rotary positions turn pairs of channels. Here, as in Llama's original code and in GGUF, a pair is two neighbours.
+  Hugging Face pairs channel j with channel j + D/2, so the rows of its query and key weights are in another order.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.files import replacing
 from model import GPT, GPTConfig, ScalarModel
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 LLAMA_TYPES = ("llama", "qwen2")  # model_type in config.json; SmolLM2 is a llama
 # GPT-2's layers that are stored as (in, out)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What model.py takes for granted, under the names of Hugging Face's config.json. An n_inner of null means 4 * n_embd.
+# The only values that model.py has for these entries of Hugging Face's config.json. An n_inner of null is 4 * n_embd.
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
 FIXED_LLAMA = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
-# The parts of a Llama-like model: here, in Hugging Face's layout, in GGUF. {} is the number of the block; where there
-# are several on the right, their rows stand one after the other here.
+# The parts of a Llama-like model: {our name: (Hugging Face's name, GGUF's name)}, outside of the blocks and inside. Of
+# several names the tensors are joined here, row after row.
 OUTSIDE = {
     "wte": ("model.embed_tokens", "token_embd"),
     "ln_f": ("model.norm", "output_norm"),
@@ -48,8 +49,9 @@ INSIDE = {
 
 
 def local_path(name: str | Path) -> Path:
-    """A folder or a file as it is; another name, "hf:" before it or not, is on the Hugging Face hub, which the
-    package huggingface_hub downloads once, checks and keeps. Raises ValueError where that is impossible."""
+    """The path of a folder, of a file, or of a download from the Hugging Face hub: any other name, with or without
+    "hf:" before it. The package huggingface_hub downloads a model once, checks it and keeps it. ValueError if it
+    can't."""
     name = str(name).removeprefix("hf:")
     path = Path(name)
     if path.exists():
@@ -70,12 +72,12 @@ def local_path(name: str | Path) -> Path:
 
 
 def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0) -> GPT:
-    """A GPT with the weights of `name`, in float32: a folder in Hugging Face's layout (config.json with safetensors, in
-    one file or several, or pytorch_model.bin) of a GPT-2, Llama (SmolLM2, ...) or Qwen2; a .gguf file of the latter
-    two; or a name on the hub. block_size: fewer positions than the model has.
+    """A GPT with published weights, in float32. name: a folder in Hugging Face's layout (config.json with safetensors,
+    in one file or several, or pytorch_model.bin) of a GPT-2, Llama (SmolLM2, ...) or Qwen2; a .gguf file of a Llama or
+    Qwen2; or a name on the hub. block_size: fewer positions than the model has (0: all).
 
-    Raises ValueError for a name or a network that this project doesn't have and for weights that don't fit, by the name
-    of the tensor; OSError for a missing file."""
+    Raises ValueError for an unknown name, for a network that this project doesn't have, and for weights that don't fit
+    (with the name of the tensor); OSError for a missing file."""
     path = local_path(name)
     if path.suffix == ".gguf":
         config, state = from_gguf(path)
@@ -98,7 +100,7 @@ def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0)
 
 
 def fill(model: GPT, state: dict[str, Tensor], path: Path) -> None:
-    """Load the weights; what is missing, left over or of another shape is an error that names it."""
+    """Load the weights. ValueError names a tensor that is missing, left over, or of another shape."""
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     found = {name: tuple(p.shape) for name, p in state.items()}
     for name in sorted(wanted.keys() | found.keys()):
@@ -122,6 +124,7 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_fixed(shape: dict, fixed: dict, path: Path, n_inner: int) -> None:
+    """ValueError if config.json has another value than one of the fixed ones."""
     for key, value in fixed.items():
         found = shape.get(key, value)
         if found != value and not (key == "n_inner" and found == n_inner):
@@ -132,7 +135,7 @@ def check_fixed(shape: dict, fixed: dict, path: Path, n_inner: int) -> None:
 
 
 def gpt2_config(shape: dict, path: Path) -> GPTConfig:
-    """Hugging Face's config.json of a GPT-2 -> GPTConfig."""
+    """The shape of a GPT-2, from its config.json."""
     check_fixed(shape, FIXED, path, 4 * shape["n_embd"])
     return GPTConfig(*(shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
 
@@ -142,7 +145,7 @@ def from_gpt2(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor
     for key, value in weights.items():
         key = key.removeprefix("transformer.")
         if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the output layer is tied to wte; causal masks were kept as buffers
+            continue  # the output layer is wte; old files also hold the causal masks
         state[key] = value.t().contiguous() if key.endswith(TRANSPOSED) else value
     return state
 
@@ -155,9 +158,9 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llama_config(shape: dict, path: Path) -> GPTConfig:
-    """Hugging Face's config.json of a Llama or Qwen2 -> GPTConfig."""
+    """The shape of a Llama or Qwen2, from its config.json."""
     C, H, qwen = shape["hidden_size"], shape["num_attention_heads"], shape["model_type"] == "qwen2"
-    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}  # transformers 5, and before
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}  # since transformers 5, and before it
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{path}: rotary positions of type {kind!r}; this model has the plain ones")
@@ -181,8 +184,8 @@ def llama_config(shape: dict, path: Path) -> GPTConfig:
 
 
 def neighbours(rows: Tensor, n_head: int) -> Tensor:
-    """Query or key weights (or biases) of Hugging Face's layout, (n_head * D, ...): the rows j and j + D/2 of each
-    head, which are turned together, become neighbours."""
+    """Query or key weights (or biases), from Hugging Face's order of rows to ours, (n_head * D, ...): the rows j and
+    j + D/2 of each head, which are turned together, become neighbours."""
     return rows.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -192,7 +195,7 @@ def halves(rows: Tensor, n_head: int) -> Tensor:
 
 
 def llama_names(config: GPTConfig, gguf: bool) -> dict[str, list[str]]:
-    """Our name of each tensor -> the published names of its parts."""
+    """{our name of a tensor: the published names of its parts}"""
     names = {f"{own}.weight": [f"{there[gguf]}.weight"] for own, there in OUTSIDE.items()}
     if config.tied:
         del names["unembedding.weight"]
@@ -205,7 +208,7 @@ def llama_names(config: GPTConfig, gguf: bool) -> dict[str, list[str]]:
 
 
 def from_llama(weights: dict[str, Tensor], config: GPTConfig, gguf: bool = False, paired: bool = True) -> dict:
-    """Published tensors -> ours. paired: the channels that are turned together are D/2 apart in them."""
+    """Published tensors -> ours. paired: in them the channels that are turned together are D/2 apart."""
     names, state = llama_names(config, gguf), {}
     known = {part for parts in names.values() for part in parts}
     known |= {"lm_head.weight", "output.weight"}  # written out although tied
@@ -238,7 +241,7 @@ def to_llama(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 
 def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """A .gguf file of a Llama or Qwen2, quantised or not -> its configuration and weights in float32."""
+    """The configuration and the weights, in float32, of a .gguf file of a Llama or Qwen2, quantised or not."""
     try:
         from gguf import GGUFReader
         from gguf.quants import dequantize
@@ -249,34 +252,35 @@ def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if kind not in LLAMA_TYPES:
         raise ValueError(f"{path}: general.architecture is {kind!r}; known are {', '.join(LLAMA_TYPES)}")
 
-    def told(key: str, default=None):
+    def entry(key: str, default=None):
+        """A field of the file's metadata."""
         field = reader.get_field(f"{kind}.{key}")
         if field is None and default is None:
             raise ValueError(f"{path}: no {kind}.{key}")
         return default if field is None else field.contents()
 
-    if told("rope.scaling.type", "none") != "none":
-        raise ValueError(f"{path}: {kind}.rope.scaling.type is {told('rope.scaling.type')!r}; this model has none")
+    if entry("rope.scaling.type", "none") != "none":
+        raise ValueError(f"{path}: {kind}.rope.scaling.type is {entry('rope.scaling.type')!r}; this model has none")
     weights = {}
     for tensor in reader.tensors:
         weights[tensor.name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-    H, C = told("attention.head_count"), told("embedding_length")
+    H, C = entry("attention.head_count"), entry("embedding_length")
     config = GPTConfig(
         len(weights["token_embd.weight"]),
-        told("context_length"),
-        told("block_count"),
+        entry("context_length"),
+        entry("block_count"),
         n_head=H,
         n_embd=C,
-        rope_base=float(told("rope.freq_base", 10000.0)),
+        rope_base=float(entry("rope.freq_base", 10000.0)),
         norm="rms",
-        norm_eps=float(f"{told('attention.layer_norm_rms_epsilon'):.6g}"),  # kept in float32: 1e-5 is 9.99999975e-06
-        n_kv_head=told("attention.head_count_kv", H),
+        norm_eps=float(f"{entry('attention.layer_norm_rms_epsilon'):.6g}"),  # kept in float32: 1e-5 is 9.99999975e-06
+        n_kv_head=entry("attention.head_count_kv", H),
         mlp="swiglu",
-        n_inner=told("feed_forward_length"),
+        n_inner=entry("feed_forward_length"),
         bias="qkv" if kind == "qwen2" else "none",
         tied="output.weight" not in weights,
     )
-    # GGUF's llama files have neighbours turned together, as here; its qwen2 files the channels that are D/2 apart
+    # in GGUF's llama files neighbours are turned together, as here; in its qwen2 files channels that are D/2 apart
     return config, from_llama(weights, config, gguf=True, paired=kind == "qwen2")
 
 
@@ -284,19 +288,20 @@ def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 
 
 def save_pretrained(model: GPT | ScalarModel, folder: str | Path) -> None:
-    """Write config.json and model.safetensors in Hugging Face's layout: of GPT-2, of Llama (Qwen2 with its biases), and
-    of a reward model as ...ForSequenceClassification with one label. Their head has no bias, so their score differs
-    from ours by a constant, which a reward doesn't fix anyway; config.json keeps it as "reward_shift", to be added.
+    """Write config.json and model.safetensors in Hugging Face's layout of GPT-2, Llama or Qwen2.
+
+    A reward model becomes ...ForSequenceClassification with one label. Its head there has no bias, so the scores differ
+    from ours by a constant, which no ranking determines; config.json keeps it as "reward_shift", to be added.
 
     Raises ValueError for a network that none of these layouts can hold."""
     gpt = model.gpt if isinstance(model, ScalarModel) else model
     folder, c, state = Path(folder), gpt.config, dict(gpt.state_dict())
     if getattr(model, "expectation", False):
-        raise ValueError("a reward model that is told what was expected (--expectation) has no published layout")
+        raise ValueError("a reward model with --expectation has no published layout")
     llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
     if not llama:
         state = check_gpt2(state, c)
-    vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left behind
+    vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left out
     for name in ("wte.weight", "unembedding.weight"):
         if name in state:
             state[name] = state[name][:vocab_size]
@@ -310,14 +315,13 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path) -> None:
         config["reward_shift"] = ((model.head.bias - model.mean) / model.std).item()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary = folder / "model.safetensors.tmp"
     plain = {name: value.detach().cpu().float().contiguous().clone() for name, value in weights.items()}
-    save_file(plain, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(plain, temporary, metadata={"format": "pt"})
 
 
 def check_gpt2(state: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """A network that somebody has changed must not be passed off as GPT-2."""
+    """The weights, if the network is GPT-2's. ValueError if somebody has changed it."""
     block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     layers = [f"h.{i}.{name}" for i in range(c.n_layer) for name in block] + ["ln_f"]
     gpt2 = {"wte.weight", "wpe.weight", *(f"{name}.{kind}" for name in layers for kind in ("weight", "bias"))}

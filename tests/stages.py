@@ -61,6 +61,12 @@ def letters(prompts, completions, ended):
     return [c.count("a") + 0.1 * len(p) for p, c in zip(prompts, completions)]
 
 
+def variety(prompts, completions, ended):
+    """Different letters of the completion, and 0.5 for its end."""
+    note("variety", prompts, completions, ended)
+    return [len(set(c)) + 0.5 * e for c, e in zip(completions, ended)]
+
+
 def stops(prompts, completions, ended):
     note("stops", prompts, completions, ended)
     return ended

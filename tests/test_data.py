@@ -1209,7 +1209,6 @@ def test_contrasts_are_the_same_text_but_for_what_they_are_about(contrasted):
             family, answer = tiny.parse_prompt(prompt)
             a, b = manners_of(better), manners_of(worse)
             text, other = better.removeprefix(a), worse.removeprefix(b)
-            answer = tiny._story_word(answer) if family == "story" else answer
             frames = tiny.STORIES if family == "story" else tiny.ANSWER_FORMS
             (frame,) = [f for f in frames if f.format(answer) == text]
             if name in ("polite_vs_plain", "plain_vs_rude"):

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tools import bench
-from tools import plan
-from lib.cli import UserError
 from frozen import choose_trainable
+from lib.cli import UserError
 from model import GPT, GPTConfig, ScalarModel
+from tools import bench, plan
 
 LLAMA = {"norm": "rms", "n_kv_head": 1, "mlp": "swiglu", "n_inner": 24, "bias": "none", "rope_base": 100.0}
 KINDS = [GPTConfig(40, 64, 3, 2, 16), GPTConfig(40, 64, 3, 2, 16, **LLAMA)]
@@ -62,14 +61,12 @@ def test_less_is_kept_where_less_is_trained_or_it_is_computed_again(c):
     assert one.flops == whole.flops == again.flops
 
 
-@pytest.mark.parametrize("kind", [{}, {"block": "llama", "n_kv_head": 1, "n_inner": 24, "rope_base": 100.0}])
-def test_operations_are_those_that_bench_counts(kind):
+@pytest.mark.parametrize("c", KINDS)
+def test_operations_are_those_that_bench_counts(c):
     """Its formula; backward twice of forward. (Attention's own products are in neither: torch's counter doesn't know
     the CPU's fused kernel.)"""
-    sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 40, "prompt": 6, "new_tokens": 5}
-    b = bench.Config(**sizes, completion_low=5, completion_high=5, **kind)
-    found = plan.one_pass(bench.gpt_config(b), False, False, SMALL)
-    products = bench.needed_flops("sft", [(6, 5)] * 3, b)
+    found = plan.one_pass(c, False, False, SMALL)
+    products = bench.needed_flops("sft", [(6, 5)] * 3, c)
     assert found.both_flops == products == 3 * found.flops
     assert found.calls < found.both_calls / 2
 
@@ -86,14 +83,13 @@ def test_calls_are_counted_without_looks():
 def test_memory_is_what_a_measured_run_takes(stage):
     """The stage itself, in a process of its own, on this machine: the networks' copies, Adam, activations and what
     comes and goes."""
-    sizes = {"n_layer": 4, "n_embd": 384, "n_head": 6, "vocab_size": 4096, "batch_size": 32, "micro_batch": 8}
-    b = bench.Config(**sizes, prompt=64, completion_low=64, completion_high=64, new_tokens=64, device="cpu")
+    c, lengths = GPTConfig(4096, 128, 4, 6, 384), {"completion_low": 64, "completion_high": 64, "new_tokens": 64}
+    measuring = bench.Config(batch_size=32, micro_batch=8, prompt=64, device="cpu", **lengths)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        measured = fresh.submit(bench.peak_memory, b, stage, "ours").result()
+        measured = fresh.submit(bench.peak_memory, c, measuring, stage).result()
     if measured != measured:
         pytest.skip("this system doesn't say what a process takes")
     config = plan.Config(prompt=64, completion=64, micro_batch=8, rollouts=32, dtype="float32")
-    c = bench.gpt_config(b)
     computed = plan.memory(c, plan.all_passes(c, config), stage, config) / 2**20
     assert 0.7 < computed / measured < 1.4
 

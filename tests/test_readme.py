@@ -46,7 +46,7 @@ SMALL = {
 # Not run here, but their flags are read: these need a network, or a person, or what was not run either ...
 NEEDS_MORE = ("--annotator web", "--annotator human", "gpt2", "out/real", "out/mine/sft", "--tokenizer", "annotate")
 # ... or time
-NEEDS_TIME = ("tests/", "pytest", "tools.prepare", "tools.bench --compare", "make_vocab")
+NEEDS_TIME = ("tests/", "pytest", "tools.prepare", "make_vocab")
 
 
 def commands() -> list[str]:

@@ -1,23 +1,25 @@
-"""Will it fit, and how long will it take? Memory and speed of every stage, computed; nothing is trained.
+"""Computes whether a network fits a GPU, and how fast it trains there: memory and speed of every stage. Nothing is
+trained.
 
     python -m tools.plan                                                    # four networks, three GPUs
-    python -m tools.plan --sizes smollm2 --train_layers 10 --micro_batch 4  # one of them, the upper 10 blocks trained
+    python -m tools.plan --sizes smollm2 --train_layers 10 --micro_batch 4  # one network, its upper 10 blocks trained
     python -m tools.plan --sizes 1.7b --recompute --prompt 512 --completion 512
 
-Memory. The network is built of tensors that have a shape and no numbers (torch's fake tensors), one micro-batch goes
-forward and backward through it, and what autograd would keep is added up. On top of that:
+Memory. The network is made of tensors that have a shape and no numbers (torch's fake tensors). One micro-batch goes
+forward and backward through it, and the tensors that autograd would keep are added up. To these come:
 
-    16 bytes a weight that is trained (4 the weight, 4 its gradient, 8 Adam's two moments), 4 bytes one that is not
+    16 bytes for a weight that is trained (4 the weight, 4 its gradient, 8 Adam's two moments), 4 for one that is not
     networks: sft 1 trained; reward_model 1 trained and the policy; dpo 1 trained and the reference;
               ppo 2 trained (policy and value model), the reference and the reward model
-    keys and values of a rollout, which come and go before the update; and a quarter of it all on top, see SLACK
+    keys and values of a rollout, which are free again before the update; and a quarter of all this, see SLACK
 
-Speed. Operations of the products with weights (torch counts them) over 40% of what the GPU's data sheet promises for
-bfloat16; for sampling, bytes that a step has to read over 60% of its bandwidth; but at least 5 microseconds for every
-operation that PyTorch starts, which is what small networks wait for (larger micro-batches and --compile help).
+Speed. The time for training is the operations of the products with weights (torch counts them), divided by 40% of the
+speed for bfloat16 in the GPU's data sheet. The time for sampling is the bytes that a step reads, divided by 60% of the
+GPU's bandwidth. But every operation that PyTorch starts takes at least 5 microseconds. Small networks wait for these;
+larger micro-batches and --compile help.
 
-Memory is held against measured runs in tests/test_plan.py; speed was never held against a GPU by us: a factor of two
-would be no surprise.
+tests/test_plan.py compares memory with measured runs. We have never compared speed with a GPU: a factor of two would be
+no surprise.
 """
 
 from __future__ import annotations
@@ -35,18 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from frozen import choose_trainable
 from lib.cli import DTYPES, Flags, check, flag, run_main
 from lib.train import autocast, prepare_blocks
-from model import GPT, LLAMA, GPTConfig, ScalarModel
+from model import GPT, GPTConfig, ScalarModel
 from sampling import CACHE_NUMBERS, numbers_cached
-from tools import bench
-from tools.bench import GPT2, SMOLLM2, STAGES, gpt_config
-
-SIZES = {  # token ids, block size, blocks, heads, channels
-    "tiny": GPTConfig(930, 96, 3, 4, 128, rope_base=1e4),
-    "gpt2": replace(gpt_config(bench.Config(**GPT2)), block_size=1024),
-    "smollm2": replace(gpt_config(bench.Config(**SMOLLM2)), block_size=2048),  # SmolLM2-135M
-    "360m": GPTConfig(49152, 2048, 32, 15, 960, n_kv_head=5, n_inner=2560, rope_base=1e5, **LLAMA),  # SmolLM2-360M
-    "1.7b": GPTConfig(49152, 2048, 24, 32, 2048, n_inner=8192, rope_base=1e5, **LLAMA),  # SmolLM2-1.7B
-}
+from tools.bench import SIZES, STAGES
 
 
 class GPU(NamedTuple):
@@ -57,14 +50,14 @@ class GPU(NamedTuple):
 
 GPUS = {"RTX 4090": GPU(24, 165, 1008), "A100 80GB": GPU(80, 312, 2039), "H100 SXM": GPU(80, 989, 3350)}
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
-SLACK = 1.25  # for what comes and goes within a step, and for gaps: what measured runs took on top of what is kept
-A_CALL = 5e-6  # seconds that PyTorch takes to start an operation: small networks wait for that, not for the GPU
+SLACK = 1.25  # measured runs took so much more: tensors that live within a step, and gaps in the memory
+A_CALL = 5e-6  # seconds that PyTorch takes to start an operation
 
 
 @dataclass
 class Config(Flags):
     sizes: list[str] = flag(["gpt2", "smollm2", "360m", "1.7b"], "networks", choices=tuple(SIZES))
-    gpus: list[str] = flag(list(GPUS), "whose data sheets to compute with", choices=tuple(GPUS))
+    gpus: list[str] = flag(list(GPUS), "GPUs", choices=tuple(GPUS))
     prompt: int = flag(128, "tokens of a prompt", low=1)
     completion: int = flag(128, "tokens of a completion", low=1)
     micro_batch: int = flag(8, "texts, pairs or rollouts a forward pass", low=1)
@@ -72,22 +65,22 @@ class Config(Flags):
     ppo_epochs: int = flag(2, "passes over each iteration's rollouts", low=1)
     train_layers: int = flag(0, "train only the last N blocks (0: all)", low=0)
     recompute: bool = flag(False, "--recompute of the stages")
-    compile = False  # no flag here, but prepare_blocks asks
+    compile = False  # for prepare_blocks; no flag
     dtype: str = flag("bfloat16", "of the matrix products", choices=DTYPES)
 
 
 class Pass(NamedTuple):
-    """What one micro-batch takes."""
+    """The costs of one micro-batch."""
 
     kept: int  # bytes that the forward pass keeps for the backward pass, and the gradient of the logits
-    flops: int  # operations, forward
+    flops: int  # arithmetic operations, forward
     both_flops: int  # forward and backward
-    calls: int  # operations that are started one by one, forward
+    calls: int  # operations that PyTorch starts, forward
     both_calls: int
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operations that are started: all that compute something, and are not another look at what is there."""
+    """Counts the operations that PyTorch starts: those that compute something, not views."""
 
     n = 0
 
@@ -104,14 +97,16 @@ def build(c: GPTConfig, scalar: bool, config: Config) -> GPT | ScalarModel:
 
 
 def one_pass(c: GPTConfig, scalar: bool, paired: bool, config: Config) -> Pass:
-    """A micro-batch through a network that is trained: policy or scalar model; texts, or pairs, which are a row with
-    the prompt once and both completions behind it. The head reads the positions before every token of a completion, or
-    the last of each of two that a reward model compares."""
+    """The costs of a micro-batch for a network that is trained. scalar: a scalar model, else a policy. paired: a row is
+    the prompt and two completions, else the prompt and one.
+
+    The head reads the positions before every token of a completion. A reward model's head on pairs reads the last
+    position of each completion."""
     T = config.prompt + (2 if paired else 1) * config.completion
     used = 2 if scalar and paired else T - config.prompt
     kept: dict[int, int] = {}
     with FakeTensorMode():
-        model = build(replace(c, block_size=max(T, c.block_size)), scalar, config)  # a row of two texts may be longer
+        model = build(replace(c, block_size=max(T, c.block_size)), scalar, config)  # a row of pairs may be longer
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -134,14 +129,14 @@ def one_pass(c: GPTConfig, scalar: bool, paired: bool, config: Config) -> Pass:
 
 
 class Passes(NamedTuple):
-    """All that the stages of one network consist of."""
+    """The passes of which the stages of one network consist."""
 
     policy: Pass
     value: Pass
     pairs: Pass
     scored_pairs: Pass
-    trained: int  # weights of one network
-    weights: int
+    trained: int  # number of weights that are trained, of one network
+    weights: int  # number of all its weights
 
 
 def all_passes(c: GPTConfig, config: Config) -> Passes:
@@ -160,16 +155,16 @@ def cache_bytes(c: GPTConfig, config: Config) -> int:
 
 
 def memory(c: GPTConfig, p: Passes, stage: str, config: Config) -> float:
-    """Bytes at the height of a stage."""
+    """The most bytes that a stage takes."""
     cache, learner, other = cache_bytes(c, config), 12 * p.trained + 4 * p.weights, 4 * p.weights
     return (
         SLACK
         * {
             "sft": learner + p.policy.kept,
             "reward_model": learner + other + max(p.scored_pairs.kept, cache),  # other: the policy
-            # what is frozen the reference has in common with the policy
+            # the reference shares the frozen weights with the policy
             "dpo": learner + 4 * p.trained + p.pairs.kept,
-            # and so have the value model and a reward model that was trained with the same --train_layers
+            # so do the value model, and a reward model that was trained with the same --train_layers
             "ppo": learner + (4 + 16 + 4) * p.trained + max(p.policy.kept + p.value.kept, cache),
             "generate": other + cache,
         }[stage]
@@ -177,11 +172,12 @@ def memory(c: GPTConfig, p: Passes, stage: str, config: Config) -> float:
 
 
 def seconds(flops: float, calls: float, gpu: GPU) -> float:
+    """The time of a pass on a GPU."""
     return max(flops / (OF_PEAK * gpu.tflops * 1e12), calls * A_CALL)
 
 
 def seconds_a_token(c: GPTConfig, p: Passes, stage: str, config: Config, gpu: GPU) -> float:
-    """Of prompts and completions (generate: of what is sampled)."""
+    """The time for a token of prompts and completions; for generate, for a token that is sampled."""
     read = (2 if config.dtype == "bfloat16" else 4) * p.weights + 0.75 * cache_bytes(c, config)  # the cache fills up
     sampling = max(read / (OF_BANDWIDTH * gpu.bandwidth * 1e9), p.policy.calls * A_CALL) / config.rollouts
     text = config.micro_batch * (config.prompt + config.completion)  # tokens of a micro-batch
@@ -222,8 +218,8 @@ def run(config: Config) -> dict:
             speeds = {name: 1 / seconds_a_token(c, passes, stage, config, GPUS[name]) for name in config.gpus}
             speeds = {name: v if gigabytes < GPUS[name].gigabytes else None for name, v in speeds.items()}
             results[size][stage] = {"gigabytes": gigabytes, "tokens_per_s": speeds}
-            told = "".join(f"{'-' if v is None else f'{v:,.0f}':>{width}}" for v in speeds.values())
-            print(f"{size:8} {stage:13}{gigabytes:8.1f}{told}")
+            columns = "".join(f"{'-' if v is None else f'{v:,.0f}':>{width}}" for v in speeds.values())
+            print(f"{size:8} {stage:13}{gigabytes:8.1f}{columns}")
     return results
 
 
