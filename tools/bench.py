@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -178,14 +177,8 @@ class Start(NamedTuple):
     batches: list[list]  # for each step: Example of sft.py, RankedExamples of reward_model.py and dpo.py, else prompts
 
 
-class Done(NamedTuple):
-    """What a step has worked on."""
-
-    texts: Texts
-    seconds: tuple[float, ...] = ()  # PPO's rollout, score and update
-
-
-Step = Callable[[list], Done]  # takes a batch: one optimiser step, one iteration of PPO, or one `generate`
+# Takes a batch -> the texts that it has worked on: one optimiser step, one iteration of PPO, or one `generate`.
+Step = Callable[[list], Texts]
 
 
 def make_start(net: GPTConfig, config: Config, stage: str) -> Start:
@@ -222,13 +215,13 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 def training_step(model: nn.Module, optimizer, config, loss: Callable[[list, list], Tensor]) -> Step:
     """The step in the loop of sft.py, reward_model.py and dpo.py. loss(micro-batch, batch)."""
 
-    def step(batch: list) -> Done:
+    def step(batch: list) -> Texts:
         optimizer.zero_grad(set_to_none=True)
         for part in micro_batches(batch, config.micro_batch):
             loss(part, batch).backward()
         clip_gradients(model, config.grad_clip)
         optimizer.step()
-        return Done([(len(e.prompt), len(e.completion)) for e in examples_of(batch)])
+        return [(len(e.prompt), len(e.completion)) for e in examples_of(batch)]
 
     return step
 
@@ -277,17 +270,13 @@ def own_ppo(s: Start) -> Step:
     if s.config.compile:
         compile_blocks(s.reference, value_model)
 
-    def step(prompts: list[list[int]]) -> Done:
-        clock = [now(s.device)]
+    def step(prompts: list[list[int]]) -> Texts:
         rollout = sample(prompts)
-        clock.append(now(s.device))
         scores = score_rollout(s.scorer, rollout) - own.eos_penalty * (~rollout.ended)
         networks = (s.policy, s.reference, value_model)
         experience = ppo.make_experience(*networks, rollout, scores, own.kl_coef, own)
-        clock.append(now(s.device))
         ppo.update(s.policy, value_model, optimizer, experience, own, order)
-        clock.append(now(s.device))
-        return Done(texts_of(rollout), tuple(b - a for a, b in pairwise(clock)))
+        return texts_of(rollout)
 
     return step
 
@@ -303,7 +292,7 @@ def texts_of(rollout: Rollout) -> Texts:
 
 def own_generate(s: Start) -> Step:
     sample = own_sampler(s, s.config.new_tokens)
-    return lambda prompts: Done(texts_of(sample(prompts)))
+    return lambda prompts: texts_of(sample(prompts))
 
 
 # -------------------------------------------------------------------------------- measuring
@@ -347,24 +336,20 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
     torch.compiler.reset()  # forget what was compiled for another stage
     s = make_start(net, config, stage)
     step = make_step(s, stage)
-    runs: list[tuple[float, Done]] = []  # seconds, what was done
+    runs: list[tuple[float, Texts]] = []  # seconds and texts of each step
     for batch in tqdm(s.batches, stage, disable=None):
         runs.append(timed(lambda batch=batch: step(batch), s.device))
     first, runs = runs[0][0], runs[WARM_UP:]
-    rates = [needed_flops(stage, done.texts, net) / seconds for seconds, done in runs]
+    rates = [needed_flops(stage, texts, net) / seconds for seconds, texts in runs]
     figures = {
-        "tokens": median(tokens_of(stage, done.texts) for _, done in runs),
+        "tokens": median(tokens_of(stage, texts) for _, texts in runs),
         "seconds": median(seconds for seconds, _ in runs),
-        "tokens_per_s": median(tokens_of(stage, done.texts) / seconds for seconds, done in runs),
+        "tokens_per_s": median(tokens_of(stage, texts) / seconds for seconds, texts in runs),
         "share_of_matmul": median(rates) / ceilings["matmul_gflops"] / 1e9,
         "peak_mb": peak,
     }
     if config.compile:
         figures["compile_seconds"] = first - figures["seconds"]
-    if stage == "ppo":
-        phases = [median(phase) for phase in zip(*(done.seconds for _, done in runs), strict=True)]
-        names = ("rollout", "score", "update")
-        figures["shares"] = {name: t / sum(phases) for name, t in zip(names, phases, strict=True)}
     if stage == "generate":
         prefill = own_sampler(s, 1)
         prefill_seconds = median(timed(lambda batch=batch: prefill(batch), s.device)[0] for batch in s.batches)
@@ -386,8 +371,6 @@ def print_table(stages: dict[str, dict], config: Config) -> None:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         print("  ".join([first.ljust(widths[0]), *cells]))
     print("tokens and ms of a step (medians); tokens/s of real tokens; shares of what this machine reaches; --help")
-    if "ppo" in stages:
-        print("ppo: " + ", ".join(f"{name} {share:.0%}" for name, share in stages["ppo"]["shares"].items()))
     if "generate" in stages:
         print(f"generate: {1000 * stages['generate']['step_seconds']:.2f} ms a step of {config.batch_size} rows")
 
@@ -395,8 +378,8 @@ def print_table(stages: dict[str, dict], config: Config) -> None:
 def run(config: Config) -> dict:
     """-> {"machine", "config", "ceilings": {"matmul_gflops", "matmul_shapes", "copy_gb"}, "stages": {stage: figures}}.
 
-    figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured). PPO
-    has "shares" of its phases; generate "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"."""
+    figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured).
+    generate also has "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"."""
     net, low, high = SIZES[config.size], config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(config.batch_size > 1 and config.new_tokens > 1, "--batch_size and --new_tokens must be at least 2")
