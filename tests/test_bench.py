@@ -113,6 +113,7 @@ def test_rates_and_shares(monkeypatch):
     assert s["shares"] == dict.fromkeys(("rollout", "score", "update"), pytest.approx(1 / 3))
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     """The whole script, with one stage: what the network takes shows, and the libraries don't."""
     flags = "--stages sft --batch_size 8 --repeats 1 --device cpu"
