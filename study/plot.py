@@ -1,12 +1,10 @@
-"""Draws the metrics of one or more runs, a panel for each, with its healthy range shaded.
+"""Draws the metrics of one or more runs: a panel for each metric, a line for each run, the healthy range shaded.
 
     python -m study.plot out/ppo                                     # -> out/ppo/curves.svg
-    python -m study.plot out                                         # all stages in out, a section for each kind
     python -m study.plot out/ppo out/grpo --out both.png --metrics score kl gold
 
-A run is a folder that holds a metrics.jsonl; of any other folder all runs below it are drawn. Runs of one kind (SFT,
-reward model, reinforcement learning, DPO) share a section. study/metrics.py has the ranges, and says how to read each
-metric.
+A run is a folder that holds a metrics.jsonl. Any other folder stands for all runs below it. study/metrics.py has the
+ranges, and says how to read each metric. For all stages of a run see study/report.py.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -36,20 +33,13 @@ class Config(Flags):
 
 
 PANEL = (3.1, 2.1)  # inches, width and height
-TITLE, LEGEND = 0.4, 0.25  # inches, the height of a section's title and of each row of its legend
-
-# {metric: kind}. A run is of the first kind whose metric it logs.
-KINDS = {"score": "Reinforcement learning", "margin": "DPO", "accuracy": "Reward model", "loss": "SFT"}
-SECTIONS = ("SFT", "Reward model", "Reinforcement learning", "DPO", "Other")  # from top to bottom
+LEGEND = 0.25  # inches, height of a row of the legend
 
 
 # -------------------------------------------------------------------------------- the logs
 
 
-class Run(NamedTuple):
-    name: str
-    kind: str
-    curves: dict[str, dict[int, float]]  # metric -> step -> value
+Curves = dict[str, dict[int, float]]  # {metric: {step: value}}
 
 
 def find_runs(paths: list[str]) -> list[Path]:
@@ -63,9 +53,9 @@ def find_runs(paths: list[str]) -> list[Path]:
     return list(dict.fromkeys(folder.resolve() for folder in found))
 
 
-def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}}, where the value is a finite number. (A nan is null in the log.)"""
-    curves: dict[str, dict[int, float]] = {}
+def read_curves(folder: Path) -> Curves:
+    """The metrics of a run, where their values are finite numbers. (A nan is null in the log.)"""
+    curves: Curves = {}
     for where, row in read_jsonl(folder / "metrics.jsonl"):
         check(is_number(row.get("step")), f'{where}: no "step" that is a number')
         for name, value in row.items():
@@ -79,74 +69,43 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def read_runs(paths: list[str]) -> list[Run]:
+def read_runs(paths: list[str]) -> dict[str, Curves]:
     """The runs of these folders. The name of a run is its path in the deepest folder that holds them all."""
     folders = find_runs(paths)
     shared = os.path.commonpath([folder.parent for folder in folders])
-    runs = []
-    for folder in folders:
-        curves = read_curves(folder)
-        kind = next((kind for name, kind in KINDS.items() if name in curves), "Other")
-        runs.append(Run(folder.relative_to(shared).as_posix(), kind, curves))
-    return runs
+    return {folder.relative_to(shared).as_posix(): read_curves(folder) for folder in folders}
 
 
-def ordered(runs: list[Run], chosen: list[str]) -> list[str]:
-    """The chosen metrics that these runs log. None chosen: all that they log, in the order of METRICS, then the
-    others."""
-    logged = list(dict.fromkeys(name for run in runs for name in run.curves))
-    known = [name for name in METRICS if name in logged]
-    return [name for name in chosen or [*known, *(n for n in logged if n not in METRICS)] if name in logged]
+def metrics_of(runs: dict[str, Curves]) -> list[str]:
+    """All metrics that the runs log, in the order of METRICS, then the others."""
+    logged = list(dict.fromkeys(name for curves in runs.values() for name in curves))
+    return [name for name in METRICS if name in logged] + [name for name in logged if name not in METRICS]
 
 
 # -------------------------------------------------------------------------------- the figure
 
 
-def draw(runs: list[Run], metrics: list[str]) -> Figure:
-    """A section for each kind of run, and in it a panel for each metric."""
-    sections = {kind: [run for run in runs if run.kind == kind] for kind in SECTIONS}
-    names = {kind: ordered(section, metrics) for kind, section in sections.items()}
-    shown = [kind for kind in SECTIONS if names[kind]]
-    columns = columns_for(max(len(names[kind]) for kind in shown))
-    heights = [section_height(len(names[kind]), len(sections[kind]), columns) for kind in shown]
-    figure = Figure(figsize=(columns * PANEL[0], sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(shown), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for kind, part in zip(shown, parts, strict=True):
-        draw_section(part, kind, sections[kind], names[kind], columns)
+def draw(runs: dict[str, Curves], metrics: list[str]) -> Figure:
+    """A panel for each metric, and above them the legend of the runs."""
+    columns = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    height = PANEL[1] * rows + LEGEND * math.ceil((len(runs) + 1) / columns)
+    figure = Figure(figsize=(columns * PANEL[0], height), layout="constrained")
+    for number, name in enumerate(metrics, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        draw_panel(axes, name, runs)
+        if number + columns > len(metrics):  # the lowest panel of its column
+            axes.set_xlabel("step")
+    handles = [Line2D([], [], **line(i), label=name) for i, name in enumerate(runs)]
+    if any(bounded(METRICS[name]) for name in metrics if name in METRICS):
+        handles.append(Patch(color=HEALTHY, alpha=HEALTHY_ALPHA, label="healthy at the end of a run"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
     return figure
 
 
-def columns_for(panels: int) -> int:
-    """Panels side by side: at most three, and no gap for two or four."""
-    return 2 if panels in (2, 4) else min(3, panels)
-
-
-def section_height(panels: int, runs: int, columns: int) -> float:
-    """Inches of a section: its rows of panels, its title, its legend, which has one entry more than there are runs."""
-    return PANEL[1] * math.ceil(panels / columns) + TITLE + LEGEND * math.ceil((runs + 1) / columns)
-
-
-def draw_section(part: SubFigure, kind: str, runs: list[Run], metrics: list[str], columns: int) -> None:
-    rows = math.ceil(len(metrics) / columns)
-    grid = part.subplots(rows, columns, sharex="all", squeeze=False)
-    for number, axes in enumerate(grid.flat):
-        if number >= len(metrics):
-            axes.remove()
-            continue
-        draw_panel(axes, metrics[number], runs)
-        axes.tick_params(labelbottom=True)
-        if number + columns >= len(metrics):  # the lowest panel of its column
-            axes.set_xlabel("iteration" if kind == "Reinforcement learning" else "step")
-    handles = [Line2D([], [], **line(i), label=run.name) for i, run in enumerate(runs)]
-    if any(bounded(METRICS[name]) for name in metrics if name in METRICS):
-        handles.append(Patch(color=HEALTHY, alpha=HEALTHY_ALPHA, label="healthy at the end of a run"))
-    title = {"title": kind, "title_fontproperties": {"weight": "bold", "size": 13}, "alignment": "left"}
-    part.legend(handles=handles, loc="outside upper left", ncols=columns, **title)
-
-
-def draw_panel(axes: Axes, name: str, runs: list[Run]) -> None:
+def draw_panel(axes: Axes, name: str, runs: dict[str, Curves]) -> None:
     metric = METRICS.get(name, Metric(name))
-    logged = [(i, run.curves[name]) for i, run in enumerate(runs) if name in run.curves]
+    logged = [(i, curves[name]) for i, curves in enumerate(runs.values()) if name in curves]
     for i, curve in logged:
         axes.plot(curve.keys(), curve.values(), **line(i), marker="o" if len(curve) == 1 else None)
     axes.set_title(metric.title)
@@ -178,18 +137,17 @@ def view(values: list[float], metric: Metric) -> tuple[float, float]:
     return lowest - margin, highest + margin
 
 
-def plot_runs(runs: list[str], out: str | Path, metrics: list[str] | None = None) -> None:
+def plot_runs(paths: list[str], out: str | Path, metrics: list[str] | None = None) -> None:
     """Draw the metrics of some runs (None: all that they log) and write the figure. UserError names what is wrong."""
     check_figure_name(out)
-    found = read_runs(runs)
-    logged = ordered(found, [])
+    runs = read_runs(paths)
+    logged = metrics_of(runs)
     for name in metrics or []:
         check(name in logged, f"--metrics {name}: not logged by these runs, which log {', '.join(logged)}")
     with style():
-        figure = draw(found, metrics or [])
+        figure = draw(runs, metrics or logged)
     save(figure, out)
-    n = len(found)
-    print(f"{out}: {n} run{'s' * (n > 1)}, {len(metrics or logged)} metrics")
+    print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(metrics or logged)} metrics")
 
 
 def run(config: Config) -> dict:

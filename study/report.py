@@ -170,47 +170,8 @@ def curves(stages: list[Stage]) -> list[dict]:
 
 # -------------------------------------------------------------------------------- answers and rollouts
 
-# What a token's colour and number may show. {field of ppo.Experience: (title, unit, explanation)}
-QUANTITIES = {
-    "advantages": (
-        "advantage",
-        "reward",
-        "How much better things went from this token on than the value model had expected (GAE). PPO makes tokens "
-        "above 0 likelier and tokens below 0 less likely. In training they are first scaled to mean 0 and "
-        "variance 1 over an iteration; here they are in units of the reward.",
-    ),
-    "rewards": (
-        "reward",
-        "reward",
-        "What the token earns at once: minus kl_coef times its KL, and at the last token the score of the whole answer "
-        "too, less the penalty if it was cut. Nearly all of it comes at the end; whom to thank for it is what values "
-        "and advantages are for.",
-    ),
-    "values": (
-        "value",
-        "reward",
-        "What the value model expects before the token is written: the sum of the rewards from here to the end.",
-    ),
-    "kl": (
-        "KL",
-        "nats",
-        "How far the policy is from the reference at this token; their sum is the answer's KL. As the plain estimate "
-        "(k1) it is log-prob less reference log-prob: above 0 where training made the token likelier.",
-    ),
-    "logprobs": (
-        "log-prob",
-        "nats",
-        "The log of the probability that the policy gives the token: 0 is certain, -0.7 is one half, -2.3 one tenth.",
-    ),
-    "entropy": (
-        "entropy",
-        "nats",
-        "How undecided the policy was before it chose the token: 0 when only one is possible, 0.7 for two equally "
-        "likely ones.",
-    ),
-    "ref_logprobs": ("reference log-prob", "nats", "The log of the probability that the reference gives the token."),
-    "returns": ("return", "reward", "Value plus advantage: what the value model is trained to predict here."),
-}
+# What a token's colour and number may show: fields of ppo.Experience. The page has their titles and explanations.
+QUANTITIES = ("advantages", "rewards", "values", "kl", "logprobs", "entropy", "ref_logprobs", "returns")
 NEED_VALUES = ("advantages", "values", "returns")
 
 
@@ -372,11 +333,10 @@ def measure_tokens(stage: Stage, passes: list, reward_models: list, tokenizer: T
         experience = ppo.make_experience(policy, reference, value_model, rollout, scores, kl_coef, config)
         rows = token_figures(experience, tokenizer, names)
         measured.append([{**row, "score": round(s, 4)} for row, s in zip(rows, scores.tolist(), strict=True)])
-    quantities = [dict(zip(("title", "unit", "note"), QUANTITIES[name], strict=True), name=name) for name in names]
     return {
         "after": stage.name,
         "from_reward_model": len(reward_models) == len(config.reward),
-        "quantities": quantities,
+        "quantities": names,
         "kl_coef": kl_coef,
         "kl": config.kl,
         "rows": [list(pair) for pair in zip(*measured, strict=True)],

@@ -192,7 +192,7 @@ def test_without_the_value_model_there_are_no_values(tmp_path):
     toy_run(tmp_path)
     (tmp_path / "ppo" / "state.pt").unlink()
     _, data, found = make_report(tmp_path)
-    names = {q["name"] for q in data["tokens"]["quantities"]}
+    names = set(data["tokens"]["quantities"])
     assert names == {"rewards", "kl", "logprobs", "entropy", "ref_logprobs"}
     assert all(set(row["figures"]) == names for pair in data["tokens"]["rows"] for row in pair)
     assert any("state.pt" in note for note in found["notes"])
@@ -204,7 +204,7 @@ def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path):
     state = lib.checkpoint.load_file(tmp_path / "ppo" / "state.pt") | {"step": 2}
     lib.checkpoint.atomic_save(state, tmp_path / "ppo" / "state.pt")
     _, data, found = make_report(tmp_path)
-    assert "values" not in {q["name"] for q in data["tokens"]["quantities"]}
+    assert "values" not in data["tokens"]["quantities"]
     assert any("not that of the finished run" in note for note in found["notes"])
 
 
