@@ -109,6 +109,7 @@ def test_rates_and_shares(monkeypatch):
     assert s["share_of_matmul"] == pytest.approx(sum(bench.needed_flops("sft", t, NET) for t in texts) / 2 / 2e9)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     """The whole script, with one stage: what the network takes shows, and the libraries don't."""
     flags = "--stages sft --batch_size 8 --repeats 1 --device cpu"

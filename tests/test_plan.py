@@ -79,6 +79,7 @@ def test_calls_are_counted_without_looks():
     assert calls.n == 2 and y.shape == (1, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_memory_is_what_a_measured_run_takes(stage):
     """The stage itself, in a process of its own, on this machine: the networks' copies, Adam, activations and what
@@ -120,6 +121,7 @@ def test_the_known_sizes_are_those_networks():
         assert weights / 1e6 == pytest.approx(millions, abs=0.06), size
 
 
+@pytest.mark.slow
 def test_the_table_says_that_it_is_computed_and_what_fits(capsys):
     results = plan.run(plan.Config(sizes=["tiny", "1.7b"], gpus=["RTX 4090"], prompt=40, completion=40))
     lines = capsys.readouterr().out.splitlines()
