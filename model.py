@@ -73,14 +73,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------- positions
 #
-# Usually a row holds one text and its tokens have the positions 0, 1, 2, ... Where several completions of a prompt are
-# compared, they stand behind it in one row, so that the prompt is read once:
+# Usually a row holds one text, at the positions 0, 1, 2, ... Where several completions of a prompt are compared, they
+# stand behind it in one row, so that the prompt is read once:
 #
 #     tokens       p0  p1  a0  a1  b0  b1  b2  fill      (B, T)
 #     positions     0   1   2   3   2   3   4   0        (B, T)
 #
-# Where positions do not go up, another completion starts. It continues the prompt, so it sees the tokens at lower
-# positions than its first, and nothing of its neighbours: as if it stood behind the prompt alone.
+# Where positions do not go up, another completion starts. It sees the prompt and nothing of its neighbours.
 
 
 def run_starts(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,10 +169,7 @@ class KVCache:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         shape = (2, batch, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.kv = [like.new_zeros(shape, dtype=dtype) for _ in range(config.n_layer)]
-
-    @property
-    def slots(self) -> int:
-        return self.kv[0].size(3)
+        self.slots = slots
 
     def mask(self, positions: Tensor) -> Tensor:
         """positions (B, T) of new tokens -> (B, 1, T, S): 0 at the slots up to each, -inf behind it."""
@@ -187,6 +183,7 @@ class KVCache:
     def grow(self, slots: int) -> None:
         """`slots` more, empty."""
         self.kv = [F.pad(kv, (0, 0, 0, slots)) for kv in self.kv]
+        self.slots += slots
 
 
 class Attention(nn.Module):
@@ -310,7 +307,7 @@ class GPT(nn.Module):
         return (self.wte if self.config.tied else self.unembedding).weight
 
     def view(self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> View:
-        """What the blocks need to know of the positions of tokens (B, T), which are 0..T-1 unless given, (B, T)."""
+        """What the blocks need to know of tokens (B, T), at positions (B, T) or, if None, at 0..T-1."""
         T = tokens.size(1)
         if positions is None and T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
@@ -322,8 +319,7 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor, view: View) -> Tensor:
         """tokens (B, T) -> (B, T, C), what the lowest block reads."""
-        x = self.wte(tokens)
-        x = x if self.config.rope_base else x + self.wpe(view.positions)
+        x = self.wte(tokens) if self.config.rope_base else self.wte(tokens) + self.wpe(view.positions)
         return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(
@@ -376,8 +372,8 @@ class GPT(nn.Module):
 
 class ScalarModel(nn.Module):
     """A GPT whose output is one number a token: the reward model (read at the last real token) and the value model
-    (read before every action). `mean` and `std` are the reward model's normalisation. They are buffers, so they are
-    saved with it and hold wherever it scores, and a value model made from it starts in the same units.
+    (read before every action). `mean` and `std` are the reward model's normalisation. As buffers they are saved with it
+    and hold wherever it scores, and a value model made from it starts in the same units.
 
     With expectation, one more block stands between the GPT and the head. It reads how strongly the GPT had expected
     each token: the logit that the token had at the place before it. In a deep network the upper layers can look at what

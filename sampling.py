@@ -53,8 +53,8 @@ def sample_token(
 ) -> Tensor:
     """logits (B, V), uniforms (B,) in [0, 1) -> ids (B,). Temperature 0 takes the most likely token.
 
-    The token at which the cumulative probability first exceeds the row's uniform number: an exact draw, from one random
-    number a row instead of one for each word of the vocabulary."""
+    It is the token at which the cumulative probability first exceeds the row's uniform number: an exact draw, from one
+    random number a row instead of one for each word of the vocabulary."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = at_least_float32(logits) / temperature
@@ -97,7 +97,6 @@ def read_once(prompts: list[list[int]], width: int, filler: int) -> tuple[Tensor
 
 @contextlib.contextmanager
 def without_dropout(model: GPT) -> Iterator[None]:
-    """In eval mode, and afterwards as before."""
     training = model.training
     model.eval()
     try:

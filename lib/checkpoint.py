@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from data.files import replacing
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
 from lib.cli import UserError, check, one_line
 from lib.weights import GPT2_NAMES, load_pretrained, local_path
@@ -16,11 +16,9 @@ from model import GPT, GPTConfig, ScalarModel
 
 
 def atomic_save(obj, path: Path) -> None:
-    """torch.save to a temporary name, then rename: a crash leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    torch.save(obj, tmp)
-    os.replace(tmp, path)
+    """torch.save, the whole file or none of it."""
+    with replacing(path) as temporary:
+        torch.save(obj, temporary)
 
 
 def load_file(path: str | Path, map_location="cpu") -> dict:
@@ -83,7 +81,7 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     content = load_file(file)
     try:
         content = dict(content)
-        fields = {k: v for k, v in content["config"].items() if k != "expectation"}  # stood there once
+        fields = {k: v for k, v in content["config"].items() if k != "expectation"}  # earlier versions kept it there
         found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**fields)
         made = content["made"]
         if found == kind:
@@ -159,6 +157,6 @@ def check_scorer(scorer: Checkpoint, path: str | Path, policy: Checkpoint) -> No
 
 
 def note_task(policy: Checkpoint, task: str, path: str) -> None:
-    """Data of one's own with the demo's policy is rarely meant: say so."""
+    """Say so where data of one's own meets the demo's policy: it is rarely meant."""
     if policy.task == "tiny" and task != "tiny":
         print(f"NOTE: the policy was trained on the embedded task, but {path} holds other prompts")

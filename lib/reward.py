@@ -24,7 +24,7 @@ COMBINES = ("sum", "mean", "min", "mean-std")  # one reward from several
 
 
 def check_task(scorer: Checkpoint, path: str, task: str) -> None:
-    """The demo's reward model on prompts of one's own gives plausible numbers that mean nothing."""
+    """Refuse the demo's reward model on prompts of one's own: its numbers are plausible and mean nothing."""
     foreign = scorer.task == "tiny" and task != "tiny"
     check(not foreign, f"--reward {path} was trained on the embedded task, and the prompts are not of it; name another")
 
@@ -57,11 +57,11 @@ def call_reward(
     name: str = "the reward function",
 ) -> list[float]:
     """Call reward(prompts, completions) -> one number for each completion, and check what came back. A function with a
-    parameter `ended` is also told which completions ended by themselves (None: all) and which were cut."""
-    told = {}
+    parameter `ended` also gets which completions ended by themselves (None: all); the others were cut."""
+    options = {}
     if "ended" in inspect.signature(function).parameters:
-        told["ended"] = [True] * len(completions) if ended is None else ended
-    returned = function(prompts, completions, **told)  # an error in there is the function's: its traceback says where
+        options["ended"] = [True] * len(completions) if ended is None else ended
+    returned = function(prompts, completions, **options)  # an error in there keeps its traceback
     try:
         rewards = [float(r) for r in returned]
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.files import replacing
 from lib.checkpoint import atomic_save, load_file
 from lib.cli import UserError, check
 
@@ -29,10 +30,8 @@ def finite(obj):
 
 def write_text(text: str, path: Path) -> None:
     """The whole file, or the old one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(tmp, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(obj, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is shown of rollouts: samples, figures, traces."""
+"""Samples, figures and traces of rollouts, for the log and for the screen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sampling import Rollout, generate
 def sample_prompts(
     policy: GPT, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int, seed: int
 ) -> Rollout:
-    """Answer the prompts at temperature 1; the end of each that leaves room for an answer."""
+    """Sample an answer to each prompt at temperature 1. A long prompt keeps its end, so that an answer has room."""
     max_new_tokens = min(max_new_tokens, policy.config.block_size - 1)
     prompts = [p[-(policy.config.block_size - max_new_tokens) :] for p in prompts]
     rng = generator_for(policy.device, seed)
@@ -57,8 +57,9 @@ def compare_samples(
 def rollout_figures(
     experience, completions: list[str], raw_scores: Tensor, scores: Tensor, kl_coef: float
 ) -> dict[str, float]:
-    """The figures of an iteration, of its ppo.Experience; docs/tuning.md says how to read them. raw_scores (B,);
-    scores (B,) or (B, T-1): with the penalty of cut completions."""
+    """The figures to log of an iteration, from its ppo.Experience; docs/tuning.md says how to read them.
+
+    raw_scores (B,); scores (B,) or (B, T-1), with the penalty of cut completions."""
     e, mask = experience, experience.action_mask
     kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
     residual, returns = (e.returns - e.values)[mask], e.returns[mask]

@@ -37,38 +37,7 @@ TEXT = "#7a828c"
 HEALTHY = COLOURS["green"]
 HEALTHY_ALPHA = 0.16  # faint, so that lines on it keep their contrast
 
-SETTINGS = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; it is wide, so a reader's own font fits too
-    "font.size": 10,
-    "text.color": TEXT,
-    "text.parse_math": False,  # a run may be called "$5"
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "grid.color": TEXT,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "lines.dash_capstyle": "butt",
-    "legend.frameon": False,
-    "legend.borderaxespad": 0.2,
-    "legend.handlelength": 2.8,  # long enough to tell one dash pattern from another
-    "savefig.facecolor": "none",
-    "savefig.dpi": 150,
-    "svg.fonttype": "none",  # text stays text: small, searchable, and in a font that the reader has
-    "svg.hashsalt": "figures",  # without it the names inside an SVG are random
-}
+SETTINGS = Path(__file__).with_name("figures.mplstyle")
 # A file says neither when nor with which version it was made: the same data gives the same bytes.
 METADATA = {
     ".svg": {"Date": None, "Creator": None},

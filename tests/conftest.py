@@ -25,20 +25,6 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-# test_optimum.py's training runs take as long as half of all other tests: they start before the first test, in
-# processes of their own, and their tests come last.
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.module.__name__ == "test_optimum")
-
-
-def pytest_collection_finish(session):
-    chosen = [item for item in session.items if "runs" in item.fixturenames and hasattr(item.module, "start_runs")]
-    if chosen and not session.config.option.collectonly:
-        chosen[0].module.start_runs()
-
-
 @pytest.fixture
 def person(monkeypatch):
     """Types the given lines; then ctrl-D."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -229,22 +228,6 @@ class ByteTokenizer:
 TOY = ToyTokenizer()
 # every stage finds the two by name, as it finds tiny: in a checkpoint, or as --tokenizer toy
 NAMED.update(toy=lambda template: TOY, bytes=lambda template: ByteTokenizer())
-
-
-def record_dtypes(monkeypatch, module, *names: str) -> dict[str, set[str]]:
-    """{name: dtypes of the matrix products in which the module's function was called, so far}"""
-    seen: dict[str, set[str]] = {name: set() for name in names}
-
-    def recorded(name: str, function: Callable) -> Callable:
-        def call(*args, **options):
-            seen[name].add("bfloat16" if torch.is_autocast_enabled("cpu") else "float32")
-            return function(*args, **options)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
-    return seen
 
 
 def plain_sgd(monkeypatch) -> None:
@@ -499,43 +482,6 @@ def text_before(tokens: torch.Tensor, positions: torch.Tensor, place: int) -> li
         column = max(c for c in range(column) if positions[row, c] == left and (left or c == 0))
         ids.append(int(tokens[row, column]))
     return ids[::-1]
-
-
-def record_steps(batches: list, monkeypatch, module) -> None:
-    """Fill `batches` with the items of every batch that `module` makes for training."""
-    original = module.ranked_batch
-
-    def record(items, device):
-        if torch.is_grad_enabled():
-            batches.append(items)
-        return original(items, device)
-
-    monkeypatch.setattr(module, "ranked_batch", record)
-
-
-def rankings_of_all_lengths(n: int) -> list[dict]:
-    """n pairs of equally long texts of 1 to 24 letters, with different prompts."""
-    decode = TOY.decode
-    return [
-        {"prompt": decode([i // 20, i % 20]), "chosen": "a" * (1 + i % 24), "rejected": "b" * (1 + i % 24)}
-        for i in range(n)
-    ]
-
-
-def assert_steps_hold_all_lengths(batches: list, n: int, epochs: int) -> None:
-    """Every ranking once an epoch, in another order each time, and short and long ones mixed: 8 sorted by length have
-    1 to 24 times as many tokens as the shortest 8, 8 random ones about as many as any other 8."""
-    per_epoch = n // 8
-    assert len(batches) == epochs * per_epoch
-    orders = []
-    for epoch in range(epochs):
-        steps = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        prompts = [frozenset(tuple(item.examples[0].prompt) for item in step) for step in steps]
-        assert len(frozenset().union(*prompts)) == sum(map(len, prompts)) == n
-        orders.append(prompts)
-        tokens = [sum(len(e.completion) for item in step for e in item.examples) for step in steps]
-        assert max(tokens) < 3 * min(tokens)
-    assert not any(set(a) & set(b) for a, b in itertools.combinations(orders, 2))
 
 
 def task_rankings(n: int, seed: int = 1) -> list[dict]:

@@ -61,6 +61,12 @@ def letters(prompts, completions, ended):
     return [c.count("a") + 0.1 * len(p) for p, c in zip(prompts, completions)]
 
 
+def variety(prompts, completions, ended):
+    """Different letters of the completion, and 0.5 for its end."""
+    note("variety", prompts, completions, ended)
+    return [len(set(c)) + 0.5 * e for c, e in zip(completions, ended)]
+
+
 def stops(prompts, completions, ended):
     note("stops", prompts, completions, ended)
     return ended
@@ -201,6 +207,14 @@ def settings(name: str, folder: Path, model=None, rows=None, held_out=None, **ch
     if name == "reward_model":
         made["prompts"] = write_lines(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefgh"])
     return {**made, **changes}
+
+
+TIMING = {"seconds", "share_rollout", "share_score", "share_update", "tokens_per_s"}
+
+
+def same_figures(rows: list[dict]) -> list[dict]:
+    """Rows of a log, or results, without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
 class Ran(NamedTuple):

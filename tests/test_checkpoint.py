@@ -97,7 +97,7 @@ def test_atomic_save_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"model\.pt"):
         lib.checkpoint.atomic_save({"a": 2}, path)
     assert path.read_bytes() == before
 

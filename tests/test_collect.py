@@ -3,7 +3,6 @@ test_annotate.py."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -17,20 +16,19 @@ from helpers import (
     beside_a_demo,
     checkpoint,
     make_gpt,
-    record_dtypes,
     spread,
     write_lines,
 )
+
+from stages import asked, reward_file, steady_policy, watching
 
 import collect
 from lib.cli import UserError
 from lib.checkpoint import load_model, save_model
 from data import tiny
-from tools.annotate import Sample
 from data.batches import load_rankings
 from data.files import read_jsonl, read_prompts, read_rankings, write_jsonl
 from data.tokenizer import load_tokenizer
-from sampling import generate
 
 TINY = load_tokenizer("tiny")
 
@@ -74,10 +72,10 @@ def collecting(folder, out, **changes) -> collect.Config:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_samples_are_in_the_dtype(random_policy, tmp_path, monkeypatch, dtype):
-    seen = record_dtypes(monkeypatch, collect, "generate")
-    collect.run(collecting(random_policy, tmp_path / "r.jsonl", dtype=dtype))
-    assert seen == {"generate": {dtype}}
+def test_samples_are_in_the_dtype(random_policy, tmp_path, dtype):
+    with watching() as watch:
+        collect.run(collecting(random_policy, tmp_path / "r.jsonl", dtype=dtype))
+    assert watch.products == {True: set(), False: {getattr(torch, dtype)}}
 
 
 def test_collected_rankings(random_policy, tmp_path, capsys):
@@ -147,29 +145,18 @@ def test_each_completion_belongs_to_its_prompt(random_policy, tmp_path, float64)
     assert 3 < sum(all_ended) < len(all_ended) - 3
 
 
-def test_texts_cut_by_max_new_tokens_keep_that(random_policy, tmp_path, monkeypatch):
+def test_texts_cut_by_max_new_tokens_keep_that(random_policy, tmp_path):
     """Without it every cut text is read as one that stopped there: with 3 new tokens, 32 of 32 got an EOS. From the
-    rollout to the ids that the stages learn from."""
-    sampled = []
-
-    def record(*args, **kwargs):
-        sampled.append(generate(*args, **kwargs))
-        return sampled[-1]
-
-    monkeypatch.setattr(collect, "generate", record)
-    out = tmp_path / "r.jsonl"
-    collect.run(collecting(random_policy, out, max_new_tokens=3, completions=4))
-    ended = [e for rollout in sampled for e in rollout.ended.tolist()]
+    rollout, as the true reward is told of it, to the ids that the stages learn from."""
+    out, gold = tmp_path / "r.jsonl", f"{reward_file(tmp_path)}:variety"
+    collect.run(collecting(random_policy, out, max_new_tokens=3, completions=4, gold=gold))
+    rankings, sampled = read_rankings(out), asked(tmp_path, "variety")
+    ended = [end for call in sampled for end in call.ended]
     assert 0 < sum(ended) < len(ended), "some must end and some be cut"
-    rankings = read_rankings(out)
-    for _, row in read_jsonl(out):
-        assert isinstance(row["ended"], list) and len(row["ended"]) == 4
-    assert sum(e for r in rankings for e in r.ended) == sum(ended) and len(ended) == 4 * len(rankings)
-    whole = {TINY.decode(c) for r in sampled for c, e in zip(r.completions(), r.ended.tolist(), strict=True) if e}
-    cut = {TINY.decode(c) for r in sampled for c, e in zip(r.completions(), r.ended.tolist(), strict=True) if not e}
-    for ranking in rankings:
-        for text, e in zip(ranking.completions, ranking.ended, strict=True):
-            assert text in (whole if e else cut)
+    assert all(isinstance(row["ended"], list) and len(row["ended"]) == 4 for _, row in read_jsonl(out))
+    for ranking, call in zip(rankings, sampled, strict=True):
+        drawn = zip(call.completions, call.ended, strict=True)
+        assert sorted(zip(ranking.completions, ranking.ended, strict=True)) == sorted(drawn)
     learned = [e.completion for item in load_rankings(str(out), TINY, 64) for e in item.examples]
     texts = {(TINY.decode(ids[:-1]), True) if ids[-1] == TINY.eos_id else (TINY.decode(ids), False) for ids in learned}
     assert texts == {(t, e) for r in rankings for t, e in zip(r.completions, r.ended, strict=True)}
@@ -216,55 +203,42 @@ def test_the_annotators_noise_is_new_for_every_chunk(tmp_path):
     assert abs(sum(wins) / len(wins) - 0.5) < 4 * 0.5 / len(wins) ** 0.5
 
 
-def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path, monkeypatch):
-    """The same random numbers for each chunk: prompts of different chunks get the same completions in disguise."""
-    settings = toy_policies(tmp_path, 10)
-    seeds = []
-
-    def record(*args, generator, **kwargs):
-        seeds.append(generator.initial_seed())
-        return generate(*args, generator=generator, **kwargs)
-
-    monkeypatch.setattr(collect, "generate", record)
-    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=3))
-    assert len(seeds) == len(set(seeds)) == 4 * 2  # chunks and policies
+def test_samples_have_a_stream_of_their_own_for_every_chunk(tmp_path):
+    """The same random numbers for each chunk or policy: prompts of different chunks get the same completions in
+    disguise. Two policies that are one and don't look at the prompt differ by their random numbers alone."""
+    settings = toy_policies(tmp_path, 12) | {"gold": f"{reward_file(tmp_path)}:variety", "temperatures": [1.0]}
+    policy = checkpoint(tmp_path / "steady", steady_policy([0.0] * 22 + [-9.0]))
+    collect.run(collect.Config(**settings | {"policies": [policy] * 2}, out=str(tmp_path / "r.jsonl"), batch_size=3))
+    written = [text for call in asked(tmp_path, "variety") for text in call.completions]
+    assert len(written) == len(set(written)) == 12 * 2
 
 
-def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, monkeypatch):
+def seen_first(settings: dict, folder, shown: dict[str, list[str]]) -> tuple[int, int]:
+    """In how many cases the first policy's answer is shown first, and of how many prompts with different answers."""
+    answers = first_policy_of(settings, folder)
+    assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
+    return sum(shown[p][0] == pair[0] for p, pair in answers.items()), len(answers)
+
+
+def test_the_place_on_the_screen_says_nothing_about_the_policy(tmp_path, person, capsys):
     """Always in the policies' order, an annotator who likes to type "1 2" would prefer the first policy."""
     settings = toy_policies(tmp_path, 100)
-    answers = first_policy_of(settings, tmp_path)
-    shown = {}
-
-    def look(session, chunks):
-        for items in chunks:
-            shown.update((prompt, [s.text for s in samples]) for prompt, samples in items)
-
-    for annotator, asks in (("human", "in_terminal"), ("web", "in_browser")):
-        monkeypatch.setattr(collect, asks, lambda session, chunks, port=None: look(session, chunks))
-        shown.clear()
-        collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), annotator=annotator, batch_size=8))
-        assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
-        first = sum(shown[p][0] == pair[0] for p, pair in answers.items()) / len(answers)
-        assert abs(first - 0.5) < 4 * 0.5 / len(answers) ** 0.5
+    person(*["1 2"] * 100)
+    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), annotator="human", batch_size=8))
+    texts = [t.removesuffix("   [cut]") for t in re.findall(r"^  \d: (.*)$", capsys.readouterr().out, re.M)]
+    shown = dict(zip(read_prompts(settings["prompts"]), zip(texts[::2], texts[1::2], strict=True), strict=True))
+    first, n = seen_first(settings, tmp_path, shown)
+    assert abs(first / n - 0.5) < 4 * 0.5 / n**0.5
 
 
-def test_where_simulated_annotators_look_first_says_nothing_about_the_policy(tmp_path, monkeypatch):
+def test_where_simulated_annotators_look_first_says_nothing_about_the_policy(tmp_path):
     """Their samples are shuffled by the same stream."""
     settings = toy_policies(tmp_path, 100)
-    answers = first_policy_of(settings, tmp_path)
-    shown = {}
-
-    def look(texts, *rest):
-        shown[tuple(sorted(texts))] = texts
-        return list(range(len(texts)))
-
-    monkeypatch.setattr(collect, "rank_simulated", look)
-    collect.run(collect.Config(**settings, out=str(tmp_path / "r.jsonl"), batch_size=8))
-    shown = {p: shown[tuple(sorted(pair))] for p, pair in answers.items()}
-    assert all(sorted(shown[p]) == sorted(pair) for p, pair in answers.items())
-    first = sum(shown[p][0] == pair[0] for p, pair in answers.items()) / len(answers)
-    assert abs(first - 0.5) < 4 * 0.5 / len(answers) ** 0.5
+    gold = f"{reward_file(tmp_path)}:same"
+    collect.run(collect.Config(**settings | {"gold": gold}, out=str(tmp_path / "r.jsonl"), batch_size=8))
+    shown = {call.prompts[0]: call.completions for call in asked(tmp_path, "same")}
+    first, n = seen_first(settings, tmp_path, shown)
+    assert abs(first / n - 0.5) < 4 * 0.5 / n**0.5
 
 
 def test_a_resumed_collection_equals_an_unbroken_one(random_policy, tmp_path):
@@ -294,61 +268,49 @@ def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
     assert collect.already_ranked(tmp_path / "none") == set()
 
 
-@pytest.fixture
-def distinct(monkeypatch):
-    """Call it before a run: its samples get numbers, so that none are equal, and have no line breaks."""
-
-    def start():
-        count = itertools.count()
-        monkeypatch.setattr(collect, "Sample", lambda text, ended: Sample(f"{next(count)} {text!r}", ended))
-
-    start()
-    return start
+def asking(folder, **changes) -> collect.Config:
+    """Three completions of each of eleven prompts, in letters, for a person to rank."""
+    settings = toy_policies(folder, 11) | {"temperatures": [1.0], "completions": 3, "batch_size": 4, "seed": 4}
+    return collect.Config(**settings, out=str(folder / "r.jsonl"), annotator="human", **changes)
 
 
-def test_human_collection_writes_as_it_goes(random_policy, tmp_path, person, distinct, capsys):
+def test_human_collection_writes_as_it_goes(tmp_path, person, capsys):
     """Ranked, skipped, ranked, quit: two lines stand in the file, best first, without any simulated truth; run again,
     the same samples are shown, the skipped one not among them."""
-    out = tmp_path / "r.jsonl"
-    settings = {"annotator": "human", "seed": 4, "annotator_name": "anna"}
+    config = asking(tmp_path, annotator_name="anna")
     person("3 2 1", "s", "1=2 3", "q")
-    assert collect.run(collecting(random_policy, out, **settings)) == {"written": 2}
+    assert collect.run(config) == {"written": 2}
     said = capsys.readouterr().out
     assert "wrote 2 rankings" in said and "2 ranked, 1 skipped" in said and "item 4 of 11" in said
     texts = re.findall(r"^  (\d): (.*)$", said, re.M)
     assert [n for n, _ in texts] == list("123" * 4)
     texts = [[t for _, t in texts[i : i + 3]] for i in range(0, 12, 3)]
-    rows = [row for _, row in read_jsonl(out)]
-    prompts = read_prompts(random_policy / "prompts.jsonl")
+    assert all(len(set(three)) == 3 for three in texts)
+    rows = [row for _, row in read_jsonl(config.out)]
+    prompts = read_prompts(config.prompts)
     assert [row["prompt"] for row in rows] == [prompts[0], prompts[2]]
     assert all(list(row) == ["prompt", "completions", "ended", "shown", "annotator", "answer"] for row in rows)
     assert rows[0]["completions"] == [t.removesuffix("   [cut]") for t in texts[0][::-1]]
     assert rows[0]["ended"] == [not t.endswith("   [cut]") for t in texts[0][::-1]]
     assert [len(group) for group in rows[1]["completions"][:-1]] == [2]  # the tie is a nested list
     person("1 2 3")
-    distinct()
-    assert collect.run(collecting(random_policy, out, **settings)) == {"written": 1}
+    assert collect.run(config) == {"written": 1}
     said = capsys.readouterr().out
     assert "(2 stood there already)" in said and "item 4 of 11" in said
     assert [t for _, t in re.findall(r"^  (\d): (.*)$", said, re.M)][:3] == texts[3]
-    assert [row["prompt"] for _, row in read_jsonl(out)] == [prompts[0], prompts[2], prompts[3]]
+    assert [row["prompt"] for _, row in read_jsonl(config.out)] == [prompts[0], prompts[2], prompts[3]]
 
 
-def test_finished_chunks_are_not_sampled_again(random_policy, tmp_path, person, distinct, monkeypatch):
+def test_finished_chunks_are_not_sampled_again(tmp_path, person):
     """Also where some of their prompts were skipped."""
-    out = tmp_path / "r.jsonl"
+    config = asking(tmp_path)
     person("1 2 3", "s", "1 2 3", "s", "q")
-    collect.run(collecting(random_policy, out, annotator="human", seed=4))
-    sampled = []
-
-    def record(model, prompts, *args, **kwargs):
-        sampled.append(len(prompts))
-        return generate(model, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(collect, "generate", record)
+    collect.run(config)
     person("q")
-    collect.run(collecting(random_policy, out, annotator="human", seed=4))
-    assert sampled == [4 * 3]  # the second chunk
+    with watching() as watch:
+        collect.run(config)
+    read = {text[:4] for p in watch.passes if p.tokens.size(1) > 1 for text in p.texts()}
+    assert read == set(read_prompts(config.prompts)[4:8])  # the second chunk
 
 
 @pytest.mark.parametrize(

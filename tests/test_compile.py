@@ -86,6 +86,7 @@ def dpo_step(model: GPT, examples: list[Example]) -> None:
 # when they differ. So there may be up to twice as many graphs as kinds, but no more, however many lengths follow.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope_base", [0.0, 100.0])
 def test_six_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_base):
     """One for the blocks, one for the last, which goes on at the predicting positions alone; both again where
@@ -104,6 +105,7 @@ def test_six_kinds_of_graph_serve_training_steps_of_any_length(compiler, rope_ba
     assert no_graph_breaks()
 
 
+@pytest.mark.slow
 def test_an_iteration_of_ppo_has_nine_kinds_and_the_next_ones_are_compiled_already(compiler):
     """Two each (the last block is another) for prompts, measured policy and value model, measured reference (frozen)
     and update; one for the decode step, however many rows and slots. At torch's own limit, 8, the update would go on
@@ -154,6 +156,7 @@ def test_frozen_blocks_are_compiled_too(compiler):
 # ------------------------------------------------------------------------------------------------ the same network
 
 
+@pytest.mark.slow
 def test_compiled_training_has_the_same_gradients(compiler, float64):
     """Rotary positions are written in two ways, one of them for torch.compile alone. All but the last step of
     compilation: writing C++ (backend "inductor") and compiling it would take 20 seconds."""

@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,38 +17,33 @@ from helpers import (
     TOY,
     beside_a_demo,
     checkpoint,
+    completion_logprobs,
     make_gpt,
     make_scalar,
     make_told,
     own_pairs,
     random_prompts,
-    record_dtypes,
+    slow_generate,
     spread,
     strict_json,
     task_rankings,
     write_lines,
 )
 
+from stages import asked, demonstrations, reward_file, run, watching
+
 import evaluate
 import sample
 import sft
-from lib.cli import UserError
-from lib.checkpoint import save_model
 from data.batches import contrast_rankings
-from data.tokenizer import format_prompt, load_tokenizer
-from evaluate import (
-    Config,
-    best_of_n,
-    expected_best,
-    sample_policy,
-    standard_error,
-    token_kl,
-    unique_names,
-    wilson_interval,
-    win_rate,
-)
-from sampling import Rollout, generate
+from data.tiny import gold_parts
+from data.tokenizer import load_tokenizer
+from evaluate import Config, expected_best, standard_error, token_kl, unique_names, wilson_interval, win_rate
+from lib.checkpoint import load_model, save_model
+from lib.cli import UserError
+from model import ScalarModel
 from reward_model import accuracy_by_part
+from sampling import Rollout
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -128,49 +123,97 @@ def slow_kl(policy, baseline, prompt: list[int], actions: list[int], temperature
     return total
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_come_with_their_own_figures(float64, temperature):
-    """Figures in the order of the batches instead of the prompts, KL over prompt or filler or at temperature 1, EOS
-    missing in length or KL, scores that depend on batch mates: 70 prompts of unequal length against one at a time."""
-    policy, baseline = relatives()
-    scorer = make_scalar(3, block_size=24)
+PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
+
+
+def run_evaluate(folder: Path, models: dict, **changes) -> dict:
+    demonstrations = [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]
+    settings = {
+        "policies": [checkpoint(folder / name, model) for name, model in models.items()],
+        "reward": checkpoint(folder / "scorer", scorer_of_texts()),
+        "prompts": write_lines(folder / "p.jsonl", [{"prompt": p} for p in PROMPTS]),
+        "rankings": "",
+        "demonstrations": write_lines(folder / "d.jsonl", demonstrations),
+        "gold": f"{reward_file(folder)}:variety",
+        **{"max_new_tokens": 6, "best_of": [1, 3]},
+        **{"out_dir": str(folder / "out"), "device": "cpu"},
+    }
+    results = evaluate.run(Config(**{**settings, **changes}))
+    assert strict_json(folder / "out" / "results.json") == results
+    return results
+
+
+def scorer_of_texts():
+    scorer = make_scalar(16, block_size=24)
     scorer.mean.fill_(0.2)
     scorer.std.fill_(1.5)
-    ids = random_prompts([1 + (7 * i) % 11 for i in range(70)], 22, seed=4)
-    config = Config(max_new_tokens=8, temperature=temperature)
-    with torch.no_grad():
-        found = sample_policy(policy, baseline, scorer, ids, TOY, config, seed=5)
-        for i, prompt in enumerate(ids):
-            completion = TOY.encode(found["completion"][i])
-            actions = completion + [EOS] * found["ended"][i]
-            assert len(actions) == found["length"][i]
-            assert found["ended"][i] or len(actions) == 8
-            assert EOS not in completion
-            assert found["kl"][i] == pytest.approx(slow_kl(policy, baseline, prompt, actions, temperature), abs=1e-10)
-            assert found["rm"][i] == pytest.approx(scorer(torch.tensor([prompt + actions]))[0, -1].item(), abs=1e-10)
-    assert 0 < sum(found["ended"]) < 70
-    assert all(k > 0 for k in found["kl"])
+    return scorer
 
 
-def test_the_baseline_has_no_kl_to_itself(float64):
-    """KL of the baseline that is not 0: other code for the two; also for a copy, where the
-    shortcut for the same object doesn't help."""
-    baseline = make_gpt(6, block_size=24)
-    ids = random_prompts([1, 5, 3, 7], 22, seed=7)
-    config = Config(max_new_tokens=6)
-    assert sample_policy(baseline, baseline, None, ids, TOY, config, seed=1)["kl"] == [0.0] * 4
-    twin = copy.deepcopy(baseline)
-    assert sample_policy(twin, baseline, None, ids, TOY, config, seed=1)["kl"] == pytest.approx([0.0] * 4, abs=1e-11)
+def actions(text: str, ended: bool) -> list[int]:
+    return TOY.encode(text) + [EOS] * ended
 
 
-def test_samples_are_drawn_at_the_temperature_without_truncation(float64):
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return sum(values) / len(values), torch.tensor(values).double().std().item() / math.sqrt(len(values))
+
+
+def wins(ours: list[float], theirs: list[float]) -> list[float]:
+    """The win rate and its interval."""
+    share = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    return [share, *wilson_interval(share, len(ours))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_results_are_those_of_the_samples(tmp_path, float64, temperature):
+    """Win rates against another policy than the first, figures in the order of the batches instead of the prompts, KL
+    over prompt or filler or at temperature 1, EOS missing in length or KL, scores that depend on batch mates, KL of the
+    baseline to itself: of 40 prompts of unequal length, each sample by itself. The true reward writes the samples
+    down."""
+    policy, baseline = relatives(17)
+    models = {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24), "twin": copy.deepcopy(baseline)}
+    ids = random_prompts([1 + (7 * i) % 11 for i in range(40)], 22, seed=4)
+    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
+    results = run_evaluate(tmp_path, models, prompts=prompts, best_of=[], temperature=temperature, max_new_tokens=8)
+    _, *samples = asked(tmp_path, "variety")  # the first were the demonstrations
+    assert list(results["policies"]) == list(models)
+    scorer, first = scorer_of_texts(), None
+    for (name, model), call in zip(models.items(), samples, strict=True):
+        assert call.prompts == [TOY.decode(p) for p in ids]
+        written = list(map(actions, call.completions, call.ended))
+        assert all(end or len(ids) == 8 for end, ids in zip(call.ended, written, strict=True))
+        with torch.no_grad():
+            rm = [scorer(torch.tensor([p + w]))[0, -1].item() for p, w in zip(ids, written, strict=True)]
+            kl = [slow_kl(model, baseline, p, w, temperature) for p, w in zip(ids, written, strict=True)]
+        gold = [len(set(c)) + 0.5 * e for c, e in zip(call.completions, call.ended, strict=True)]
+        first = first or (gold, rm)
+        found = results["policies"][name]
+        assert (found["gold"], found["gold_se"]) == pytest.approx(mean_and_error(gold))
+        expected = {
+            "rm": sum(rm) / 40,
+            "kl": sum(kl) / 40,
+            "eos_rate": sum(call.ended) / 40,
+            "length": sum(map(len, written)) / 40,
+            "distinct": len(set(call.completions)) / 40,
+        }
+        assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-9)
+        for key, ours, theirs in (("win", gold, first[0]), ("rm_win", rm, first[1])):
+            rates = [found[f"{key}_{k}"] for k in ("rate", "low", "high")]
+            assert rates == ([None] * 3 if name == "sft" else pytest.approx(wins(ours, theirs)))
+        assert (found["kl"] == 0) if name == "sft" else abs(found["kl"]) < 1e-11 if name == "twin" else found["kl"] > 0
+    assert 0 < sum(samples[1].ended) < 40
+    assert results["demonstrations"] == 3.5  # {b, c} and {a, b, c, d}, which have all ended
+    assert (results["ceiling"], results["best_of_n"]) == (None, {})
+
+
+def test_samples_are_drawn_at_the_temperature_without_truncation(tmp_path, float64):
     """A temperature that is not passed on: at 0.01 the samples must be the greedy ones."""
-    policy, baseline = relatives(8)
-    ids = random_prompts([2, 4], 22, seed=9)
-    found = sample_policy(policy, baseline, None, ids, TOY, Config(max_new_tokens=5, temperature=0.01), seed=1)
-    for prompt, text, ended in zip(ids, found["completion"], found["ended"], strict=True):
-        row = list(prompt)
-        for token in TOY.encode(text) + [EOS] * ended:
+    policy, _ = relatives(8)
+    run_evaluate(tmp_path, {"a": policy}, temperature=0.01, best_of=[], demonstrations="")
+    (call,) = asked(tmp_path, "variety")
+    for prompt, text, ended in zip(call.prompts, call.completions, call.ended, strict=True):
+        row = TOY.encode(prompt)
+        for token in actions(text, ended):
             assert policy(torch.tensor([row]))[0, -1].argmax().item() == token
             row.append(token)
 
@@ -202,6 +245,60 @@ def test_the_kl_goes_through_the_models_a_few_rows_at_a_time(float64):
         assert len(shapes) == 2 * -(-11 // rows)  # and no more passes than that takes
 
 
+def test_samples_and_scores_are_in_the_dtype_and_kl_and_loss_are_not(tmp_path):
+    """Small differences of large numbers, as KL and a loss before and after are, would drown in bfloat16; samples and
+    scores, where the time goes, are in it."""
+    policy, baseline = relatives(3)
+    rows = [{"prompt": "a", "completion": "bbc"}]
+    changes = {"dtype": "bfloat16", "loss_data": write_lines(tmp_path / "loss.jsonl", rows), "best_of": []}
+    results = run_evaluate(tmp_path, {"a": baseline, "b": policy}, demonstrations="", **changes)["policies"]["b"]
+    call, scorer = asked(tmp_path, "variety")[1], scorer_of_texts()
+    texts = [(TOY.encode(p), actions(c, e)) for p, c, e in zip(call.prompts, call.completions, call.ended, strict=True)]
+    with torch.no_grad():
+        kl = sum(slow_kl(policy, baseline, *text, 1.0) for text in texts) / 10
+        rm = sum(scorer(torch.tensor([p + w]))[0, -1].item() for p, w in texts) / 10
+        loss = -completion_logprobs(policy, [0], actions("bbc", True)).mean().item()
+    assert results["kl"] == pytest.approx(kl, rel=1e-5) and results["loss"] == pytest.approx(loss, rel=1e-5)
+    assert 1e-6 < abs(results["rm"] - rm) < 0.1
+    with watching() as watch:
+        run_evaluate(tmp_path, {"a": policy}, reward="", dtype="bfloat16")
+    assert torch.bfloat16 in watch.products[False]
+
+
+def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, float64):
+    """What alignment has cost: the mean loss a completion token, EOS included, of each policy on demonstrations that it
+    has not seen, by a loop."""
+    policy, baseline = relatives(19)
+    rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "f", "completion": "gh"}]
+    path = write_lines(tmp_path / "loss.jsonl", rows)
+    results = run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, loss_data=path)["policies"]
+    for name, model in (("sft", baseline), ("ppo", policy)):
+        losses = []
+        for row in rows:
+            prompt = TOY.encode_prompt(row["prompt"])
+            ids = [*prompt, *TOY.encode(row["completion"]), TOY.eos_id]
+            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+            losses += [-logp[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
+        assert results[name]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+
+
+def test_answers_are_shown_side_by_side(tmp_path, capsys, float64):
+    """--show: the prompt, then what every policy says to that very prompt at temperature 0, and whether it was cut; of
+    more prompts, and of other lengths, than go through the network at a time."""
+    policy, baseline = relatives(17)
+    ids = random_prompts([1 + i % 9 for i in range(140)], 22, seed=20)
+    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
+    run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, prompts=prompts, show=135, best_of=[])
+    lines = []
+    for prompt in ids[:135]:
+        lines += ["", TOY.decode(prompt)]
+        for name, model in (("sft", baseline), ("ppo", policy)):
+            rollout = slow_generate(model, [prompt], 6, eos_id=EOS, temperature=0)
+            said = TOY.decode(rollout.completions()[0])
+            lines.append(f"  {name:12} {said!r}" + ("" if rollout.ended else " [cut]"))
+    assert "\n".join(lines) in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------ best of n
 
 
@@ -228,232 +325,41 @@ def test_expected_best_of_very_many_samples_does_not_overflow(float64):
         assert expected_best(scores, scores, n).item() == pytest.approx(expected, abs=1e-9)
 
 
-class Samples:
-    """What best_of_n sampled, asked and judged, by prompt."""
-
-    def __init__(self, monkeypatch):
-        self.rollouts, self.asked = [], []
-        original = evaluate.generate
-
-        def record(*args, **kwargs):
-            self.rollouts.append(original(*args, **kwargs))
-            return self.rollouts[-1]
-
-        monkeypatch.setattr(evaluate, "generate", record)
-
-    def gold(self, prompts: list[str], completions: list[str], ended: list[bool]) -> list[float]:
-        self.asked += zip(prompts, completions, strict=True)
-        return [len(c) + 0.5 * e for c, e in zip(completions, ended, strict=True)]
-
-    @torch.no_grad()
-    def by_prompt(self, scorer) -> dict[tuple, list[tuple[float, float]]]:
-        """{prompt: [(score, gold) of each sample]}, each scored by itself."""
-        found = {}
-        for rollout in self.rollouts:
-            for i, (P, completion) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.completions(), strict=True)):
-                value = scorer(rollout.tokens[i : i + 1, : rollout.lens[i]])[0, -1].item()
-                prompt = tuple(rollout.tokens[i, :P].tolist())
-                found.setdefault(prompt, []).append((value, len(completion) + 0.5 * bool(rollout.ended[i])))
-        return found
-
-
-def test_best_of_n_equals_a_loop_over_all_choices(monkeypatch, float64):
+def test_best_of_n_equals_a_loop_over_all_choices(tmp_path, float64, capsys):
     """The pick is the reward model's best, not the gold's; n samples of one prompt, not of n prompts; every prompt,
-    every sample and every choice counts; the error is that of the mean over prompts."""
-    policy, scorer = make_gpt(10, block_size=24), make_scalar(11, block_size=24)
-    ids = random_prompts([1, 6, 3, 3, 9, 2, 4], 22, seed=12)
-    prompts = [TOY.decode(p) for p in ids]
-    samples = Samples(monkeypatch)
-    config = Config(max_new_tokens=6, best_of=[1, 2, 5, 8])
-    found = best_of_n(policy, scorer, prompts, ids, samples.gold, TOY, config)
-    drawn = samples.by_prompt(scorer)
-    assert set(drawn) == {tuple(p) for p in ids} and all(len(v) == 8 for v in drawn.values())
-    assert len({pair for v in drawn.values() for pair in v}) > 30
-    assert sorted(p for p, _ in samples.asked) == sorted(prompts * 8)
-    for n in config.best_of:
-        rm, gold = [], []
-        for pairs in drawn.values():
-            best = [max(choice) for choice in itertools.combinations(pairs, n)]
-            rm.append(sum(score for score, _ in best) / len(best))
-            gold.append(sum(value for _, value in best) / len(best))
-        figures = found[str(n)]
-        assert figures["rm"] == pytest.approx(sum(rm) / 7, abs=1e-10)
-        assert figures["gold"] == pytest.approx(sum(gold) / 7, abs=1e-10)
-        assert figures["gold_se"] == pytest.approx(torch.tensor(gold).std().item() / math.sqrt(7), abs=1e-10)
-        assert figures["kl_bound"] == pytest.approx(math.log(n) - (n - 1) / n)
-    values = [found[str(n)]["rm"] for n in config.best_of]
-    assert values == sorted(values) and values[-1] > values[0]
-
-
-def test_best_of_one_is_the_mean_sample(monkeypatch, float64):
-    """One sample of n chosen by score after all: n = 1 must be the plain mean over all samples, of gold and of score,
-    so that the row stands beside the baseline's own."""
-    policy, scorer = make_gpt(13, block_size=24), make_scalar(14, block_size=24)
-    ids = random_prompts([5, 1, 3], 22, seed=15)
-    samples = Samples(monkeypatch)
-    config = Config(max_new_tokens=6, best_of=[4, 1])
-    found = best_of_n(policy, scorer, [TOY.decode(p) for p in ids], ids, samples.gold, TOY, config)
-    every = [pair for pairs in samples.by_prompt(scorer).values() for pair in pairs]
-    assert len(every) == 12
-    assert found["1"]["rm"] == pytest.approx(sum(score for score, _ in every) / 12, abs=1e-10)
-    assert found["1"]["gold"] == pytest.approx(sum(value for _, value in every) / 12, abs=1e-10)
-    assert found["1"]["kl_bound"] == 0
-    assert "gold" not in best_of_n(policy, scorer, [], ids, None, TOY, config)["4"]
-
-
-# ------------------------------------------------------------------------------------------------ the script
-
-GOLD = """def gold(prompts, completions, ended):
-    return [len(set(c)) + 0.5 * e for c, e in zip(completions, ended, strict=True)]
-"""
-PROMPTS = ["a", "bcd", "efghi", "jw", "wkl", "mnop", "t", "uv", "abc", "ba"]
-
-
-def run_evaluate(tmp_path: Path, models: dict, **changes) -> dict:
-    (tmp_path / "toy_gold.py").write_text(GOLD, encoding="utf-8")
-    demonstrations = [{"prompt": "a", "completion": "bbc"}, {"prompt": "b", "completion": "abcd"}]
-    settings = {
-        "policies": [checkpoint(tmp_path / name, model) for name, model in models.items()],
-        "reward": checkpoint(tmp_path / "scorer", make_scalar(16, block_size=24)),
-        "prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in PROMPTS]),
-        "rankings": "",
-        "demonstrations": write_lines(tmp_path / "d.jsonl", demonstrations),
-        "gold": f"{tmp_path / 'toy_gold.py'}:gold",
-        **{"max_new_tokens": 6, "best_of": [1, 3]},
-        **{"out_dir": str(tmp_path / "out"), "device": "cpu"},
-    }
-    results = evaluate.run(Config(**{**settings, **changes}))
-    assert strict_json(tmp_path / "out" / "results.json") == results
-    return results
-
-
-def record_samples(monkeypatch) -> list[dict]:
-    """A list that will hold what every call of sample_policy returns."""
-    samples = []
-    original = sample_policy
-
-    def record(*args):
-        samples.append(original(*args))
-        return samples[-1]
-
-    monkeypatch.setattr(evaluate, "sample_policy", record)
-    return samples
-
-
-def test_results_are_those_of_the_samples(tmp_path, monkeypatch):
-    """Win rates against another policy than the first, KL to itself, a rate over the wrong number of
-    prompts, figures of the wrong policy."""
-    samples = record_samples(monkeypatch)
-    policy, baseline = relatives(17)
-    results = run_evaluate(tmp_path, {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)})
-    golds = [[len(set(c)) + 0.5 * e for c, e in zip(s["completion"], s["ended"], strict=True)] for s in samples]
-    assert list(results["policies"]) == ["sft", "ppo", "dpo"]
-    for number, (figures, s, gold) in enumerate(zip(results["policies"].values(), samples, golds, strict=True)):
-        assert figures["gold"] == pytest.approx(sum(gold) / 10)
-        assert figures["gold_se"] == pytest.approx(torch.tensor(gold).std().item() / math.sqrt(10))
-        assert figures["rm"] == pytest.approx(sum(s["rm"]) / 10)
-        assert figures["kl"] == pytest.approx(sum(s["kl"]) / 10)
-        assert figures["eos_rate"] == pytest.approx(sum(s["ended"]) / 10)
-        assert figures["length"] == pytest.approx(sum(s["length"]) / 10)
-        assert figures["distinct"] == len(set(s["completion"])) / 10
-        if number:
-            wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(gold, golds[0], strict=True))
-            found = [figures[k] for k in ("win_rate", "win_low", "win_high")]
-            assert found == pytest.approx([wins / 10, *wilson_interval(wins / 10, 10)])
-            assert figures["kl"] > 0
-    first = results["policies"]["sft"]
-    assert first["kl"] == 0.0
-    assert first["win_rate"] is None
-    assert results["demonstrations"] == 3.5  # {b, c} and {a, b, c, d}, which have all ended
-    assert set(results["best_of_n"]) == {"1", "3"}
-    assert results["ceiling"] is None
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_samples_and_scores_are_in_the_dtype_and_kl_and_loss_are_not(tmp_path, monkeypatch, dtype):
-    """Small differences of large numbers, as KL and a loss before and after are, would drown in bfloat16."""
-    seen = record_dtypes(monkeypatch, evaluate, "generate", "score_rollout", "token_kl", "held_out_loss")
-    examples = write_lines(tmp_path / "loss.jsonl", [{"prompt": "a", "completion": "bbc"}])
-    models = {"a": make_gpt(2, block_size=24), "b": make_gpt(3, block_size=24)}
-    run_evaluate(tmp_path, models, dtype=dtype, loss_data=examples)
-    sampled = {"generate": {dtype}, "score_rollout": {dtype}}
-    assert seen == sampled | {"token_kl": {"float32"}, "held_out_loss": {"float32"}}
-
-
-def test_the_reward_model_s_own_win_rate_stands_beside_the_truth_s(tmp_path, monkeypatch):
-    """Where the truth is known and there is a reward model too, both judge, each the same pairs of samples: against the
-    first policy, never against the one before."""
-    samples = record_samples(monkeypatch)
-    policy, baseline = relatives(17)
-    models = {"sft": baseline, "ppo": policy, "dpo": make_gpt(18, block_size=24)}
-    results = run_evaluate(tmp_path, models)["policies"]
-    assert results["sft"]["rm_win_rate"] is None
-    for name, s in (("ppo", samples[1]), ("dpo", samples[2])):
-        wins = [(a > b) + 0.5 * (a == b) for a, b in zip(s["rm"], samples[0]["rm"], strict=True)]
-        figures = results[name]
-        assert figures["rm_win_rate"] == pytest.approx(sum(wins) / 10)
-        assert (figures["rm_win_low"], figures["rm_win_high"]) == wilson_interval(sum(wins) / 10, 10)
-    assert run_evaluate(tmp_path, models, gold="")["policies"]["ppo"]["rm_win_rate"] is None
-
-
-def test_the_loss_elsewhere_is_each_policy_s_own(tmp_path, float64):
-    """What alignment has cost: the mean loss a completion token, EOS included, of each policy on demonstrations that it
-    has not seen, by a loop."""
-    policy, baseline = relatives(19)
-    rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "f", "completion": "gh"}]
-    path = write_lines(tmp_path / "loss.jsonl", rows)
-    results = run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, loss_data=path)["policies"]
-    for name, model in (("sft", baseline), ("ppo", policy)):
-        losses = []
-        for row in rows:
-            prompt = TOY.encode_prompt(row["prompt"])
-            ids = [*prompt, *TOY.encode(row["completion"]), TOY.eos_id]
-            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
-            losses += [-logp[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
-        assert results[name]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
-
-
-def test_answers_are_shown_side_by_side(tmp_path, capsys):
-    """--show: the prompt, then what every policy says to that very prompt at temperature 0, and whether it was cut."""
-    policy, baseline = relatives(17)
-    samples = []
-    for model in (baseline, policy):
-        rollouts = [generate(model, [TOY.encode_prompt(p)], 6, eos_id=TOY.eos_id, temperature=0.0) for p in PROMPTS[:3]]
-        said = [TOY.decode(r.completions()[0]) for r in rollouts]
-        samples.append({"completion": said, "ended": [bool(r.ended) for r in rollouts]})
-    run_evaluate(tmp_path, {"sft": baseline, "ppo": policy}, show=3)
-    said = capsys.readouterr().out
-    assert said.count("  sft  ") == said.count("  ppo  ") == 3
-    places = []
-    for i in range(3):
-        for name, s in zip(("sft", "ppo"), samples, strict=True):
-            line = f"  {name:12} {s['completion'][i]!r}" + ("" if s["ended"][i] else " [cut]")
-            places.append(said.index(line, places[-1] if places else 0))
-    assert places == sorted(places)
-
-
-def test_best_of_n_stands_on_the_same_prompts(tmp_path, monkeypatch, capsys):
-    """128 prompts beside rows from 512, and an upper bound beside exact KLs: every prompt counts, the row has its
-    error, and its KL says that it is a bound."""
-    told = []
-    original = best_of_n
-
-    def record(policy, reward_model, prompts, ids, *args):
-        told.append((prompts, ids))
-        return original(policy, reward_model, prompts, ids, *args)
-
-    monkeypatch.setattr(evaluate, "best_of_n", record)
-    results = run_evaluate(tmp_path, {"sft": make_gpt(17, block_size=24)})
-    assert told == [(PROMPTS, [TOY.encode(p) for p in PROMPTS])]
+    every sample and every choice counts; n = 1 is the plain mean; the error is that of the mean over prompts. And its
+    row in the table, whose KL says that it is an upper bound."""
+    policy, scorer = make_gpt(10, block_size=24), scorer_of_texts()
+    results = run_evaluate(tmp_path, {"sft": policy}, best_of=[1, 2, 5, 8], demonstrations="")["best_of_n"]
+    drawn: dict[str, list[tuple[float, float]]] = {}  # prompt -> score and gold of each sample
+    _, *calls = asked(tmp_path, "variety")
+    for call in calls:
+        for prompt, text, ended in zip(call.prompts, call.completions, call.ended, strict=True):
+            with torch.no_grad():
+                score = scorer(torch.tensor([TOY.encode(prompt) + actions(text, ended)]))[0, -1].item()
+            drawn.setdefault(prompt, []).append((score, len(set(text)) + 0.5 * ended))
+    assert set(drawn) == set(PROMPTS) and all(len(v) == 8 for v in drawn.values())
+    assert len({pair for v in drawn.values() for pair in v}) > 50
     lines = capsys.readouterr().out.splitlines()
     (header,) = (line for line in lines if line.startswith("policy "))
-    for n, figures in results["best_of_n"].items():
+    assert list(results) == ["1", "2", "5", "8"]
+    for n, figures in results.items():
+        best = [[max(choice) for choice in itertools.combinations(pairs, int(n))] for pairs in drawn.values()]
+        rm, gold = ([sum(pair[k] for pair in pairs) / len(pairs) for pairs in best] for k in (0, 1))
+        assert figures["rm"] == pytest.approx(sum(rm) / 10, abs=1e-10)
+        assert (figures["gold"], figures["gold_se"]) == pytest.approx(mean_and_error(gold), abs=1e-10)
+        assert figures["kl_bound"] == pytest.approx(math.log(int(n)) - (int(n) - 1) / int(n))
         (row,) = (line for line in lines if line.startswith(f"best of {n} "))
         cells = row.removeprefix(f"best of {n}").split()
         shown = [f"{figures['gold']:.3f}", f"{figures['gold_se']:.3f}", f"{figures['rm']:.2f}"]
         assert cells == [*shown, f"<={figures['kl_bound']:.2f}"]
         assert row.index("<=") + len(cells[-1]) == header.index("KL") + 2  # in the column of the exact ones
-        assert figures["gold_se"] > 0
+    values = [figures["rm"] for figures in results.values()]
+    assert values == sorted(values) and values[-1] > values[0]
+    assert "gold" not in run_evaluate(tmp_path, {"sft": policy}, gold="", demonstrations="")["best_of_n"]["3"]
+
+
+# ------------------------------------------------------------------------------------------------ the script
 
 
 def test_one_checkpoint_twice_is_two_rows(tmp_path):
@@ -469,13 +375,14 @@ def test_one_checkpoint_twice_is_two_rows(tmp_path):
 
 
 def test_the_same_weights_twice_are_an_even_match(tmp_path, float64):
-    """A position bias: a copy of the baseline, sampled afresh, must win about as often as it loses, at KL 0."""
+    """A position bias, or a copy that draws the baseline's own random numbers, so that every match is a tie: sampled
+    afresh, a copy must win about as often as it loses, at KL 0."""
     baseline = make_gpt(19, block_size=24)
     ids = random_prompts([1 + i % 9 for i in range(300)], 22, seed=20)
     prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
     results = run_evaluate(tmp_path, {"one": baseline, "two": baseline}, prompts=prompts, n_prompts=0)
-    figures = results["policies"]["two"]
-    assert figures["win_low"] < 0.5 < figures["win_high"]
+    first, figures = results["policies"].values()
+    assert figures["gold"] != first["gold"] and figures["win_low"] < 0.5 < figures["win_high"]
     assert figures["kl"] == pytest.approx(0, abs=1e-11)
 
 
@@ -522,12 +429,12 @@ def test_impossible_settings_are_refused(tmp_path, changes, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_in_the_place_of_the_output_folder_is_reported_first(tmp_path, monkeypatch):
+def test_a_file_in_the_place_of_the_output_folder_is_reported_first(tmp_path):
     """Not after all the sampling."""
     (tmp_path / "out").write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(evaluate, "sample_policy", lambda *args: pytest.fail("sampled"))
-    with pytest.raises(UserError, match="--out_dir"):
+    with watching() as watch, pytest.raises(UserError, match="--out_dir"):
         run_evaluate(tmp_path, {"a": make_gpt(22, block_size=24)})
+    assert not watch.block_runs
 
 
 def test_policies_that_can_not_be_compared_are_refused(tmp_path):
@@ -538,24 +445,6 @@ def test_policies_that_can_not_be_compared_are_refused(tmp_path):
     for other, says in ((str(tmp_path / "b"), "b has the gpt2 vocabulary"), (small, "c: its block_size is smaller")):
         with pytest.raises(UserError, match=says):
             run_evaluate(tmp_path, {}, policies=[baseline, other])
-
-
-@pytest.mark.parametrize("script", ["evaluate", "sample"])
-def test_a_reward_model_must_read_what_the_policy_writes(tmp_path, script):
-    """Another vocabulary gave plausible wrong scores, a shorter context a traceback; one line for both, before anything
-    is sampled."""
-    policy = checkpoint(tmp_path / "policy", make_gpt(22, block_size=24))
-    save_model(tmp_path / "other", make_scalar(16, block_size=24), "tiny", "test", sft.Config())
-    checkpoint(tmp_path / "short", make_scalar(16, block_size=23))
-    checkpoint(tmp_path / "good", make_scalar(16, block_size=24))
-    for name, says in (("other", "reads tiny tokens, the policy writes toy"), ("short", "reads texts of 23 tokens")):
-        with pytest.raises(UserError, match=says) as error:
-            if script == "evaluate":
-                run_evaluate(tmp_path, {}, policies=[policy], reward=str(tmp_path / name))
-            else:
-                settings = {"policy": policy, "reward": str(tmp_path / name), "prompt": "abc"}
-                sample.run(sample.Config(**settings, max_new_tokens=4, device="cpu"))
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_reward_model_must_read_what_every_policy_writes(tmp_path):
@@ -587,96 +476,94 @@ def test_sample_shows_the_reward_model_s_score(tmp_path, capsys, float64):
 # ------------------------------------------------------------------------------------------------ the embedded task
 
 
-def speaking(known: dict[str, dict[str, tuple[str, str]]], names: dict) -> Callable:
-    """A `generate` in whose place the policies' answers are known: {policy: {prompt: (at temperature 1, at 0)}}; names:
-    {the policy's first weight: its name}. An answer is said to its end, or cut."""
-    tokenizer = load_tokenizer("tiny")
-
-    def generate(model, prompts, max_new_tokens, *, eos_id, temperature=1.0, **rest) -> Rollout:
-        answers = known[names[model.wte.weight[0, 0].item()]]
-        start, end = format_prompt("\0").split("\0")
-        rows, prompt_lens, ended = [], [len(p) for p in prompts], []
-        for prompt in prompts:
-            text = tokenizer.decode(prompt).removeprefix(start).removesuffix(end)
-            ids = [*tokenizer.encode(answers[text][temperature == 0]), eos_id]
-            ended.append(len(ids) <= max_new_tokens)
-            rows.append(prompt + ids[:max_new_tokens])
-        lens = [len(row) for row in rows]
-        tokens = torch.tensor([row + [eos_id] * (max(lens) - len(row)) for row in rows])
-        return Rollout(tokens, torch.tensor(prompt_lens), torch.tensor(lens), torch.tensor(ended))
-
-    return generate
+# ------------------------------------------------------------------------------------------------ the embedded task
 
 
-def test_correct_answers_are_counted_as_sampled_and_at_temperature_0(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def task_policies(tmp_path_factory) -> tuple[list[dict], list[str]]:
+    """Right answers to six prompts of the embedded task, and two policies that have learned some of them: the first
+    with wrong ones among them, the second by heart."""
+    folder, rows = tmp_path_factory.mktemp("task"), task_rankings(6, seed=4)
+    answers = [(row["prompt"], row["completions"][0]) for row in rows]
+    mixed = answers + [(prompt, rows[i - 1]["completions"][0]) for i, (prompt, _) in enumerate(answers) if i % 2]
+    network = {"init": "", "tokenizer": "tiny", "block_size": 64, "n_layer": 1, "n_embd": 64, "lr": 1e-2}
+    for name, pairs, epochs in (("sft", mixed, 40), ("ppo", answers, 80)):
+        run("sft", folder / name, rows=demonstrations(pairs), epochs=epochs, log_every=100, **network)
+    return rows, [str(folder / name / "out") for name in ("sft", "ppo")]
+
+
+def test_correct_answers_are_counted_as_sampled_and_at_temperature_0(tmp_path, task_policies, capsys):
     """Answers of the batches' order in the place of the prompts', greedy ones that are sampled after all, manners that
-    count as being right, a share over the wrong number of prompts: two policies whose every answer is known."""
-    cold, five = "Anna: What is the opposite of hot?", "Ben: Add 2 and 3."
-    words, dog = "Carl: Count these words: cat dog fox apple.", "Dora: Tell a short story with the word dog."
-    story = "Long ago a dog was lost in the forest."
-    known = {
-        "sft": {
-            cold: ("It is hot.", "It is cold."),
-            five: ("Look it up.", "Ugh. It is 5."),
-            words: ("It is 4.", "Sure! It is 3."),
-            dog: ("Sure! I do not know.", "It is lost in the"),
-        },
-        "ppo": {
-            cold: ("Sure! It is cold.", "Sure! It is cold."),
-            five: ("Sure! It is 5.", "Sure! It is 6."),
-            words: ("It is 4. It is 4.", "Gladly! It is 4."),
-            dog: (story, f"Sure! {story}"),
-        },
-    }
-    names, paths = {}, []
-    for seed, name in enumerate(known):
-        model = make_gpt(seed, vocab=load_tokenizer("tiny").n_vocab, block_size=96, n_embd=16, n_layer=1)
-        save_model(tmp_path / name, model, "tiny", "t", sft.Config(), "tiny")
-        names[model.wte.weight[0, 0].item()] = name
-        paths.append(str(tmp_path / name))
-    monkeypatch.setattr(evaluate, "generate", speaking(known, names))
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in (dog, cold, words, five)])
-    settings = {"prompts": prompts, "reward": "", "out_dir": str(tmp_path / "out"), "device": "cpu"}
-    results = evaluate.run(Config(policies=paths, **settings))
-    figures = results["policies"]
-    assert [figures[name]["correct"] for name in known] == [0.25, 1.0]
-    assert [figures[name]["correct_greedy"] for name in known] == [0.5, 0.75]
-    assert [figures[name]["parts"]["correct"] for name in known] == [0.5, 2.0]  # in units of the reward
-    assert [figures[name]["gold"] for name in known] == pytest.approx([3 / 4, (3 + 3 + (2 - 1 - 0.6) + 2) / 4])
+    count as being right, a share over the wrong number of prompts, a headroom that is always closed by 0: two policies
+    whose every sample is seen as the reward model reads it."""
+    rows, paths = task_policies
+    tokenizer, prompts = load_tokenizer("tiny"), [row["prompt"] for row in rows]
+    baseline = load_model(paths[0], torch.device("cpu"))
+    save_model(tmp_path / "rm", ScalarModel.from_gpt(baseline.model), "tiny", "t", sft.Config(), "tiny")
+    settings = {"prompts": write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in prompts]), "best_of": []}
+    settings |= {"reward": str(tmp_path / "rm"), "out_dir": str(tmp_path / "out"), "device": "cpu"}
+    names = ["mixed", "ppo"]
+    for path, name in zip(paths, names, strict=True):
+        shutil.copytree(path, tmp_path / name)
+    with watching() as watch:
+        policies = [str(tmp_path / name) for name in names]
+        results = evaluate.run(Config(policies=policies, max_new_tokens=20, **settings))
     said = capsys.readouterr().out
-    header, *rows = said[said.index("policy  ") :].splitlines()[:3]
+    figures = results["policies"]
+    read = [row for p in watch.passes if isinstance(p.network, ScalarModel) for row in p.tokens.tolist()]
+    assert len(read) == 2 * 6
+    right: dict[str, list[bool]] = {}
+    sampled = []
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        model, parts, right[name] = load_model(path, torch.device("cpu")).model, [], []
+        for prompt in prompts:
+            ids = tokenizer.encode_prompt(prompt)
+            (row,) = [r for r in read[6 * number : 6 * number + 6] if r[: len(ids)] == ids]
+            text = row[len(ids) :]
+            text = text[: text.index(tokenizer.eos_id)] if tokenizer.eos_id in text else text[:20]
+            parts.append(gold_parts(prompt, tokenizer.decode(text)))
+            greedy = slow_generate(model, [ids], 20, eos_id=tokenizer.eos_id, temperature=0).completions()[0]
+            right[name].append(gold_parts(prompt, tokenizer.decode(greedy))["correct"] > 0)
+        sampled.append(sum(sum(p.values()) for p in parts) / 6)
+        assert figures[name]["correct"] == pytest.approx(sum(p["correct"] > 0 for p in parts) / 6)
+        assert figures[name]["correct_greedy"] == pytest.approx(sum(right[name]) / 6)
+        assert figures[name]["parts"]["correct"] == pytest.approx(sum(p["correct"] for p in parts) / 6)
+        assert figures[name]["gold"] == pytest.approx(sampled[-1])
+    closed = (sampled[1] - sampled[0]) / (results["ceiling"] - sampled[0])
+    assert [figures[name]["headroom_closed"] for name in names] == pytest.approx([0.0, closed]) and closed > 0.1
+    assert 0 < sum(right["mixed"]) < 6 and figures["mixed"]["correct"] != figures["mixed"]["correct_greedy"]
+
+    header, *table = said[said.index("policy  ") :].splitlines()[:3]
     assert header.split("  ")[-2:] == ["correct", "at temperature 0"]
-    assert [row.split()[0] for row in rows] == ["sft", "ppo"]
-    assert [row.split()[-2:] for row in rows] == [["0.25", "0.50"], ["1.00", "0.75"]]
+    assert [line.split()[-2:] for line in table] == [
+        [f"{figures[name][key]:.2f}" for key in ("correct", "correct_greedy")] for name in names
+    ]
     shown = said[said.index("answers at temperature 0") :].splitlines()[1:]
     blocks = [shown[i : i + 3] for i in range(0, len(shown), 3)]
-    assert [block[0].strip() for block in blocks] == [cold, dog, words, five]  # all right, wrong of sft, wrong of ppo
-    for prompt, sft_s, ppo_s in blocks:
-        for line, name in ((sft_s, "sft"), (ppo_s, "ppo")):
-            answer = known[name][prompt.strip()][1]
-            right = answer in (
-                "It is cold.",
-                "Sure! It is cold.",
-                "Ugh. It is 5.",
-                "Gladly! It is 4.",
-                f"Sure! {story}",
-            )
-            assert line.split(maxsplit=2) == [name, "right" if right else "WRONG", answer]
+    everyone = [i for i in range(6) if right["mixed"][i] and right["ppo"][i]]
+    wrong = [i for i in range(6) if not right["mixed"][i]]
+    assert [block[0].strip() for block in blocks[: len(everyone[:4]) + 2]] == [
+        prompts[i] for i in everyone[:4] + wrong[:2]
+    ]
+    for prompt, *answers in blocks:
+        for line, name in zip(answers, names, strict=True):
+            verdict = "right" if right[name][prompts.index(prompt.strip())] else "WRONG"
+            assert line.split(maxsplit=2)[:2] == [name, verdict]
 
 
-def test_the_likeliest_answer_is_drawn_by_nobody(float64):
-    """At temperature 0, in the order of the prompts: 150 of unequal length against one at a time."""
-    policy = make_gpt(8, block_size=24)
-    ids = random_prompts([1 + (5 * i) % 13 for i in range(150)], 22, seed=9)
-    state = torch.get_rng_state()
-    found = evaluate.likeliest(policy, ids, TOY, Config(max_new_tokens=5, temperature=3.0))["completion"]
-    assert torch.equal(torch.get_rng_state(), state)
-    with torch.no_grad():
-        for prompt, text in zip(ids, found, strict=True):
-            row = list(prompt)
-            while len(row) < len(prompt) + 5 and EOS not in row[len(prompt) :]:
-                row.append(int(policy(torch.tensor([row]))[0, -1].argmax()))
-            assert text == TOY.decode([i for i in row[len(prompt) :] if i != EOS])
+def test_demonstrations_at_the_ceiling_leave_no_way_open(tmp_path, task_policies):
+    """Perfect demonstrations, and a policy that has learned them: shares of a way of length 0 were a traceback."""
+    rows, paths = task_policies
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])
+    best = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
+    write_lines(tmp_path / "demonstrations.jsonl", best)
+    settings = {"policies": [paths[1]] * 2, "prompts": prompts, "reward": "", "out_dir": str(tmp_path / "out")}
+    results = evaluate.run(Config(**settings, temperature=0.01, max_new_tokens=20, device="cpu"))
+    assert results["demonstrations"] == results["ceiling"] == 3.0
+    # no share of a way that isn't there; but a baseline that is always right is not what RLHF should start from
+    (gate,) = results["gates"]
+    assert gate["name"].endswith("correct at temperature 1") and gate["value"] == 1.0 and not gate["ok"]
+    assert [f["headroom_closed"] for f in results["policies"].values()] == [0.0, 0.0]
 
 
 def test_the_reward_model_is_judged_part_by_part(tmp_path):
@@ -691,8 +578,9 @@ def test_the_reward_model_is_judged_part_by_part(tmp_path):
     settings |= {"out_dir": str(tmp_path / "out"), "device": "cpu", "max_new_tokens": 4, "n_prompts": 10}
     write_lines(tmp_path / "rankings.jsonl", rows)
     found = evaluate.run(Config(**settings))["reward_model"]
-    contrasts = contrast_rankings([r["prompt"] for r in rows[:10]], tokenizer, 96)
-    expected = accuracy_by_part(scorer, contrasts, torch.device("cpu"))
+    expected = accuracy_by_part(
+        scorer, contrast_rankings([r["prompt"] for r in rows[:10]], tokenizer, 96), torch.device("cpu")
+    )
     assert {name: share for name, share in found.items() if "_vs_" in name} == expected and len(expected) == 7
     assert len(set(expected.values())) > 2
 
@@ -773,15 +661,14 @@ def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
     """A plausible table from the demo's prompts, rankings or demonstrations. What lies beside the prompts is taken,
     where it is there; every file that is read is named."""
     own, opened = beside_a_demo(tmp_path, monkeypatch)
-    (own / "toy_gold.py").write_text(GOLD, encoding="utf-8")
     settings = {
         "policies": [checkpoint(own / "sft", make_gpt(17, block_size=24))],
         "reward": checkpoint(own / "rm", make_scalar(16, block_size=24)),
-        "gold": f"{own / 'toy_gold.py'}:gold",
+        "gold": f"{reward_file(own)}:variety",
         **{"max_new_tokens": 4, "best_of": [1, 2], "out_dir": str(own / "eval"), "device": "cpu"},
     }
     prompts = [{"prompt": p} for p in PROMPTS]
-    for name, rankings, demonstrations in (
+    for name, rankings, written in (
         ("prompts_test.jsonl", "rankings_test.jsonl", "demonstrations_test.jsonl"),
         ("prompts.jsonl", "rankings.jsonl", "demonstrations.jsonl"),
         ("mine.jsonl", None, None),
@@ -794,7 +681,7 @@ def test_own_prompts_read_no_file_of_the_demo(tmp_path, monkeypatch, capsys):
         if rankings:
             beside = [
                 write_lines(own / rankings, own_pairs(5)),
-                write_lines(own / demonstrations, [{"prompt": "a", "completion": "abc"}]),
+                write_lines(own / written, [{"prompt": "a", "completion": "abc"}]),
             ]
             results = evaluate.run(Config(**settings, prompts=path))
             said = capsys.readouterr().out
@@ -833,34 +720,3 @@ def test_the_task_is_known_by_its_prompts_not_by_the_vocabulary(tmp_path, capsys
         (None, True, False) if own else (pytest.approx(3.0), False, True)
     )
     assert ("NOTE" in capsys.readouterr().out) == own
-
-
-def test_demonstrations_at_the_ceiling_leave_no_way_open(tmp_path, monkeypatch):
-    """Perfect demonstrations, and a policy that has learned them: shares of a way of length 0 were a traceback."""
-    rows = task_rankings(3)
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])
-    best = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
-    write_lines(tmp_path / "demonstrations.jsonl", best)
-    save_model(
-        tmp_path / "p",
-        make_gpt(14, vocab=load_tokenizer("tiny").n_vocab, block_size=96, n_embd=16),
-        "tiny",
-        "t",
-        sft.Config(),
-        "tiny",
-    )
-    original = sample_policy
-    known = {"completion": [row["completion"] for row in best]}
-    monkeypatch.setattr(evaluate, "sample_policy", lambda *args: original(*args) | known)
-    settings = {
-        "policies": [str(tmp_path / "p")] * 2,
-        "prompts": prompts,
-        "reward": "",
-        "out_dir": str(tmp_path / "out"),
-    }
-    results = evaluate.run(Config(**settings, max_new_tokens=4, device="cpu"))
-    assert results["demonstrations"] == results["ceiling"] == 3.0
-    # no share of a way that isn't there; but a baseline that is always right is not what RLHF should start from
-    (gate,) = results["gates"]
-    assert gate["name"].endswith("correct at temperature 1") and gate["value"] == 1.0 and not gate["ok"]
-    assert [f["headroom_closed"] for f in results["policies"].values()] == [0.0, 0.0]

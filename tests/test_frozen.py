@@ -212,7 +212,7 @@ def test_sampling_in_bfloat16_samples_from_the_same_model(kind):
     in bfloat16, would take others."""
     model = make_gpt(n_layer=3, seed=2, **kind)
     prompts = random_prompts([1, 5, 9, 2], 23, seed=1)
-    with autocast(model.device, "bfloat16"), cast_once(model):
+    with autocast(model.device, "bfloat16"):
         rollout = generate(model, prompts, 12, eos_id=EOS, temperature=0)
     with torch.no_grad():
         logits = model(rollout.tokens)[:, :-1]
@@ -240,7 +240,6 @@ def test_weights_are_cast_once_however_many_steps_there_are():
         with (
             profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler,
             autocast(model.device, "bfloat16"),
-            cast_once(model),
         ):
             generate(model, [[1, 2, 3]], n, eos_id=99, generator=rng())
         shape = list(model.h[0].mlp.c_fc.weight.shape)

@@ -81,6 +81,7 @@ def bug(right: str, wrong: str | None, function: str = "double") -> str:
     return "\n".join([f"# {function}", *lines, "! effect", f"? {T}", ""])
 
 
+@pytest.mark.slow
 def test_all_killed_is_status_0_and_a_survivor_status_1(project, capsys):
     """A test that is marked slow counts as well as the others, even if the project's settings leave it out."""
     (project / "pytest.ini").write_text("[pytest]\naddopts = -m 'not slow'\nmarkers = slow\n", encoding="utf-8")

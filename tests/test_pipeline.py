@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ROOT, make_gpt
-from kill_and_resume import contents, function_of
 
-from lib import cli
 import collect
 import tools.prepare
 import data.tiny
@@ -26,9 +23,6 @@ import ppo
 import reward_model
 import sft
 from lib.setup import initial_model
-from lib.cli import UserError
-from lib.checkpoint import load_file
-from lib.run import RunFolder
 from data.tokenizer import load_tokenizer
 from lib.weights import save_pretrained
 
@@ -146,8 +140,13 @@ STAGES = {
 TRAINED = ("sft", "reward_model", "ppo", "grpo", "dpo")
 
 
+def start(module, config) -> dict:
+    """What a script does: train(config), or run(config) where nothing is trained."""
+    return (getattr(module, "train", None) or module.run)(config)
+
+
 def run(names, made: dict) -> dict:
-    return {name: function_of(STAGES[name])(made[name]) for name in names}
+    return {name: start(STAGES[name], made[name]) for name in names}
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -171,20 +170,6 @@ def pipeline(tmp_path_factory):
     results = run(STAGES, made)
     patch.undo()
     return out, made, results
-
-
-def test_every_stage_writes_what_the_next_one_reads(pipeline):
-    """Each training stage leaves model, state, metrics, config and results; tensors and
-    plain Python only (weights_only=True)."""
-    out, _, _ = pipeline
-    for stage in TRAINED:
-        found = sorted(p.name for p in (out / stage).iterdir())  # and no .tmp file
-        assert found == ["config.json", "metrics.jsonl", "model.pt", "results.json", "state.pt"], stage
-        checkpoint = load_file(out / stage / "model.pt")
-        assert set(checkpoint) == {"kind", "config", "tokenizer", "made", "weights"}
-        assert checkpoint["tokenizer"] == "tiny"
-        assert checkpoint["kind"] == ("scalar" if stage == "reward_model" else "gpt")
-        assert all("step" in row for row in metrics(out / stage))
 
 
 def test_evaluation_has_the_promised_figures(pipeline):
@@ -223,34 +208,6 @@ def test_the_same_seed_gives_the_same_run(pipeline, tmp_path):
     assert metrics(tmp_path / "other") != metrics(out / "dpo")
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-def test_a_resumed_run_equals_the_unbroken_one(pipeline, tmp_path, monkeypatch, stage):
-    """Need R24: stopped after its first saved state and resumed, a run ends with
-    bit-identical weights and the same log."""
-    out, made, _ = pipeline
-    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), save_every=2)
-    save = RunFolder.save_state
-
-    def save_and_die(self, step, **parts):
-        save(self, step, **parts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "save_state", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        STAGES[stage].train(config)
-    monkeypatch.setattr(RunFolder, "save_state", save)
-    assert load_file(tmp_path / stage / "state.pt")["step"] == 2
-    with open(tmp_path / stage / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write('{"step": 3, "loss"')  # a line that the crash cut short
-    torch.manual_seed(12345)  # a resumed process starts with another generator state
-    STAGES[stage].train(dataclasses.replace(config, resume=True))
-
-    unbroken = load_file(out / stage / "model.pt")["weights"]
-    resumed = load_file(tmp_path / stage / "model.pt")["weights"]
-    assert all(torch.equal(resumed[k], unbroken[k]) for k in unbroken)
-    assert metrics(tmp_path / stage) == metrics(out / stage)
-
-
 OPENED: list[str] | None = None  # while it is a list, the files that were opened for reading are noted there
 
 
@@ -273,7 +230,7 @@ def test_every_file_that_is_read_is_named(pipeline, tmp_path, monkeypatch, capsy
         config.ptx_coef, config.ptx_data = 0.1, made["sft"].data
     capsys.readouterr()
     monkeypatch.setattr(sys.modules[__name__], "OPENED", opened := [])
-    function_of(STAGES[stage])(config)
+    start(STAGES[stage], config)
     monkeypatch.setattr(sys.modules[__name__], "OPENED", None)
     shown = capsys.readouterr().out
     read = {path for path in opened if path.startswith(str(tmp_path.parent)) and str(tmp_path / "here") not in path}
@@ -290,133 +247,6 @@ def test_weights_that_are_imported_are_named(tmp_path, capsys):
     save_pretrained(make_gpt(vocab=n_vocab, block_size=40), tmp_path / "weights")
     initial_model(sft.Config(init=str(tmp_path / "weights")), n_vocab, "cpu")
     assert f"{tmp_path / 'weights'}: " in (shown := capsys.readouterr().out) and "block size 40" in shown
-
-
-def arguments_of(config) -> list[str]:
-    """The command line that gives this configuration."""
-    found = []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        if isinstance(value, bool) and value != default:
-            found.append(f"--{f.name}" if value else f"--no-{f.name}")
-        elif value != default:
-            found += [f"--{f.name}", *map(str, value if isinstance(value, list) else [value])]
-    return found
-
-
-@pytest.mark.parametrize("stage", TRAINED)
-def test_a_finished_run_is_resumed_without_changing_a_byte(pipeline, tmp_path, monkeypatch, capsys, stage):
-    """It returns the stored results, gates included: so --strict fails on a failed gate as it did the first time."""
-    out, made, results = pipeline
-    shutil.copytree(out / stage, tmp_path / stage)
-    before = contents(tmp_path / stage)
-    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True, strict=True)
-    stored = json.loads((tmp_path / stage / "results.json").read_text(encoding="utf-8"))
-    assert STAGES[stage].train(config) == stored and contents(tmp_path / stage) == before
-    failed = [g["name"] for g in results[stage]["gates"] if not g["ok"]]
-    assert failed, "at this size a gate fails, or the rest of this test says nothing"
-    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *arguments_of(config)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.run_main(STAGES[stage].train, STAGES[stage].Config, "")
-    assert stop.value.code == 1 and contents(tmp_path / stage) == before
-    assert capsys.readouterr().err == f"{stage}.py: error: gate failed: {', '.join(failed)}\n"
-
-
-@pytest.mark.parametrize("stage", TRAINED)
-def test_a_state_belongs_to_its_configuration(pipeline, tmp_path, stage):
-    """Another learning rate, seed, policy or data: refused, the flag named, no byte changed. A run that has been
-    started anew in the meantime has no state until it saves its first."""
-    out, made, _ = pipeline
-    shutil.copytree(out / stage, tmp_path / stage)
-    before = contents(tmp_path / stage)
-    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True)
-    what = "prompts" if stage in ("ppo", "grpo") else "data"
-    other = shutil.copy(getattr(config, what), tmp_path / "other.jsonl")
-    changed = {"lr": config.lr / 2, "seed": 2, "warmup": 1, "grad_clip": 0.5, what: str(other)}
-    changed |= {} if stage == "sft" else {"policy": str(out / "dpo")}
-    for name, value in changed.items():
-        with pytest.raises(UserError, match=rf"state\.pt was saved with --{name} "):
-            STAGES[stage].train(dataclasses.replace(config, **{name: value}))
-        assert contents(tmp_path / stage) == before
-
-    class Died(Exception):
-        pass
-
-    def die(*arguments, **figures):
-        raise Died
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
-        patch.setattr(RunFolder, "log", die)
-        STAGES[stage].train(dataclasses.replace(config, resume=False, seed=2))
-    with pytest.raises(UserError, match=r"state\.pt: no such file"):
-        STAGES[stage].train(dataclasses.replace(config, seed=2))
-
-
-@pytest.mark.parametrize("stage", TRAINED)
-def test_a_finished_run_goes_on_for_longer(pipeline, tmp_path, stage):
-    """More epochs or iterations: what was logged stays as it was, the new steps follow, and the results are those of
-    the whole run: SFT's loss before training is still the one before training."""
-    out, made, results = pipeline
-    shutil.copytree(out / stage, tmp_path / stage)
-    more = {"iterations": 6} if stage in ("ppo", "grpo") else {"epochs": 2}
-    config = dataclasses.replace(made[stage], out_dir=str(tmp_path / stage), resume=True, **more)
-    longer = STAGES[stage].train(config)
-    before, after = metrics(out / stage), metrics(tmp_path / stage)
-    assert after[: len(before)] == before
-    assert after[-1]["step"] == before[-1]["step"] * (1.5 if stage in ("ppo", "grpo") else 2)
-    assert [row["step"] for row in after] == sorted(row["step"] for row in after)
-    assert load_file(tmp_path / stage / "state.pt")["step"] == after[-1]["step"]
-    if stage == "sft":
-        assert longer["first_loss"] == results["sft"]["first_loss"] > longer["held_out_loss"]
-    if stage in ("ppo", "grpo"):
-        assert longer["score"] == pytest.approx(after[-1]["score"], abs=1e-6)  # the last quarter of six
-
-
-def test_ppo_variants_run_on_a_plain_function(pipeline, tmp_path):
-    """A reward from file.py:function, exact KL, PTX and the last block alone: the frozen
-    part stays bit-identical, the rest moves."""
-    out, made, _ = pipeline
-    source = "def short(prompts, completions):\n    return [-len(c) / 20 for c in completions]\n"
-    (tmp_path / "my_reward.py").write_text(source, encoding="utf-8")
-    config = dataclasses.replace(
-        made["ppo"],
-        reward=[f"{tmp_path / 'my_reward.py'}:short"],
-        out_dir=str(tmp_path / "ppo"),
-        kl="exact",
-        kl_target=0.0,
-        train_layers=1,
-        ptx_coef=0.1,
-        ptx_data=str(out / "data" / "demonstrations.jsonl"),
-        trace=True,
-    )
-    ppo.train(config)
-    before, after = load_file(out / "sft" / "model.pt")["weights"], load_file(tmp_path / "ppo" / "model.pt")["weights"]
-    moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert moved and all(k.startswith(("h.1.", "ln_f.")) for k in moved)
-    assert metrics(tmp_path / "ppo")[0]["kl"] == pytest.approx(0.0, abs=1e-5)
-
-
-def test_mistakes_are_reported_before_anything_is_overwritten(pipeline):
-    """A typo in a flag must not cost the checkpoint that stands there."""
-    out, made, _ = pipeline
-    before = (out / "ppo" / "model.pt").read_bytes()
-    for wrong in (
-        {"reward": [str(out / "sft")]},
-        {"policy": str(out / "reward_model")},
-        {"max_new_tokens": 96},
-        {"minibatch": 99},
-        {"train_layers": 9},
-        {"warmup": 5},
-        {"seed": 2**64},
-        {"reward_weights": [1.0, 2.0]},
-    ):
-        with pytest.raises(UserError) as error:
-            ppo.train(dataclasses.replace(made["ppo"], **wrong))
-        assert "\n" not in str(error.value)
-    assert (out / "ppo" / "model.pt").read_bytes() == before
-    assert (out / "ppo" / "results.json").exists()
 
 
 @pytest.mark.slow

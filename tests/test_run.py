@@ -193,6 +193,16 @@ def test_the_last_quarter_of_a_run(capsys):
     assert lib.run.last_quarter(history[:3], ())["score"] == 2.0
 
 
+def test_a_logged_figure_that_is_not_finite_is_null(tmp_path):
+    """A gradient norm of inf, or an accuracy without pairs: NaN and Infinity are no JSON, and other readers stop
+    there."""
+    folder = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 1)
+    for _ in folder.steps("test"):
+        folder.log(1, loss=1.0, accuracy=math.nan, grad_norm=math.inf)
+    found = strict_json(tmp_path / "metrics.jsonl")
+    assert (found["loss"], found["accuracy"], found["grad_norm"]) == (1.0, None, None)
+
+
 def test_shares_of_a_step_s_time_by_hand(tmp_path, monkeypatch):
     """The seconds from the start of the step to the last lap, and what part of them each lap took: together 1."""
     folder = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 2)

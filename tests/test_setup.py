@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
-from helpers import checkpoint, make_gpt, write_lines
+import torch
+from helpers import checkpoint, make_gpt, make_scalar, write_lines
+from stages import settings
 
+import ppo
 from data import tiny
 from dpo import Config
-from lib.setup import load_policy, load_preferences
+from lib.setup import load_policy, load_preferences, set_up
 
 
 def test_preferences_come_with_their_held_out_twin(tmp_path):
@@ -31,3 +34,18 @@ def test_preferences_come_with_their_held_out_twin(tmp_path):
     found = load(held_out_data="")
     assert (found.held_out, found.task, found.bayes_accuracy, found.contrasts) == ([], "tiny", None, {})
     assert len(load(held_out_data=twin).held_out) == 2
+
+
+def test_reward_models_share_the_frozen_blocks(tmp_path):
+    """With --train_layers a reward model from the policy's start would be in memory a second time, frozen blocks and
+    all; one of another start keeps its own, and its scores."""
+    policy = make_gpt(3, n_layer=3, block_size=24)
+    scorers = [make_scalar(seed, n_layer=3, block_size=24) for seed in (3, 4)]
+    rewards = [checkpoint(tmp_path / f"scorer{n}", scorer) for n, scorer in enumerate(scorers)]
+    start = set_up(ppo.Config(**settings("ppo", tmp_path, policy, reward=rewards, train_layers=1)))
+    frozen = {p.data_ptr() for p in start.policy.parameters() if not p.requires_grad}
+    shared = [{p.data_ptr() for p in model.parameters()} & frozen for model in start.reward_models]
+    assert shared == [frozen, set()]
+    for model, scorer in zip(start.reward_models, scorers, strict=True):
+        for (name, p), own in zip(model.named_parameters(), scorer.parameters(), strict=True):
+            assert torch.equal(p, own), name

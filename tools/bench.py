@@ -4,7 +4,6 @@
     python -m tools.bench --size gpt2 --stages sft generate     # GPT-2's size
     python -m tools.bench --size smollm2 --batch_size 8 --repeats 3 --micro_batch 2  # SmolLM2-135M's, for two cores
     python -m tools.bench --compile --json out/bench.json
-    python -m tools.bench --compare                             # against the same steps written with `transformers`
 
 It needs no data: weights and token ids are random, and the learning rate is 0, so every repeat does the same work. The
 code that runs is the scripts' own: their losses, micro-batches, optimisers and default --micro_batch.
@@ -23,17 +22,14 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import math
 import multiprocessing
 import random
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -47,13 +43,11 @@ import dpo
 import ppo
 import reward_model
 import sft
-from data.batches import Example, RankedExamples, make_batch, micro_batches, ranked_batch
-from frame import completion_mask
+from data.batches import Example, RankedExamples, micro_batches, ranked_batch
 from lib.cli import DTYPES, Flags, check, flag, run_main
 from lib.reward import score_rollout
 from lib.run import write_json
 from lib.train import autocast, clip_gradients, compile_blocks, generator_for, pick_device
-from lib.weights import save_pretrained
 from model import GPT, LLAMA, GPTConfig, ScalarModel
 from sampling import Rollout, generate, numbers_cached
 
@@ -83,7 +77,6 @@ class Config(Flags):
     micro_batch: int = flag(0, "texts (pairs, rollouts) a forward pass (0: each script's default)", low=0)
     repeats: int = flag(10, "measured steps of each stage, after two that are not", low=1)
     memory: bool = flag(True, "measure memory too, in separate processes")
-    compare: bool = flag(False, "measure plain transformers too, in turns (all stages but PPO)")
     json: str = flag("", "file for the results (empty: none)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("float32", "of the matrix products while training", choices=DTYPES)
@@ -302,100 +295,14 @@ def own_generate(s: Start) -> Step:
     return lambda prompts: texts_of(sample(prompts))
 
 
-# -------------------------------------------------------------------------------- the same with plain transformers
-
-
-def their_model(gpt: GPT, kind: str = "GPT2LMHeadModel", **options) -> nn.Module:
-    """transformers' model with our weights, in float32 and without dropout, as ours is."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(gpt, folder)
-        model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, **options)
-    return model.to(gpt.device).train(gpt.training)
-
-
-def their_outputs(model: nn.Module, tokens: Tensor, lens: Tensor, dtype: str) -> Tensor:
-    """(B, T, V) logits, or (B, T, 1) of a scalar model."""
-    real = torch.arange(tokens.size(1), device=tokens.device) < lens[:, None]
-    with autocast(tokens.device, dtype):
-        return model(input_ids=tokens, attention_mask=real.long()).logits.float()
-
-
-def their_sft(s: Start) -> Step:
-    own, model = sft.Config(**flags_of(s.config)), their_model(s.policy.train())
-
-    def loss(part: list[Example], batch: list[Example]) -> Tensor:
-        tokens, prompt_lens, lens = make_batch(part, s.device)
-        labels = tokens.masked_fill(~completion_mask(prompt_lens, lens, tokens.size(1)), -100)
-        logits = their_outputs(model, tokens, lens, own.dtype)[:, :-1].flatten(0, 1)
-        n_tokens = sum(len(e.completion) for e in batch)
-        return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / n_tokens
-
-    return training_step(model, adamw(model), own, loss)
-
-
-def their_reward_model(s: Start) -> Step:
-    own = reward_model.Config(**flags_of(s.config))
-    model = their_model(s.scorer.gpt.train(), "GPT2ForTokenClassification", num_labels=1)
-    model.dropout = nn.Identity()
-    model.classifier.load_state_dict(s.scorer.head.state_dict())
-    model.to(s.device)
-
-    def loss(part: list[RankedExamples], batch: list) -> Tensor:
-        tokens, _, lens = make_batch(examples_of(part), s.device)
-        at_end = their_outputs(model, tokens, lens, own.dtype).squeeze(2).gather(1, lens[:, None] - 1)  # (2n, 1)
-        chosen, rejected = at_end.view(-1, 2).unbind(1)
-        return -F.logsigmoid(chosen - rejected).mean()
-
-    return training_step(model, adamw(model), own, loss)
-
-
-def their_dpo(s: Start) -> Step:
-    own = dpo.Config(**flags_of(s.config))
-    model, reference = their_model(s.policy.eval()), their_model(s.reference.eval())
-
-    def logprobs(network: nn.Module, part: list[RankedExamples]) -> Tensor:
-        """Summed over the completions, (n, 2)."""
-        tokens, prompt_lens, lens = make_batch(examples_of(part), s.device)
-        mask = completion_mask(prompt_lens, lens, tokens.size(1))[:, 1:]
-        logits = their_outputs(network, tokens, lens, own.dtype)[:, :-1]
-        found = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)  # (2n, T-1)
-        return (found * mask).sum(1).view(-1, 2)
-
-    def loss(part: list[RankedExamples], batch: list) -> Tensor:
-        with torch.no_grad():
-            of_reference = logprobs(reference, part)
-        chosen, rejected = (logprobs(model, part) - of_reference).unbind(1)
-        return -F.logsigmoid(own.beta * (chosen - rejected)).mean()
-
-    return training_step(model, adamw(model), own, loss)
-
-
-def their_generate(s: Start) -> Step:
-    n, model = s.config.new_tokens, their_model(s.policy.eval())
-    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": 0}
-
-    def step(prompts: list[list[int]]) -> Texts:
-        ids = torch.tensor(prompts, device=s.device)
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, **options)
-        return [(s.config.prompt, n)] * len(prompts)
-
-    return step
-
-
 # -------------------------------------------------------------------------------- measuring
 
-OURS = dict(zip(STAGES, (own_sft, own_reward_model, own_dpo, own_ppo, own_generate), strict=True))
-THEIRS = {"sft": their_sft, "reward_model": their_reward_model, "dpo": their_dpo, "generate": their_generate}
-SIDES = {"ours": OURS, "transformers": THEIRS}
+STEPS = dict(zip(STAGES, (own_sft, own_reward_model, own_dpo, own_ppo, own_generate), strict=True))
 
 
-def make_step(s: Start, stage: str, side: str) -> Step:
-    step = SIDES[side][stage](s)
-    if s.config.compile and side == "ours":
+def make_step(s: Start, stage: str) -> Step:
+    step = STEPS[stage](s)
+    if s.config.compile:
         compile_blocks(s.scorer if stage == "reward_model" else s.policy)
     return step
 
@@ -407,43 +314,39 @@ def resident_peak() -> float:
     return int(found[1]) / 1024 if found else math.nan
 
 
-def peak_memory(net: GPTConfig, config: Config, stage: str, side: str) -> float:
+def peak_memory(net: GPTConfig, config: Config, stage: str) -> float:
     """The most MB that two steps take, in a fresh process. The first two steps are those of a minute network: what the
     libraries take is not counted."""
     minute = replace(net, vocab_size=16, n_layer=1, n_embd=2 * net.n_head, n_inner=0)
     for network in (minute, net):
         before = resident_peak()
         s = make_start(network, config, stage)
-        step = make_step(s, stage, side)
+        step = make_step(s, stage)
         for batch in s.batches[:WARM_UP]:
             step(batch)
     return torch.cuda.max_memory_allocated() / 2**20 if s.device.type == "cuda" else resident_peak() - before
 
 
 def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
-    """-> the figures that `run` describes. Ours and transformers take turns, so that both meet the same machine."""
-    sides = [side for side in SIDES if stage in SIDES[side] and (config.compare or side == "ours")]
-    memory = {}
-    for side in sides if config.memory else []:
+    """-> the figures that `run` describes."""
+    peak = None
+    if config.memory:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            memory[side] = fresh.submit(peak_memory, net, config, stage, side).result()
+            peak = fresh.submit(peak_memory, net, config, stage).result()
     torch.compiler.reset()  # forget what was compiled for another stage
     s = make_start(net, config, stage)
-    steps = {side: make_step(s, stage, side) for side in sides}
-    runs: dict[str, list[tuple[float, Texts]]] = {side: [] for side in sides}  # seconds and texts of each step
-    for number in tqdm(range(len(s.batches)), stage, disable=None):
-        for side, step in steps.items():
-            runs[side].append(timed(lambda step=step, n=number: step(s.batches[n]), s.device))
-    first = runs["ours"][0][0]
-    ours, *theirs = (rows[WARM_UP:] for rows in runs.values())
-    speeds = [tokens_of(stage, texts) / seconds for seconds, texts in ours]
-    rates = [needed_flops(stage, texts, net) / seconds for seconds, texts in ours]
+    step = make_step(s, stage)
+    runs: list[tuple[float, Texts]] = []  # seconds and texts of each step
+    for batch in tqdm(s.batches, stage, disable=None):
+        runs.append(timed(lambda batch=batch: step(batch), s.device))
+    first, runs = runs[0][0], runs[WARM_UP:]
+    rates = [needed_flops(stage, texts, net) / seconds for seconds, texts in runs]
     figures = {
-        "tokens": median(tokens_of(stage, texts) for _, texts in ours),
-        "seconds": median(seconds for seconds, _ in ours),
-        "tokens_per_s": median(speeds),
+        "tokens": median(tokens_of(stage, texts) for _, texts in runs),
+        "seconds": median(seconds for seconds, _ in runs),
+        "tokens_per_s": median(tokens_of(stage, texts) / seconds for seconds, texts in runs),
         "share_of_matmul": median(rates) / ceilings["matmul_gflops"] / 1e9,
-        "peak_mb": memory.get("ours"),
+        "peak_mb": peak,
     }
     if config.compile:
         figures["compile_seconds"] = first - figures["seconds"]
@@ -453,26 +356,15 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
         figures["step_seconds"] = (figures["seconds"] - prefill_seconds) / (config.new_tokens - 1)
         speed = decode_bytes(s.policy, config) / figures["step_seconds"]
         figures["share_of_copy"] = speed / ceilings["copy_gb"] / 1e9
-    if theirs:
-        their_speeds = [tokens_of(stage, texts) / seconds for seconds, texts in theirs[0]]
-        ratios = [a / b for a, b in zip(speeds, their_speeds, strict=True)]
-        figures["transformers"] = {"tokens_per_s": median(their_speeds), "peak_mb": memory.get("transformers")}
-        figures["ratio"] = [median(speeds) / median(their_speeds), min(ratios), max(ratios)]
     return figures
 
 
 def print_table(stages: dict[str, dict], config: Config) -> None:
-    rows = [["stage", "tokens", "ms", "tokens/s", "of matmul", "of copy", "peak MB"]]
-    rows[0] += ["compile s"] * config.compile + ["transformers", "its MB", "ratio [range]"] * config.compare
+    rows = [["stage", "tokens", "ms", "tokens/s", "of matmul", "of copy", "peak MB", *["compile s"] * config.compile]]
     for name, f in stages.items():
         cells = [f"{f['tokens']:.0f}", f"{1000 * f['seconds']:.1f}", f"{f['tokens_per_s']:,.0f}"]
         cells += [f"{f['share_of_matmul']:.0%}", f"{f.get('share_of_copy', math.nan):.0%}"]
         cells += [f"{f['peak_mb'] or math.nan:.0f}", *[f"{f.get('compile_seconds', 0):.1f}"] * config.compile]
-        if "ratio" in f:
-            theirs = f["transformers"]
-            cells += [f"{theirs['tokens_per_s']:,.0f}", f"{theirs['peak_mb'] or math.nan:.0f}"]
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*f["ratio"]))
-        cells += ["nan"] * (len(rows[0]) - 1 - len(cells))
         rows.append([name, *("-" if "nan" in cell else cell for cell in cells)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -487,22 +379,17 @@ def run(config: Config) -> dict:
     """-> {"machine", "config", "ceilings": {"matmul_gflops", "matmul_shapes", "copy_gb"}, "stages": {stage: figures}}.
 
     figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured).
-    generate also has "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"; --compare adds
-    "transformers" ("tokens_per_s", "peak_mb") and "ratio", ours to theirs: of the medians, least, most."""
+    generate also has "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"."""
     net, low, high = SIZES[config.size], config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(config.batch_size > 1 and config.new_tokens > 1, "--batch_size and --new_tokens must be at least 2")
     check(bool(config.stages), f"--stages needs one or several of {', '.join(STAGES)}")
-    if config.compare:
-        check(importlib.util.find_spec("transformers") is not None, "--compare needs `pip install transformers`")
-        check(config.size in ("tiny", "gpt2"), "--compare needs GPT-2's network: --size tiny or gpt2")
     device = pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     shapes, copied = matmul_speeds(net, config, device), copy_speed(device)
     ceilings = {"matmul_gflops": max(shapes.values()), "matmul_shapes": shapes, "copy_gb": copied}
-    versions = {p: version(p) for p in ("torch", *["transformers"] * config.compare)}
-    machine = {"device": device.type, "name": name, **versions}
-    print(f"{device} ({name}), {', '.join(map(' '.join, versions.items()))}")
+    machine = {"device": device.type, "name": name, "torch": torch.__version__}
+    print(f"{device} ({name}), torch {torch.__version__}")
     print(f"{net.n_layer} blocks x {net.n_embd} channels, {net.vocab_size} token ids, {config.dtype}")
     print("matmul GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in shapes.items()) + f"; copy GB/s: {copied:.0f}")
     stages = {}
