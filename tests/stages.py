@@ -118,9 +118,7 @@ class Stage:
 
     module: ModuleType
     settings: dict  # of a run that takes less than a second
-    optimiser: (
-        tuple  # its class, betas and eps, and the decay of each group under --weight_decay 0.3 if it has that flag
-    )
+    optimiser: tuple  # its class, betas and eps, and each group's decay under --weight_decay 0.3, if it has that flag
     rows: list[dict]  # what it learns from
     gates: int = 3  # how many it has on the embedded task
     kind: str = "gpt"  # what it trains: a policy, or a "scalar" model
@@ -129,9 +127,7 @@ class Stage:
     decay: str = "linear"  # of these, after the warm-up
     dropout: bool = False  # does it train with dropout?
     reference: bool = False  # has it a frozen copy of its start?
-    rollouts: bool = (
-        False  # does it learn from samples of its own, with --prompts, --iterations, --minibatch, --ppo_epochs?
-    )
+    rollouts: bool = False  # does it learn from its own samples, by --prompts, --iterations, --minibatch, --ppo_epochs?
 
     @property
     def data(self) -> str:
