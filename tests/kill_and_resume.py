@@ -55,7 +55,7 @@ def make(stage: str, work: Path, **changes) -> tuple:
         files["prompts"] = write_lines(folder / "p.jsonl", [{"prompt": p * n} for p in PROMPTS for n in (1, 2)])
         flags = {"gold": f"{reward_file(folder)}:letters", "max_new_tokens": 8, "batch_size": 2, "device": "cpu"}
         return collect.run, collect.Config(**files, **flags)
-    longer = {"iterations": 6} if STAGES[stage].data == "prompts" else {"epochs": 40}
+    longer = {STAGES[stage].longer: 6 if STAGES[stage].rollouts else 40}
     longer |= {"kl_target": 3.0} if stage == "ppo" else {"dropout": 0.1} if stage == "sft" else {}
     module, model = STAGES[stage].module, toy_policy(dropout=0.1)
     return module.train, module.Config(**settings(stage, folder, model, save_every=2, lr=1e-3, **longer, **changes))

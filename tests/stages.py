@@ -114,53 +114,79 @@ def asked(folder: Path, function: str = "letters") -> list[Asked]:
 
 @dataclass
 class Stage:
+    """How to start a training stage small, and what is different in it."""
+
     module: ModuleType
     settings: dict  # of a run that takes less than a second
-    kind: str = "gpt"  # what it trains: a policy, or a "scalar" model
-    data: str = "data"  # the flag of the file that it learns from
-    longer: str = "epochs"  # the flag that makes a run longer
-    batch: str = "batch_size"  # the flag that says how many items a step has
-    start: str = "policy"  # the flag of the checkpoint that it starts from
-    held_out: bool = True  # has it held-out data?
-    dropout: bool = False  # does it train with dropout?
+    optimiser: tuple  # its class, betas and eps, and each group's decay under --weight_decay 0.3, if it has that flag
+    rows: list[dict]  # what it learns from
     gates: int = 3  # how many it has on the embedded task
+    kind: str = "gpt"  # what it trains: a policy, or a "scalar" model
+    start: str = "policy"  # the flag of the checkpoint that it starts from
+    rates: tuple[str, ...] = ("lr",)  # the flags of its learning rates, one for each network
+    decay: str = "linear"  # of these, after the warm-up
+    dropout: bool = False  # does it train with dropout?
+    reference: bool = False  # has it a frozen copy of its start?
+    rollouts: bool = False  # does it learn from its own samples, by --prompts, --iterations, --minibatch, --ppo_epochs?
+
+    @property
+    def data(self) -> str:
+        """The flag of the file that it learns from."""
+        return "prompts" if self.rollouts else "data"
+
+    @property
+    def longer(self) -> str:
+        """The flag that makes a run longer."""
+        return "iterations" if self.rollouts else "epochs"
 
 
 SAMPLING = {"reward": "FOLDER/toy_rewards.py:letters", "iterations": 3, "rollouts": 12, "max_new_tokens": 7}
 SAMPLING |= {"temperature": 0.7, "minibatch": 5, "micro_batch": 2, "lr": 3e-3, "eos_penalty": 1.5, "kl_coef": 0.2}
+PROMPT_ROWS = [{"prompt": p} for p in PROMPTS]
 STAGES = {
     "sft": Stage(
         sft,
         {"batch_size": 8, "weight_decay": 0.0, "lr": 0.1, "epochs": 1, "tokenizer": "toy"},
-        start="init",
-        dropout=True,
+        ("AdamW", (0.9, 0.99), 1e-8, [0.3, 0.0]),  # matrices alone decay
+        demonstrations(DEMONSTRATIONS),
         gates=2,
+        start="init",
+        decay="cosine",
+        dropout=True,
     ),
     "reward_model": Stage(
         reward_model,
         {"batch_size": 8, "weight_decay": 0.0, "lr": 0.02, "max_new_tokens": 6, "normalise_samples": 8},
+        ("AdamW", (0.9, 0.99), 1e-8, [0.3]),
+        RANKINGS,
         kind="scalar",
         dropout=True,
     ),
     "ppo": Stage(
         ppo,
         {**SAMPLING, "ppo_epochs": 2, "value_lr": 3e-3, "lam": 0.95, "value_clip": 0.5, "stop_kl": 0.0},
-        data="prompts",
-        longer="iterations",
-        batch="minibatch",
-        held_out=False,
+        ("Adam", (0.9, 0.999), 1e-5, [0.0, 0.0]),  # policy and value model
+        PROMPT_ROWS,
+        rates=("lr", "value_lr"),
+        reference=True,
+        rollouts=True,
     ),
     "grpo": Stage(
         grpo,
         {**SAMPLING, "ppo_epochs": 2, "group": 4},
-        data="prompts",
-        longer="iterations",
-        batch="minibatch",
-        held_out=False,
+        ("Adam", (0.9, 0.999), 1e-5, [0.0]),
+        PROMPT_ROWS,
+        reference=True,
+        rollouts=True,
     ),
-    "dpo": Stage(dpo, {"batch_size": 8, "lr": 0.02, "max_new_tokens": 6, "beta": 0.1}),
+    "dpo": Stage(
+        dpo,
+        {"batch_size": 8, "lr": 0.02, "max_new_tokens": 6, "beta": 0.1},
+        ("AdamW", (0.9, 0.99), 1e-8, [0.0]),
+        RANKINGS,
+        reference=True,
+    ),
 }
-ROWS = {"sft": demonstrations(DEMONSTRATIONS), "reward_model": RANKINGS, "dpo": RANKINGS}
 
 
 def toy_policy(seed: int = 1, **sizes) -> GPT:
@@ -196,13 +222,13 @@ def settings(name: str, folder: Path, model=None, rows=None, held_out=None, **ch
     stage = STAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
     reward_file(folder)
-    rows = rows if rows is not None else ROWS.get(name, [{"prompt": p} for p in PROMPTS])
+    rows = stage.rows if rows is None else rows
     made = {k: v.replace("FOLDER", str(folder)) if isinstance(v, str) else v for k, v in stage.settings.items()}
     made |= {stage.data: write_lines(folder / f"{stage.data}.jsonl", rows), "out_dir": str(folder / "out")}
     made |= {"warmup": 0, "grad_clip": 0.0, "log_every": 1, "device": "cpu"}
     if stage.start not in changes:
         made[stage.start] = checkpoint(folder / "start", model if model is not None else toy_policy())
-    if stage.held_out:
+    if not stage.rollouts:
         made["held_out_data"] = write_lines(folder / "held_out.jsonl", held_out) if held_out else ""
     if name == "reward_model":
         made["prompts"] = write_lines(folder / "prompts.jsonl", [{"prompt": p} for p in "abcdefgh"])
@@ -232,29 +258,27 @@ def run(name: str, folder: Path, model=None, rows=None, held_out=None, **changes
     return Ran(results, load_model(out, CPU, STAGES[name].kind).model, read_lines(out / "metrics.jsonl"))
 
 
-def on_task(stage: str, folder, own: bool, vocabulary: str, of_policy: str = "tiny", **changes) -> dict:
-    """The stage's flags for data of the embedded task, or of one's own, in this vocabulary, from a policy that was
+def on_task(stage: str, folder: Path, own: bool, vocabulary: str) -> dict:
+    """The arguments of `run` for data of the embedded task, or of one's own, in this vocabulary, from a policy that was
     trained on the embedded task."""
-    n_vocab = load_tokenizer(vocabulary).n_vocab
-    policy = make_gpt(14, vocab=n_vocab, block_size=192, n_layer=1, n_embd=16)
-    save_model(folder / "policy", policy, vocabulary, "sft.py", sft.Config(), of_policy)
-    rows, held_out = own_pairs(4, gold=True) if own else task_rankings(4), own_pairs(2, 4, gold=True) if own else None
-    held_out = held_out or task_rankings(2, 2)
+    policy = make_gpt(14, vocab=load_tokenizer(vocabulary).n_vocab, block_size=192, n_layer=1, n_embd=16)
+    save_model(folder / "policy", policy, vocabulary, "sft.py", sft.Config(), "tiny")
+    rows, held_out = (
+        (own_pairs(4, gold=True), own_pairs(2, 4, gold=True)) if own else (task_rankings(4), task_rankings(2, 2))
+    )
+    changes = {STAGES[stage].start: str(folder / "policy"), "lr": 0.0}
     if stage == "sft":
-        rows, held_out = (
-            demonstrations([(row["prompt"], row["completions"][0]) for row in some]) for some in (rows, held_out)
-        )
-        changes |= {"init": str(folder / "policy"), "tokenizer": "auto"}
-    else:
-        changes["policy"] = str(folder / "policy")
-    if stage in ("ppo", "grpo"):
+        changes["tokenizer"] = "auto"
+        texts = [[(row["prompt"], row["completions"][0]) for row in some] for some in (rows, held_out)]
+        rows, held_out = map(demonstrations, texts)
+    if STAGES[stage].rollouts:
         rows, held_out = [{"prompt": row["prompt"]} for row in rows], None
-        changes = {"iterations": 1, "reward": str(folder / "rm"), **changes}
+        changes |= {"iterations": 1, "reward": str(folder / "rm")}
         scorer = ScalarModel.from_gpt(policy)
         save_model(folder / "rm", scorer, vocabulary, "reward_model.py", sft.Config(), "" if own else "tiny")
     if stage == "reward_model":
         changes["normalise_samples"] = 2
-    return {"rows": rows, "held_out": held_out, "lr": 0.0, **changes}
+    return {"rows": rows, "held_out": held_out, **changes}
 
 
 class Killed(Exception):

@@ -24,13 +24,12 @@ from helpers import (
     write_lines,
 )
 from stages import (
-    die_after_state,
     CPU,
     DEMONSTRATIONS,
-    PROMPTS,
     STAGES,
     asked,
     demonstrations,
+    die_after_state,
     on_task,
     reward_file,
     run,
@@ -46,8 +45,9 @@ from lib.cli import TrainConfig, UserError
 from model import GPT, Block, ScalarModel
 
 every_stage = pytest.mark.parametrize("stage", STAGES)
-learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "data"])
-samples = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.data == "prompts"])
+learns_from_files = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if not s.rollouts])
+samples = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.rollouts])
+has_a_reference = pytest.mark.parametrize("stage", [name for name, s in STAGES.items() if s.reference])
 
 
 def test_no_stage_is_forgotten():
@@ -65,7 +65,7 @@ def length_of(stage: str, n: int) -> dict:
 
 def one_step(stage: str, n: int = 1) -> dict:
     """n epochs or iterations of one optimiser step each, on all items."""
-    once = {"minibatch": 12, "ppo_epochs": 1} if STAGES[stage].data == "prompts" else {}
+    once = {"minibatch": 12, "ppo_epochs": 1} if STAGES[stage].rollouts else {}
     return {**length_of(stage, n), **once}
 
 
@@ -95,7 +95,7 @@ def test_a_run_leaves_the_files_of_the_contract(tmp_path, stage):
     assert made == {"script": f"{stage}.py", "config": config, "task": ""}
     assert load_file(out / "state.pt")["step"] == log[-1]["step"]
     assert all(p.isfinite().all() for p in model.parameters())
-    if STAGES[stage].data == "prompts":  # what part of an iteration's seconds each part took
+    if STAGES[stage].rollouts:  # what part of an iteration's seconds each part took
         assert all(
             sum(v for k, v in row.items() if k.startswith("share_")) == pytest.approx(1, abs=1e-5) for row in log
         )
@@ -119,7 +119,7 @@ def test_the_log_and_the_states_come_as_often_as_asked(tmp_path, stage):
         patch.setattr(os, "replace", note)
         log = run(stage, tmp_path, **one_step(stage, 7), log_every=3, save_every=2).log
     assert seen == [2, 4, 6, 7]
-    if STAGES[stage].data == "prompts":  # every iteration is logged; --log_every is about printed samples
+    if STAGES[stage].rollouts:  # every iteration is logged; --log_every is about printed samples
         assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 7]
     else:
         first = [] if stage == "sft" else [1]
@@ -131,13 +131,13 @@ def test_the_log_and_the_states_come_as_often_as_asked(tmp_path, stage):
 def test_a_run_that_blows_up_stops_and_leaves_no_model(tmp_path, stage, lr):
     """NaN or inf is saved as a model, and the next stage starts from it: one line says what happened instead. After a
     single step is the subtle case: its loss was still finite. What was logged before is kept."""
-    several = {"ppo_epochs": 3} if STAGES[stage].data == "prompts" else {"epochs": 5}
+    several = {"ppo_epochs": 3} if STAGES[stage].rollouts else {"epochs": 5}
     says = "loss is .* lower --lr" if lr < 1e38 else "weights are not finite.* lower --lr|learned nothing"
     with pytest.raises(UserError, match=says) as error:
         run(stage, tmp_path, **one_step(stage) | (several if lr < 1e38 else {}), lr=lr)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "model.pt").exists() and not (tmp_path / "out" / "results.json").exists()
-    if lr > 1e38 or STAGES[stage].data == "data":
+    if lr > 1e38 or not STAGES[stage].rollouts:
         assert read_lines(tmp_path / "out" / "metrics.jsonl")
 
 
@@ -195,7 +195,7 @@ def test_a_state_belongs_to_its_configuration(tmp_path, stage):
     shrinks has done more than it was asked for: refused, the flag named, no byte changed. A run that is started anew
     has no results of the one before; the model stays until there is a new one: a mistyped flag must not cost it."""
     changes = {**one_step(stage, 2), "save_every": 1}
-    if STAGES[stage].data == "prompts":
+    if STAGES[stage].rollouts:
         rewards = [f"{reward_file(tmp_path)}:{name}" for name in ("letters", "stops")]
         changes["reward"] = rewards
     run(stage, tmp_path, **changes)
@@ -240,7 +240,7 @@ def test_gradients_are_clipped_when_they_are_there_and_before_the_step(tmp_path,
     with watching() as watch:
         log = run(stage, tmp_path, **one_step(stage, 2), grad_clip=limit, lr=1e-3).log
     for step, row in zip(watch.steps, log, strict=True):
-        networks = step.norms if stage == "ppo" else [step.norm]
+        networks = step.norms if len(STAGES[stage].rates) > 1 else [step.norm]
         assert row["grad_norm"] > 0.02
         if limit:
             assert networks == pytest.approx([limit] * len(networks), rel=1e-3)
@@ -250,36 +250,25 @@ def test_gradients_are_clipped_when_they_are_there_and_before_the_step(tmp_path,
 
 @every_stage
 def test_the_learning_rate_warms_up_and_decays(tmp_path, stage):
-    """A schedule that is logged and not used, or used for one of two networks: up in two steps, then half a cosine
-    (sft.py) or a straight line down."""
-    rates = {"lr": 4e-4} | ({"value_lr": 1e-3} if stage == "ppo" else {})
+    """A schedule that is logged and not used, or used for one of two networks: up in two steps, then half a cosine or a
+    straight line down."""
+    rates = dict(zip(STAGES[stage].rates, (4e-4, 1e-3), strict=False))
     with watching() as watch:
         log = run(stage, tmp_path, **one_step(stage, 6), warmup=2, **rates).log
     factors = [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    if stage == "sft":
+    if STAGES[stage].decay == "cosine":
         factors[3:] = [0.5 * (1 + math.cos(math.pi * done)) for done in (0.25, 0.5, 0.75)]
-    peaks = list(rates.values()) * (2 if stage == "sft" else 1)  # it has a group for matrices and one for vectors
+    peaks = list(rates.values()) * (len(watch.steps[0].rates) // len(rates))  # a network may have several groups
     assert [row["lr"] for row in log] == pytest.approx([4e-4 * f for f in factors], abs=1e-6)
     for step, factor in zip(watch.steps, factors, strict=True):
         assert step.rates == pytest.approx([peak * factor for peak in peaks], rel=1e-12)
-
-
-# What each stage builds its optimiser with: class, betas, eps, and the decay of its groups under --weight_decay 0.3,
-# where it has that flag.
-OPTIMISERS = {
-    "sft": ("AdamW", (0.9, 0.99), 1e-8, [0.3, 0.0]),  # matrices alone decay
-    "reward_model": ("AdamW", (0.9, 0.99), 1e-8, [0.3]),
-    "ppo": ("Adam", (0.9, 0.999), 1e-5, [0.0, 0.0]),  # policy and value model
-    "grpo": ("Adam", (0.9, 0.999), 1e-5, [0.0]),
-    "dpo": ("AdamW", (0.9, 0.99), 1e-8, [0.0]),
-}
 
 
 @every_stage
 def test_the_optimiser_is_built_with_these_arguments(tmp_path, stage):
     """A decay that nobody asked for (AdamW's own is 0.01), --weight_decay that is ignored, other betas or another eps:
     the loss falls all the same, a little worse. Every parameter of the network stands in one group."""
-    name, betas, eps, decays = OPTIMISERS[stage]
+    name, betas, eps, decays = STAGES[stage].optimiser
     with watching() as watch:
         run(stage, tmp_path, **one_step(stage), **({"weight_decay": 0.3} if any(decays) else {}))
     optimizer = watch.steps[0].optimizer
@@ -363,7 +352,7 @@ def test_every_rollout_is_used_once_an_epoch_in_a_fresh_order(tmp_path, stage):
     all iterations, prompts or samples that are the same in every iteration. At a learning rate of 0 nothing else could
     make them differ."""
     with watching() as watch:
-        run(stage, tmp_path, lr=0.0, rows=[{"prompt": p} for p in PROMPTS], iterations=2)
+        run(stage, tmp_path, lr=0.0, iterations=2)
     calls = asked(tmp_path)
     assert len(watch.steps) == 2 * 2 * 3  # iterations, epochs, minibatches of 5, 5 and 2
     orders = []
@@ -419,7 +408,7 @@ def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
     """--dtype that is ignored in training, in sampling or in scoring: the run is merely slow. The weights stay float32,
     and a little rounding changes the first step's figures by little."""
     changes = {}
-    if STAGES[stage].data == "prompts":
+    if STAGES[stage].rollouts:
         scorer = checkpoint(tmp_path / "rm", make_told(2, block_size=24))
         changes["reward"] = [scorer, f"{reward_file(tmp_path)}:letters"]
     if stage == "ppo":
@@ -429,7 +418,7 @@ def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
         _, model, log = run(stage, tmp_path, **one_step(stage), **changes, dtype=dtype)
     wanted = getattr(torch, dtype)
     assert watch.products[True] == {wanted}
-    if stage in ("reward_model", "ppo", "grpo"):  # whose samples and scores are in it too
+    if STAGES[stage].rollouts or stage == "reward_model":  # whose samples and scores are in it too
         assert watch.products[False] == {wanted}
     if "reward" in changes:  # a function of the user's own is called without autocast
         assert not any(call.autocast for call in asked(tmp_path))
@@ -437,7 +426,7 @@ def test_the_dtype_is_that_of_the_products(tmp_path, stage, dtype):
     assert {p.dtype for p in watch.steps[0].optimizer.param_groups[0]["params"]} == {torch.float32}
     exact = run(stage, tmp_path / "exact", **one_step(stage), **changes).log[0]
     assert (log[0]["grad_norm"] != exact["grad_norm"]) == (dtype == "bfloat16")
-    if STAGES[stage].data == "data":
+    if not STAGES[stage].rollouts:
         assert log[0]["loss"] == pytest.approx(exact["loss"], rel=0.05)
 
 
@@ -452,7 +441,7 @@ def test_every_block_is_compiled(tmp_path, monkeypatch, stage):
     with watching() as watch:
         run(stage, tmp_path, compile=True)
     assert all(type(module) is Block for module in compiled) and len(compiled) == len(set(compiled))
-    networks = {p.network for p in (watch.passes if STAGES[stage].data == "prompts" else watch.training())}
+    networks = {p.network for p in (watch.passes if STAGES[stage].rollouts else watch.training())}
     assert {m for network in networks for m in network.modules() if isinstance(m, Block)} <= set(compiled)
 
 
@@ -475,7 +464,7 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
     """--train_layers that is ignored, that freezes too much or too little, or frozen weights that decay all the same.
     What is trained takes the very step that it takes in a run that trains everything."""
     start = toy_policy(n_layer=3)
-    decay = {"weight_decay": 0.1} if stage in ("sft", "reward_model") else {}
+    decay = {"weight_decay": 0.1} if any(STAGES[stage].optimiser[3]) else {}
     before = dict(run(stage, tmp_path, start, **one_step(stage), lr=0.0).model.named_parameters())
     for n, blocks in ((2, "h.1. h.2."), (1, "h.2.")):
         above = ("ln_f.", "gpt.ln_f.", "head.", "block.", "ln.", "direction", *blocks.split())
@@ -492,7 +481,7 @@ def test_train_layers_trains_exactly_the_last_blocks(tmp_path, monkeypatch, floa
         run(stage, tmp_path, start, train_layers=4)
 
 
-@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+@has_a_reference
 def test_frozen_blocks_never_run_with_gradients(tmp_path, stage):
     """With --train_layers what the frozen blocks say of a text is the same for policy and reference and in every pass
     over it: computed again in every update, it is most of the time that the flag should save."""
@@ -508,8 +497,7 @@ def test_dropout_is_on_in_training_where_it_belongs_and_off_elsewhere(tmp_path, 
     """Dropout in evaluation, sampling or a reference: a figure that depends on chance. None in training, after an
     evaluation in the middle of it for example: a flag that does nothing. PPO, GRPO and DPO compare two networks, so
     they train without."""
-    held_out = None if stage in ("ppo", "grpo") else settings(stage, tmp_path)["data"]
-    changes = {"held_out": read_lines(held_out)} if held_out else {}
+    changes = {} if STAGES[stage].rollouts else {"held_out": STAGES[stage].rows}
     changes |= {"dropout": 0.5, "eval_every": 1} if stage == "sft" else {}
     with watching() as watch:
         log = run(stage, tmp_path, toy_policy(dropout=0.5), **one_step(stage, 3), lr=0.0, **changes).log
@@ -520,7 +508,7 @@ def test_dropout_is_on_in_training_where_it_belongs_and_off_elsewhere(tmp_path, 
         assert (max(losses) - min(losses) > 1e-4) == STAGES[stage].dropout
 
 
-@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+@has_a_reference
 def test_the_reference_stays_frozen(tmp_path, stage):
     """A reference that shares storage with what is trained, or learns along: the KL penalty would hold nothing."""
     start = toy_policy()
@@ -592,11 +580,11 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage
     """With data of one's own the stage was judged on the demo's held-out data, or normalised on the demo's prompts, in
     silence. What lies beside the data is taken where it is there, and every file that is read is named."""
     own, opened = beside_a_demo(tmp_path, monkeypatch)
-    changes = {"held_out_data": "auto"} if STAGES[stage].held_out else {}
+    changes = {} if STAGES[stage].rollouts else {"held_out_data": "auto"}
     changes |= {"prompts": "auto"} if stage == "reward_model" else {}
     flags = settings(stage, own, **changes)
     for left_over in ("held_out.jsonl", "prompts.jsonl"):
-        if STAGES[stage].data == "data":
+        if not STAGES[stage].rollouts:
             (own / left_over).unlink(missing_ok=True)
     data, start = flags[STAGES[stage].data], flags[STAGES[stage].start]
     module = STAGES[stage].module
@@ -605,7 +593,7 @@ def test_own_data_reads_no_file_of_the_demo(tmp_path, monkeypatch, capsys, stage
     assert f"{data}: " in said and f"{start}/model.pt: made by" in said and "accuracy" not in results
     assert "NOTE" not in said  # the policy isn't the demo's
     assert load_model(own / "out", CPU, STAGES[stage].kind).task == ""
-    if STAGES[stage].held_out:
+    if not STAGES[stage].rollouts:
         assert "data_held_out.jsonl" in said  # what is missing is said
         twin = write_lines(own / "data_held_out.jsonl", read_lines(data)[:3])
         prompts = write_lines(own / "prompts.jsonl", [{"prompt": "ttt"}, {"prompt": "sss"}])
@@ -676,7 +664,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(stage, changes) for stage in STAGES for changes in (*REFUSED["every"], *REFUSED[stage])],
+    [(stage, changes) for stage in STAGES for changes in (*REFUSED["every"], *REFUSED.get(stage, []))],
     ids=str,
 )
 def test_impossible_settings_are_refused(tmp_path, stage, changes):
