@@ -12,10 +12,7 @@ the reward model is gone (Rafailov et al. 2023, arXiv:2305.18290, eq. 7):
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,27 +30,20 @@ from lib.train import autocast, clip_gradients, prepare_blocks, set_lr
 from model import GPT, flat_before
 
 
-class Kind(NamedTuple):
-    """A loss of the margin h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), (B,) in nats."""
-
-    loss: Callable[[Tensor, float, float], Tensor]  # (h, beta, label_smoothing) -> (B,)
-    at_start: Callable[[float], float]  # beta -> the loss at pi = pi_ref, where h = 0
+# Losses of the margin h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), (B,) in nats -> (B,)
 
 
 def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Rafailov et al. 2023, eq. 7; with label_smoothing Mitchell 2023."""
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def ipo_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Azar et al. 2023, arXiv:2310.12036, eq. 17."""
     return (h - 1 / (2 * beta)) ** 2
 
 
-KINDS = {
-    # Rafailov et al. 2023, eq. 7; with label_smoothing Mitchell 2023
-    "sigmoid": Kind(sigmoid_loss, lambda beta: math.log(2)),
-    # Azar et al. 2023, arXiv:2310.12036, eq. 17
-    "ipo": Kind(ipo_loss, lambda beta: 1 / (4 * beta**2)),
-}
+KINDS = {"sigmoid": sigmoid_loss, "ipo": ipo_loss}
 
 
 @dataclass
@@ -113,7 +103,7 @@ def dpo_loss(
     if kind not in KINDS or (kind != "sigmoid" and label_smoothing):
         raise ValueError(f"kind must be 'sigmoid', or one of {', '.join(KINDS)} without label_smoothing, not {kind!r}")
     chosen_ratio, rejected_ratio = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # (B,)
-    losses = KINDS[kind].loss(chosen_ratio - rejected_ratio, beta, label_smoothing)
+    losses = KINDS[kind](chosen_ratio - rejected_ratio, beta, label_smoothing)
     return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
@@ -173,17 +163,20 @@ def evaluate(policy: GPT, reference: GPT, items: list[RankedExamples], config: C
     return figures_of(torch.cat([pair_losses(policy, reference, part, config) for part in parts], 1))
 
 
-def report(results: dict, train_accuracy: float, config: Config, task: str) -> list[dict]:
-    """Print the held-out figures, warn of overfitting -> gates, on the embedded task."""
+def report(results: dict, logged: list[dict], task: str) -> list[dict]:
+    """Print the held-out figures, warn of overfitting -> gates, on the embedded task. logged: the rows of the log, of
+    which the first is of the policy before any step."""
     if "accuracy" not in results:
         return []
     accuracy, loss = results["accuracy"], results["loss"]
+    last = [row["accuracy"] for row in logged[-10:]]  # on the training pairs of the last logged steps
+    train_accuracy = sum(last) / len(last)
     print(f"DPO held-out accuracy {accuracy:.3f} (training {train_accuracy:.3f}), loss {loss:.3f}")
     if train_accuracy > 0.95 and accuracy < train_accuracy - 0.15:
         print("WARNING: it knows the training pairs by heart; take fewer --epochs or a lower --lr")
     if task != "tiny":
         return []
-    share = loss / KINDS[config.kind].at_start(config.beta)
+    share = loss / logged[0]["loss"]
     return [
         gate("DPO held-out accuracy", accuracy, *EXPECTED_ACCURACY, f"margin {results['margin']:.2f}"),
         gate("DPO held-out loss, share of the start's", share, *EXPECTED_LOSS),
@@ -226,8 +219,7 @@ def train(config: Config) -> dict:
     prompts = [item.examples[0].prompt for item in (data.held_out or data.items)[:256]]
     results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
     results |= evaluate(policy, reference, data.held_out, config) if data.held_out else {}
-    last = [row["accuracy"] for row in run.history("accuracy")[-10:]]  # on the training pairs of the last logged steps
-    results["gates"] = report(results, sum(last) / len(last), config, data.task)
+    results["gates"] = report(results, run.history("accuracy"), data.task)
     return run.finish(results)
 
 

@@ -443,8 +443,8 @@ def train(config: Config) -> dict:
         completions = [tokenizer.decode(c) for c in rollout.completions()]
         run.lap("rollout")
         # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
-        raw_scores = start.score(rollout, asked, completions)  # (B,)
-        scores = at_last_action(raw_scores - config.eos_penalty * (~rollout.ended), rollout.action_mask)  # (B, T-1)
+        raw_scores = at_last_action(start.score(rollout, asked, completions), rollout.action_mask)  # (B, T-1)
+        scores = raw_scores - at_last_action(config.eos_penalty * (~rollout.ended), rollout.action_mask)  # (B, T-1)
         # 4. KL penalty, 5. shaped rewards, 6. advantages
         experience = make_experience(policy, reference, value_model, rollout, scores, controller.coef, config)
         run.lap("score")
@@ -455,14 +455,14 @@ def train(config: Config) -> dict:
         stats = update(policy, value_model, optimizer, experience, config, rng, extra_losses)
         run.lap("update")
         # 8. log, and move the KL coefficient
-        figures = rollout_figures(experience, completions, raw_scores, scores, controller.coef)
+        figures = rollout_figures(experience, completions, raw_scores.sum(1), scores.sum(1), controller.coef)
         if start.gold is not None:
             golds = start.gold(asked, completions, rollout.ended.tolist())
             figures["gold"] = sum(golds) / len(golds)
         run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
         controller.update(figures["kl"], config.rollouts)
         if iteration == 0 or run.due(iteration, config.log_every):
-            show_samples(rollout, tokenizer, raw_scores, experience if config.trace else None)
+            show_samples(rollout, tokenizer, raw_scores.sum(1), experience if config.trace else None)
 
     save_model(config.out_dir, policy, tokenizer.saved, "ppo.py", config, start.task)
     return run.finish(report(run.history("score"), "PPO", start.usual))

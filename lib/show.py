@@ -59,7 +59,7 @@ def rollout_figures(
 ) -> dict[str, float]:
     """The figures to log of an iteration, from its ppo.Experience; docs/tuning.md says how to read them.
 
-    raw_scores (B,); scores (B,) or (B, T-1), with the penalty of cut completions."""
+    raw_scores (B,); scores (B,), with the penalty of cut completions."""
     e, mask = experience, experience.action_mask
     kl = e.kl.sum(1).mean().item()  # the very tensor that went into the reward, nats a sequence
     residual, returns = (e.returns - e.values)[mask], e.returns[mask]
@@ -69,7 +69,7 @@ def rollout_figures(
         "kl": kl,
         "k3": e.k3.sum(1).mean().item(),
         "kl_coef": kl_coef,
-        "objective": (scores.sum() / len(scores)).item() - kl_coef * kl,
+        "objective": scores.mean().item() - kl_coef * kl,
         "entropy": masked_mean(e.entropy, mask).item(),
         "explained_variance": (1 - residual.var(correction=0) / variance).item() if variance > 0 else 0.0,
         "length": mask.sum(1).float().mean().item(),

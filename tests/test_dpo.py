@@ -35,7 +35,6 @@ import dpo
 from lib.cli import UserError
 from data.batches import RankedExamples, ranked_batch
 from dpo import (
-    Config,
     dpo_loss,
     ranking_logprobs,
     ranking_pairs,
@@ -443,12 +442,12 @@ def test_knowing_the_pairs_by_heart_is_said(capsys):
     """Accuracy 1 on the training pairs and chance on others looks like a success in the progress bar."""
     results = {"accuracy": 0.6, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
     for train_accuracy, warned in ((1.0, True), (0.7, False)):
-        dpo.report(results, train_accuracy, Config(), "")
+        dpo.report(results, [{"loss": LN2, "accuracy": train_accuracy}], "")
         assert ("by heart" in capsys.readouterr().out) == warned
 
 
-@pytest.mark.parametrize(("kind", "start"), [("sigmoid", LN2), ("ipo", 25.0)])
-def test_each_gate_can_fail(kind, start):
+@pytest.mark.parametrize("start", [LN2, 25.0])  # of sigmoid, and of ipo with beta 0.1
+def test_each_gate_can_fail(start):
     """A blown-up run passed by its accuracy alone, with a loss of 4e10: loss and EOS rate have gates too. The loss
     counts as a share of what it is before training."""
     good = {"accuracy": 0.75, "loss": 0.8 * start, "margin": 1.0, "eos_rate": 1.0}
@@ -459,7 +458,8 @@ def test_each_gate_can_fail(kind, start):
         ({"accuracy": 0.5}, "DPO held-out accuracy"),
         ({"eos_rate": 0.6}, "DPO EOS rate"),
     ):
-        gates = dpo.report(good | changes, 0.7, Config(kind=kind, beta=0.1), "tiny")
+        logged = [{"loss": start, "accuracy": 0.7}, {"loss": 0.8 * start, "accuracy": 0.7}]
+        gates = dpo.report(good | changes, logged, "tiny")
         assert [g["name"] for g in gates if not g["ok"]] == ([failed] if failed else [])
 
 
