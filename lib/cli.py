@@ -51,7 +51,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass
 class Flags:
-    """What every script's Config is made of. One whose value is out of its flag's range raises UserError."""
+    """The base of every script's Config. UserError if a value is out of its flag's range."""
 
     def __post_init__(self):
         check_ranges(self)
@@ -59,7 +59,7 @@ class Flags:
 
 @dataclass
 class TrainConfig(Flags):
-    """The flags that the training scripts share; each script's Config adds its own."""
+    """The flags that the training scripts share. Each script's Config adds its own."""
 
     train_layers: int = flag(0, "train only the last N blocks, the final LayerNorm and a scalar head (0: all)", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)", low=0)

@@ -351,14 +351,13 @@ class Cell(NamedTuple):
     style: str = ""
 
 
-def table(head: list[tuple[str, str]], rows: list[list[str | Cell]]) -> str:
-    """An HTML table. head: (title, explanation or "") of each column. The first cell of a row is its name."""
+def table(head: list[str], rows: list[list[str | Cell]]) -> str:
+    """An HTML table with these titles. The first cell of a row is its name."""
     styles = ["", *(cell.style if isinstance(cell, Cell) else "" for cell in rows[0][1:])]
     titles = []
-    for (title, note), style in zip(head, styles, strict=True):
-        asked = f'<button type="button" class="ask" data-note="{html.escape(note)}">{html.escape(title)}</button>'
+    for title, style in zip(head, styles, strict=True):
         style = "text" if style == "text" else ""  # a title is aligned as its column
-        titles.append(f'<th scope="col" class="{style}">{asked if note else html.escape(title)}</th>')
+        titles.append(f'<th scope="col" class="{style}">{html.escape(title)}</th>')
     body = []
     for name, *cells in rows:
         cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells]
@@ -366,32 +365,6 @@ def table(head: list[tuple[str, str]], rows: list[list[str | Cell]]) -> str:
         body.append(f'<tr><th scope="row">{html.escape(name)}</th>{shown}</tr>')
     head_row, lines = "".join(titles), "\n".join(body)
     return f'<div class="wide"><table><thead><tr>{head_row}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
-
-
-NOTES = {  # the explanations of evaluate.COLUMNS
-    "gold": "Mean true reward of one sampled answer to each prompt. Training never sees it.",
-    "gold_se": "The standard error of that mean: twice this much may be chance.",
-    "rm": "The reward model's opinion of the same answers. A normalised one gives the SFT policy a mean of 0 and a "
-    "standard deviation of 1.",
-    "kl": "How far the policy has moved from the first one, in nats a sequence. Best of n has an upper bound only.",
-    "win_rate": "How often the answer is better than the first policy's to the same prompt, ties as half; in brackets "
-    "the 95% interval.",
-    "rm_win_rate": "The same, as the reward model judges. Higher than the truth is usual: it was trained against.",
-    "eos_rate": "Share of answers that end by themselves.",
-    "length": "Tokens an answer.",
-    "distinct": "Share of different answers. A low one means the same answer to everything.",
-    "headroom_closed": "How far from the first policy's true reward to the best possible one: 100% can't be beaten.",
-    "correct": "Share of right answers among the samples.",
-    "correct_greedy": "Share of right answers when the likeliest token is taken every time: what the policy knows.",
-    "loss": "Loss on human-written answers, nats a token: what alignment has cost elsewhere.",
-}
-PART_NOTES = {
-    "correct": "2 for a right answer",
-    "polite": "1 if polite, -1 if rude",
-    "to_the_point": "-0.2 for each word too many",
-    "ended": "-1 unless the text is finished",
-    "not_repeated": "-1 if a sentence occurs twice",
-}
 
 
 def written(figures: dict, shown: list) -> list[str | Cell]:
@@ -414,7 +387,7 @@ def comparison(evaluation: dict) -> str:
     shown = [c for c in COLUMNS if any(p.get(c[0]) is not None for p in policies.values())]
     rows = [[name, *written(figures, shown)] for name, figures in policies.items()]
     rows += [[f"best of {n}", *written(figures, shown)] for n, figures in evaluation.get("best_of_n", {}).items()]
-    parts = table([("policy", ""), *((title, NOTES.get(key, "")) for key, title, _ in shown)], rows)
+    parts = table(["policy", *(title for _, title, _ in shown)], rows)
     if evaluation.get("best_of_n"):
         parts += (
             "<p>Best of n: sample n answers of the first policy and keep the one that the reward model likes best. "
@@ -425,12 +398,12 @@ def comparison(evaluation: dict) -> str:
     split = {name: figures["parts"] for name, figures in policies.items() if figures.get("parts")}
     if split:
         names = list(next(iter(split.values())))
-        head = [("policy", ""), *((name.replace("_", " "), PART_NOTES.get(name, "")) for name in names)]
+        head = ["policy", *(name.replace("_", " ") for name in names)]
         body = [[policy, *(f"{figures[name]:+.2f}" for name in names)] for policy, figures in split.items()]
         parts += f"<h3>What the true reward is made of</h3>{table(head, body)}"
     shares = {k: v for k, v in evaluation.get("reward_model", {}).items() if isinstance(v, (int, float))}
     if shares:
-        head = [("reward model, on held-out rankings", ""), ("share of pairs it gets right", "")]
+        head = ["reward model, on held-out rankings", "share of pairs it gets right"]
         titles = {"bayes_accuracy": "the most that the annotators' noise allows", "length_alone": "by length alone"}
         known = [k for k in shares if k.startswith("accuracy") or k in titles or "_vs_" in k]
         body = [[titles.get(k, k.replace("_", " ")), f"{shares[k]:.2f}"] for k in known if k != "accuracy_se"]
@@ -478,7 +451,7 @@ def gates(found: list[tuple[str, dict]]) -> str:
     for name, gate in found:
         verdict = Cell("OK", "ok") if gate["ok"] else Cell("FAILED", "failed")
         rows.append([name, Cell(gate["name"], "text"), value_of(gate), usual(gate), verdict])
-    return table([("stage", ""), ("gate", ""), ("figure", ""), ("usual range", ""), ("verdict", "")], rows)
+    return table(["stage", "gate", "figure", "usual range", "verdict"], rows)
 
 
 def headline(evaluation: dict, stages: list[Stage]) -> str:
@@ -515,9 +488,8 @@ def summary(stages: list[Stage]) -> str:
             for k, v in s.config.items()
         )
         settings.append(f"<details><summary>{html.escape(s.name)}</summary><dl>{shown}</dl></details>")
-    titles = ("stage", "script", "learned from", "seed", "steps", "time")
     folded = f"<details><summary>All settings</summary>{''.join(settings)}</details>"
-    return table([(title, "") for title in titles], rows) + folded
+    return table(["stage", "script", "learned from", "seed", "steps", "time"], rows) + folded
 
 
 # -------------------------------------------------------------------------------- the page

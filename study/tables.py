@@ -1,5 +1,4 @@
-"""The study's results as tables: docs/study.md whole, and that of the mistakes in its place in
-docs/experiments.md.
+"""Writes the study's results as tables: docs/study.md, and the table of mistakes in docs/experiments.md.
 
 python -m study.tables --results study/results.json
 """
@@ -18,20 +17,20 @@ from study.results import read
 
 @dataclass
 class Config(Flags):
-    results: str = flag("study/results.json", "what study/results.py has gathered")
+    results: str = flag("study/results.json", "results of the study, as study.run writes them")
     document: str = flag("docs/study.md", "file for all tables")
     page: str = flag("docs/experiments.md", "file whose table of mistakes is brought up to date (empty: none)")
 
 
 def show(x: dict, digits: int = 2, sign: str = "") -> str:
-    """mean [low, high]"""
+    """A mean over seeds with its interval: "mean [low, high]"."""
     if x["low"] is None:
         return f"{x['mean']:{sign}.{digits}f}"
     return f"{x['mean']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
 
 
 def table(head: str, rows: Iterator[list[str]]) -> str:
-    """head: the titles, between bars."""
+    """A Markdown table. head: its first line, the titles between bars."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *lines])
 
@@ -120,7 +119,7 @@ def maximised(results: dict) -> str:
 
 
 def command(name: str) -> str:
-    """The mistake as a reader would make it, on what `make demo` has left in out/."""
+    """The command that makes the mistake on the files of `make demo` in out/."""
     if name in PPO_FLAGS:
         script = f"ppo.py {PPO_FLAGS[name]}"
     else:
@@ -139,7 +138,7 @@ def breaks(results: dict) -> str:
 
 
 def mistakes(results: dict) -> str:
-    """The first two columns of `breaks`, with the commands."""
+    """The table of docs/experiments.md: the first two columns of `breaks`, with commands."""
     found = [(command(name), p["change"]) for name, p in results["breaks"].items()]
     rows = ([f"`{typed}`", *(show(change[key], 2, "+") for key in ("gold", "kl"))] for typed, change in found)
     return table("| the mistake, as a command | gold | KL |", rows)

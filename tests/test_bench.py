@@ -122,13 +122,9 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert peak == "-" or state < float(peak) < 10 * state
 
 
-def test_micro_batch_is_the_scripts(monkeypatch):
-    seen = []
-    original = bench.micro_batches
-    monkeypatch.setattr(bench, "micro_batches", lambda batch, size: seen.append(size) or original(batch, size))
-    first_step("sft", micro_batch=3)
-    first_step("sft")
-    assert seen == [3, 16]
+def test_micro_batch_is_the_scripts():
+    assert bench.flags_of(bench.Config(**SHORT, micro_batch=3))["micro_batch"] == 3
+    assert "micro_batch" not in bench.flags_of(bench.Config(**SHORT))
 
 
 def test_lengths_that_are_not_given_are_those_of_the_size():

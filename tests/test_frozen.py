@@ -144,7 +144,7 @@ def test_a_value_model_that_differs_in_one_number_shares_nothing():
         value_model.gpt.h[1].mlp.c_proj.bias[3] += 1e-9
     tokens = torch.randint(0, 23, (2, 6), generator=rng())
     before = value_model(tokens)
-    share_frozen(value_model.gpt, policy)
+    train_like(value_model, policy, LAST[1])
     assert value_model.gpt.frozen == 0 and not storages(value_model) & storages(policy)
     assert torch.equal(value_model(tokens, below=trunk(policy, tokens)), before)
 

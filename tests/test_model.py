@@ -1021,7 +1021,7 @@ def test_the_cache_keeps_and_adds_slots_of_every_block():
     before = [kv.clone() for kv in cache.kv]
     cache.grow(3)
     for kv, old in zip(cache.kv, before, strict=True):
-        assert cache.slots == 9 and torch.equal(kv[:, :, :, :6], old) and not kv[:, :, :, 6:].any()
+        assert kv.size(3) == 9 and torch.equal(kv[:, :, :, :6], old) and not kv[:, :, :, 6:].any()
     cache.keep(torch.tensor([True, False, True]))
     cache.keep(torch.tensor([1, 0, 1, 1]))
     for kv, old in zip(cache.kv, before, strict=True):

@@ -20,7 +20,9 @@ import lib.checkpoint
 import lib.run
 import lib.train
 import dpo
+import evaluate
 import ppo
+from data import tiny
 from lib.cli import UserError
 from study import metrics, report
 
@@ -375,15 +377,17 @@ def test_tables_show_the_results(tmp_path):
 
 
 def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeypatch, capsys):
-    """A newcomer's demo that misses a range by a hair: no report, and status 1 without a word on what it means."""
-    toy_run(tmp_path)
+    """A newcomer's demo that misses a range by a hair: no report, and status 1 without a word on what it means. Of
+    two runs of a stage it is said whose gate it was."""
+    config = toy_run(tmp_path)
     make_report(tmp_path, rollouts=0)
     assert "all 1 gates OK" in capsys.readouterr().out.splitlines()[-1]
     gates = [
-        {"name": "headroom", "value": 0.2, "low": 0.55, "high": 1.0, "ok": False},
+        {"name": "PPO KL", "value": 0.2, "low": 0.55, "high": 1.0, "ok": False},
         {"name": "KL", "value": None, "low": None, "high": 2.0, "ok": False},  # it was nan
     ]
-    lib.run.write_json({"gates": gates}, tmp_path / "evaluate" / "results.json")
+    lib.run.write_json({"gates": gates[1:]}, tmp_path / "evaluate" / "results.json")
+    write_stage(tmp_path / "ppo_b", config, [{"step": 1, "score": 0.0}], {"gates": gates[:1]})
     argv = ["report.py", "--run", str(tmp_path), "--rollouts", "0"]
     for strict in ([], ["--strict"]):
         monkeypatch.setattr(sys, "argv", argv + strict)
@@ -397,7 +401,7 @@ def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeyp
         lines = capsys.readouterr().out.splitlines()
         assert lines[1:4] == [
             "2 of 3 gates FAILED:",
-            "  evaluate: headroom 0.200, usually 0.55 to 1",
+            "  ppo_b: PPO KL 0.200, usually 0.55 to 1",
             "  evaluate: KL nan, usually at most 2",
         ]
         assert "A gate compares" in lines[4]
@@ -446,6 +450,14 @@ def test_every_logged_figure_is_explained():
     assert {"held_out_loss", "tokens_per_s", "grad_norm"} <= logged
     assert logged <= set(metrics.METRICS)
     assert {name for _, main in report.GROUPS.values() for name in main} <= set(metrics.METRICS)
+
+
+def test_the_page_explains_its_columns_and_quantities():
+    """A column of evaluate.py, a part of the true reward or a token's figure that the page has no words for."""
+    page = report.PAGE.read_text(encoding="utf-8")
+    titles = [title for _, title, _ in evaluate.COLUMNS] + [part.replace("_", " ") for part in tiny.PARTS]
+    for name in [*titles, *report.QUANTITIES]:
+        assert re.search(rf'^  "?{re.escape(name)}"?: ["{{]', page, re.MULTILINE), name
 
 
 def test_stages_are_known_by_their_flags():

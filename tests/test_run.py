@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_write_json_leaves_no_half_file(tmp_path):
     """A crash in the middle leaves results.json and config.json as they were; and nan and inf, which are no JSON, are
-    null, at any depth: other readers would stop there."""
+    null, at any depth and in the log, too: other readers would stop there."""
     path = tmp_path / "deep" / "x.json"
     lib.run.write_json({"ü": [1, None], "deep": [{"x": math.nan}, (math.inf, -math.inf)]}, path)
     whole = {"ü": [1, None], "deep": [{"x": None}, [None, None]]}
@@ -33,6 +33,9 @@ def test_write_json_leaves_no_half_file(tmp_path):
     with pytest.raises(TypeError):
         lib.run.write_json({"a": object()}, path)
     assert strict_json(path) == whole and len(contents(tmp_path)) == 1
+    log = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path / "run"), warmup=0), 2)
+    log.log(1, held_out_loss=math.nan)
+    assert log.metrics.read_text(encoding="utf-8") == '{"step": 1, "held_out_loss": null}\n'
 
 
 # ------------------------------------------------------------------------------------------------ resuming

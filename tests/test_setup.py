@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -34,6 +35,9 @@ def test_preferences_come_with_their_held_out_twin(tmp_path):
     found = load(held_out_data="")
     assert (found.held_out, found.task, found.bayes_accuracy, found.contrasts) == ([], "tiny", None, {})
     assert len(load(held_out_data=twin).held_out) == 2
+    noisy = {"prompt": "q", "completions": ["a", "b"], "gold": [1.0, 0.0], "annotator_temperature": 0.5}
+    write_lines(tmp_path / "mine_held_out.jsonl", [noisy])
+    assert load().bayes_accuracy == 1 / (1 + math.exp(-1 / 0.5))
 
 
 def test_reward_models_share_the_frozen_blocks(tmp_path):

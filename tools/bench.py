@@ -231,7 +231,7 @@ def examples_of(batch: list) -> list[Example]:
     return [e for item in batch for e in getattr(item, "examples", [item])]
 
 
-def own_sft(s: Start) -> Step:
+def sft_step(s: Start) -> Step:
     own = sft.Config(**flags_of(s.config))
 
     def loss(part: list[Example], batch: list[Example]) -> Tensor:
@@ -240,7 +240,7 @@ def own_sft(s: Start) -> Step:
     return training_step(s.policy, sft.make_optimizer(s.policy.train(), own), own, loss)
 
 
-def own_reward_model(s: Start) -> Step:
+def reward_model_step(s: Start) -> Step:
     own = reward_model.Config(**flags_of(s.config))
 
     def loss(part: list[RankedExamples], batch: list) -> Tensor:
@@ -252,7 +252,7 @@ def own_reward_model(s: Start) -> Step:
     return training_step(s.scorer, adamw(s.scorer.train()), own, loss)
 
 
-def own_dpo(s: Start) -> Step:
+def dpo_step(s: Start) -> Step:
     own = dpo.Config(**flags_of(s.config))
 
     def loss(part: list[RankedExamples], batch: list) -> Tensor:
@@ -261,12 +261,12 @@ def own_dpo(s: Start) -> Step:
     return training_step(s.policy, adamw(s.policy.eval()), own, loss)
 
 
-def own_ppo(s: Start) -> Step:
+def ppo_step(s: Start) -> Step:
     sizes = {"max_new_tokens": s.config.completion_high, "minibatch": max(1, s.config.batch_size // 4)}
     own = ppo.Config(value_lr=0.0, stop_kl=0.0, ppo_epochs=PPO_EPOCHS, **sizes, **flags_of(s.config))
     value_model = copy.deepcopy(s.scorer)
     optimizer, order = ppo.make_optimizer(s.policy, value_model, own), generator_for("cpu", 1)
-    sample = own_sampler(s, own.max_new_tokens)
+    sample = sampler(s, own.max_new_tokens)
     if s.config.compile:
         compile_blocks(s.reference, value_model)
 
@@ -281,7 +281,7 @@ def own_ppo(s: Start) -> Step:
     return step
 
 
-def own_sampler(s: Start, new_tokens: int) -> Callable[[list[list[int]]], Rollout]:
+def sampler(s: Start, new_tokens: int) -> Callable[[list[list[int]]], Rollout]:
     rng, no_eos = generator_for(s.device, 1), s.policy.config.vocab_size  # an id that no token has: no row ends early
     return lambda prompts: generate(s.policy, prompts, new_tokens, eos_id=no_eos, generator=rng)
 
@@ -290,14 +290,14 @@ def texts_of(rollout: Rollout) -> Texts:
     return list(zip(rollout.prompt_lens.tolist(), (rollout.lens - rollout.prompt_lens).tolist(), strict=True))
 
 
-def own_generate(s: Start) -> Step:
-    sample = own_sampler(s, s.config.new_tokens)
+def generate_step(s: Start) -> Step:
+    sample = sampler(s, s.config.new_tokens)
     return lambda prompts: texts_of(sample(prompts))
 
 
 # -------------------------------------------------------------------------------- measuring
 
-STEPS = dict(zip(STAGES, (own_sft, own_reward_model, own_dpo, own_ppo, own_generate), strict=True))
+STEPS = dict(zip(STAGES, (sft_step, reward_model_step, dpo_step, ppo_step, generate_step), strict=True))
 
 
 def make_step(s: Start, stage: str) -> Step:
@@ -351,7 +351,7 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
     if config.compile:
         figures["compile_seconds"] = first - figures["seconds"]
     if stage == "generate":
-        prefill = own_sampler(s, 1)
+        prefill = sampler(s, 1)
         prefill_seconds = median(timed(lambda batch=batch: prefill(batch), s.device)[0] for batch in s.batches)
         figures["step_seconds"] = (figures["seconds"] - prefill_seconds) / (config.new_tokens - 1)
         speed = decode_bytes(s.policy, config) / figures["step_seconds"]
