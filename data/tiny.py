@@ -5,7 +5,7 @@
 Why a made-up world? On real text nobody knows the true reward, so nobody can measure whether a reward model is right or
 a policy is over-optimised. Here `gold_reward` is a few readable lines, and both can be measured.
 
-A prompt is a speaker's name and a question of one of 24 families ("Anna: What is the opposite of hot?"). A good
+A prompt is a speaker's name and a question of one of many families ("Anna: What is the opposite of hot?"). A good
 completion answers correctly, politely, to the point, in finished sentences, and does not repeat itself. The
 demonstrations are of mixed quality, as scraped data is: right, wrong or evasive, polite, plain or rude, short or
 rambling. So a model that imitates them (SFT) is mediocre by construction, and RLHF can show what it adds.
@@ -250,7 +250,7 @@ def parse_prompt(prompt: str) -> tuple[str, str] | None:
         if match := pattern.fullmatch(question):
             try:
                 answer = FAMILIES[name].solve(match.groupdict())
-            except (ValueError, IndexError):  # the template fits, but the slot is no word or number of this world
+            except (ValueError, IndexError, KeyError, TypeError):  # the template fits, but not what stands in its slot
                 return None
             return (name, answer) if answer else None
     return None
