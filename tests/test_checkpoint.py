@@ -90,6 +90,12 @@ def test_atomic_save_leaves_no_half_file(tmp_path, monkeypatch):
     lib.checkpoint.atomic_save({"a": 1}, path)
     assert torch.load(path, weights_only=True) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["model.pt"]
     before, save = path.read_bytes(), torch.save
+    if os.name != "nt":  # there a file that somebody reads can't be replaced
+        with open(path, "rb") as reader:  # who reads the old one goes on reading it: it is replaced, not written over
+            lib.checkpoint.atomic_save({"a": 1, "b": [0] * 999}, path)
+            assert reader.read() == before
+        lib.checkpoint.atomic_save({"a": 1}, path)
+        assert path.read_bytes() == before
 
     def crash(obj, target):
         save(obj, target)

@@ -472,3 +472,11 @@ def test_a_learning_rate_of_a_million_does_not_pass(tmp_path):
         assert "--lr" in str(error) and not (tmp_path / "out" / "model.pt").exists()
     else:
         assert not all(g["ok"] for g in results["gates"])
+
+
+def test_held_out_figures_are_without_dropout():
+    """A caller that trains with dropout, and forgets to turn it off: other figures each time."""
+    policy, reference = make_gpt(1, dropout=0.5), make_gpt(2)
+    config = dpo.Config(device="cpu")
+    expected = dpo.evaluate(policy.eval(), reference, ITEMS, config)
+    assert dpo.evaluate(policy.train(), reference, ITEMS, config) == expected
