@@ -72,6 +72,19 @@ def test_a_step_leaves_the_weights_alone(stage):
     assert all(p.grad is not None for p in learner.parameters()) == (stage != "generate")
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_a_step_starts_without_the_gradients_of_the_last(stage):
+    found = []
+    for batches in ((0, 1), (1,)):
+        start = bench.make_start(NET, bench.Config(**SHORT), stage)
+        step, learner = bench.make_step(start, stage), start.scorer if stage == "reward_model" else start.policy
+        for number in batches:
+            step(start.batches[number])
+        found.append([p.grad.clone() for p in learner.parameters()])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_the_bytes_of_a_decode_step():
     config = bench.Config(**SHORT)
     policy = bench.make_start(NET, config, "generate").policy

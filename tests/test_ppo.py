@@ -180,6 +180,17 @@ def test_the_adaptive_coefficient_follows_the_logged_kl(tmp_path, float64):
     assert any(abs(kl) < 0.2 and abs(kl - k3) > 0.1 for kl, k3 in errors[:-1]), "which KL it is must make a difference"
 
 
+def test_the_penalty_is_taken_with_the_coefficient_of_its_iteration(tmp_path, float64):
+    """A coefficient that moves and is logged, while the penalty goes on with the first one: after the first iteration
+    the run with a target is then that without."""
+    changes = {"iterations": 2, "lr": 2e-2, "kl_horizon": 1.0}
+    fixed = run("ppo", tmp_path / "fixed", make_gpt(3, block_size=24), **changes).log
+    moved = run("ppo", tmp_path / "moved", make_gpt(3, block_size=24), kl_target=1e-3, **changes).log
+    assert fixed[0]["policy_loss"] == moved[0]["policy_loss"] and fixed[1]["score"] == moved[1]["score"]
+    assert moved[1]["kl_coef"] != fixed[1]["kl_coef"]
+    assert (fixed[1]["policy_loss"], fixed[1]["value_loss"]) != (moved[1]["policy_loss"], moved[1]["value_loss"])
+
+
 def test_training_raises_the_reward(tmp_path):
     """The toy must work: a reward for one letter makes the policy write it."""
     torch.manual_seed(0)
