@@ -239,11 +239,9 @@ def load_policies(config: Config, device: torch.device) -> list[Checkpoint]:
     for path, found in zip(config.policies, loaded, strict=True):
         smaller = found.model.config.block_size < baseline.model.config.block_size
         check(not smaller, f"{path}: its block_size is smaller than that of {first}")
-        same, names = (
-            found.vocabulary == baseline.vocabulary,
-            [vocabulary_name(c.vocabulary) for c in (found, baseline)],
-        )
-        check(same, f"{path} has the {names[0]} vocabulary, {first} has {names[1]}")
+        theirs, ours = vocabulary_name(found.vocabulary), vocabulary_name(baseline.vocabulary)
+        same = found.vocabulary == baseline.vocabulary
+        check(same, f"{path} has the {theirs} vocabulary, {first} has {ours}")
     return loaded
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -88,12 +89,28 @@ def load_policy(config) -> Checkpoint:
     return start
 
 
-class Preferences(NamedTuple):
+@dataclass
+class Preferences:
     items: list[RankedExamples]
     held_out: list[RankedExamples]
     task: str  # "tiny": they are the embedded task's; "": they are not
-    bayes_accuracy: float | None  # the best possible on the held-out ones, where the annotators' noise is known
-    contrasts: dict[str, list[RankedExamples]]  # pairs that differ in one respect, where the held-out prompts allow it
+    held_out_file: str
+    start: Checkpoint
+
+    # Only the reward model is judged by these two, so they are made when it asks.
+
+    @cached_property
+    def bayes_accuracy(self) -> float | None:
+        """The best possible accuracy on the held-out rankings, where the annotators' noise is known."""
+        return annotators_bayes_accuracy(self.held_out_file) if self.held_out else None
+
+    @cached_property
+    def contrasts(self) -> dict[str, list[RankedExamples]]:
+        """Pairs that differ in one respect, for held-out prompts of the embedded task; {} for others."""
+        if self.held_out and self.task == task_of(self.held_out_file) == "tiny":
+            prompts = read_prompts(self.held_out_file)[:400]
+            return contrast_rankings(prompts, self.start.tokenizer, self.start.model.config.block_size)
+        return {}
 
 
 def load_preferences(config, start: Checkpoint) -> Preferences:
@@ -103,10 +120,7 @@ def load_preferences(config, start: Checkpoint) -> Preferences:
     path, task = held_out_twin(config.data, config.held_out_data), task_of(config.data)
     held_out = load_rankings(path, start.tokenizer, block_size, made_by)
     note_task(start, task, config.data)
-    contrasts = {}
-    if held_out and task == task_of(path) == "tiny":
-        contrasts = contrast_rankings(read_prompts(path)[:400], start.tokenizer, block_size)
-    return Preferences(items, held_out, task, annotators_bayes_accuracy(path) if held_out else None, contrasts)
+    return Preferences(items, held_out, task, path, start)
 
 
 def sampling_prompts(config, start: Checkpoint, max_new_tokens: int) -> list[list[int]]:
