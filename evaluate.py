@@ -115,11 +115,6 @@ def sample_policy(
     return found
 
 
-def likeliest(policy: GPT, ids: list[list[int]], tokenizer: Tokenizer, config: Config) -> dict[str, list]:
-    """What sample_policy returns, at temperature 0."""
-    return sample_policy(policy, policy, None, ids, tokenizer, config, 0, 0.0)
-
-
 def token_kl(policy: GPT, reference: GPT, rollout: Rollout, temperature: float) -> Tensor:
     """distribution_kl of the two at each sampled token, 0 elsewhere, (B, T-1). A few rows at a time: about eight
     tensors of their logits' size exist at once."""
@@ -206,10 +201,10 @@ COLUMNS = (
 
 
 def print_table(results: dict) -> None:
-    shown = [c for c in COLUMNS if any(p.get(c[0]) is not None for p in results["policies"].values())]
+    shown = [c for c in COLUMNS if any(c[0] in p for p in results["policies"].values())]
     rows = [["policy", *(title for _, title, _ in shown)]]
     for name, figures in results["policies"].items():
-        cells = {key: template.format(figures[key]) for key, _, template in shown if figures[key] is not None}
+        cells = {key: template.format(figures[key]) for key, _, template in shown if key in figures}
         for key in ("win", "rm_win"):
             if f"{key}_rate" in cells:
                 cells[f"{key}_rate"] += f" [{figures[f'{key}_low']:.3f}, {figures[f'{key}_high']:.3f}]"
@@ -259,34 +254,24 @@ def judge_reward_model(model: ScalarModel, prompts: list[str], tokenizer: Tokeni
     return results
 
 
-def win_figures(samples: dict, baseline: dict, by_truth: bool) -> dict[str, float | None]:
-    """Win rates with their intervals: by the truth where it is known, and by the reward model; else by that alone.
-    None for the baseline itself."""
-    keys, none = ("rate", "low", "high"), (None, None, None)
-    judged = "gold" if by_truth else "rm"
-    wins = none if samples is baseline else win_rate(samples[judged], baseline[judged])
-    both = by_truth and samples is not baseline and samples["rm"][0] is not None
-    by_rm = win_rate(samples["rm"], baseline["rm"]) if both else none
-    figures = {f"win_{key}": x for key, x in zip(keys, wins, strict=True)}
-    return figures | {f"rm_win_{key}": x for key, x in zip(keys, by_rm, strict=True)}
-
-
-def figures_of(samples: dict, baseline: dict, by_truth: bool, by_model: bool, loss: float | None) -> dict:
-    """A policy's row of the table: means over the prompts."""
-    return {
-        "gold": mean(samples["gold"]) if by_truth else None,
-        "gold_se": standard_error(samples["gold"]) if by_truth else None,
-        "rm": mean(samples["rm"]) if by_model else None,
+def figures_of(samples: dict, baseline: dict) -> dict:
+    """A policy's row of the table: means over the prompts, and how often it wins over the baseline by the truth and by
+    the reward model ("rm_win"). Where only one of the two judges, its verdict is the win rate."""
+    figures = {
         "kl": mean(samples["kl"]),
-        **win_figures(samples, baseline, by_truth),
         "eos_rate": mean([float(e) for e in samples["ended"]]),
         "length": mean(samples["length"]),
         "distinct": len(set(samples["completion"])) / len(samples["completion"]),
-        "headroom_closed": None,
-        "correct": None,
-        "correct_greedy": None,
-        "loss": loss,
     }
+    judges = [judge for judge in ("gold", "rm") if samples[judge][0] is not None]
+    for name, judge in zip(("win", "rm_win"), judges, strict=False):
+        figures[judge] = mean(samples[judge])
+        if samples is not baseline:
+            wins = win_rate(samples[judge], baseline[judge])
+            figures |= {f"{name}_{key}": x for key, x in zip(("rate", "low", "high"), wins, strict=True)}
+    if "gold" in judges:
+        figures["gold_se"] = standard_error(samples["gold"])
+    return figures
 
 
 def task_figures(prompts: list[str], samples: dict, greedy: dict, baseline: dict, ceiling: float) -> dict:
@@ -338,13 +323,14 @@ def run(config: Config) -> dict:
     for number, (name, found) in enumerate(zip(unique_names(config.policies), loaded, strict=True)):
         seed = config.seed * 100 + number
         samples = sample_policy(found.model, reference, reward_model, ids, tokenizer, config, seed)
-        samples["gold"] = gold(prompts, samples["completion"], samples["ended"]) if gold else []
+        samples["gold"] = gold(prompts, samples["completion"], samples["ended"]) if gold else [None]
         baseline = baseline or samples
-        loss = held_out_loss(found.model, examples, LossConfig()) if examples else None
-        figures = figures_of(samples, baseline, gold is not None, reward_model is not None, loss)
+        figures = figures_of(samples, baseline)
+        if examples:
+            figures["loss"] = held_out_loss(found.model, examples, LossConfig())
         if ceiling is not None or config.show:
             needed = ids if ceiling is not None else ids[: config.show]
-            greedy[name] = likeliest(found.model, needed, tokenizer, config)
+            greedy[name] = sample_policy(found.model, found.model, None, needed, tokenizer, config, 0, 0.0)
         if ceiling is not None:
             figures |= task_figures(prompts, samples, greedy[name], baseline, ceiling)
         results["policies"][name] = figures

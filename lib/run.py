@@ -166,16 +166,25 @@ def refuse_another_config(state: dict, config, file: Path) -> None:
 
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:
     """Did this stage work? Print the figure beside the range that it has at default settings."""
-    ok = low <= value <= high
-    bounds = f"{low:g} to {high:g}"
-    if not math.isfinite(low) or not math.isfinite(high):
-        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+    found = {
+        "name": name,
+        "value": round(value, 4),
+        "low": finite(low),
+        "high": finite(high),
+        "ok": low <= value <= high,
+    }
     note = f"; {note}" if note else ""
-    print(
-        f"GATE {name} {value:.3f} (expected at default settings: {bounds}{note})  {'OK' if ok else 'FAILED'}",
-        flush=True,
-    )
-    return {"name": name, "value": round(value, 4), "low": finite(low), "high": finite(high), "ok": ok}
+    verdict = "OK" if found["ok"] else "FAILED"
+    print(f"GATE {name} {value:.3f} (expected at default settings: {bounds(found)}{note})  {verdict}", flush=True)
+    return found
+
+
+def bounds(gate: dict) -> str:
+    """The range of a gate in words."""
+    low, high = gate["low"], gate["high"]
+    if low is None or high is None:
+        return f"at most {high:g}" if low is None else f"at least {low:g}"
+    return f"{low:g} to {high:g}"
 
 
 def last_quarter(history: list[dict], expected: tuple) -> dict:

@@ -1,6 +1,7 @@
-"""Draws the study's figures from its results: results.json -> assets/*.svg.
+"""Draws the study's figures from its results: results.json -> assets/*.svg. And the course's picture of a run of PPO.
 
 python -m study.figures --results study/results.json --assets assets
+python -m study.figures --ppo out/ppo                                   # ppo_curves.svg as well
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.cli import Flags, flag, run_main
-from study.results import BLOCK, SHAPES, fitted, read
-from study.style import COLOURS, TEXT, line, save, style
+from study.metrics import METRICS
+from study.results import BLOCK, SHAPES, fitted, log_of, read
+from study.style import COLOURS, HEALTHY, HEALTHY_ALPHA, TEXT, line, save, style
 from study.tables import MAXIMISED
 
 
@@ -23,6 +25,7 @@ from study.tables import MAXIMISED
 class Config(Flags):
     results: str = flag("study/results.json", "results of the study, as study.run writes them")
     assets: str = flag("assets", "folder for the figures")
+    ppo: str = flag("", "a run of ppo.py: draw its curves too (study.report shows all metrics of any run)")
 
 
 def bars(axes: Axes, places: list, figures: list[dict], across: bool = False, **look) -> None:
@@ -263,6 +266,26 @@ def breaks(results: dict) -> Figure:
     return figure
 
 
+def ppo_curves(rows: list[dict]) -> Figure:
+    """Six metrics of a run of PPO, a row for each iteration. The range that is healthy at the end is shaded, and its
+    limits stand above the panel."""
+    figure = Figure(figsize=(9.3, 4.4), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True)
+    names = ("score", "gold", "kl", "entropy", "explained_variance", "clip_fraction")
+    for axes, name in zip(panels.flat, names, strict=True):
+        metric = METRICS[name]
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], **line(0))
+        axes.set_title(metric.title)
+        axes.set_ylabel(metric.unit)
+        if metric.low is not None:
+            seen = axes.get_ylim()  # of the data: all of a range up to 15 would press a KL of 1 flat
+            axes.axhspan(metric.low, metric.high, color=HEALTHY, alpha=HEALTHY_ALPHA, linewidth=0)
+            axes.set_ylim(*seen)
+            axes.set_title(f"{metric.low:g} to {metric.high:g}", loc="right", size=9, weight="normal", color=HEALTHY)
+    figure.supxlabel("iteration", size="medium")
+    return figure
+
+
 FIGURES: dict[str, Callable[[dict], Figure]] = {
     "three_reward_models": three_reward_models,
     "overoptimisation": lambda results: overoptimisation(results, rl=True),
@@ -276,16 +299,14 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
 }
 
 
-def draw(results: dict, folder: str) -> None:
-    """Write all figures into a folder."""
+def run(config: Config) -> dict:
+    results, folder = read(config.results), Path(config.assets)
     with style():
         for name, make in FIGURES.items():
-            save(make(results), Path(folder) / f"{name}.svg")
-    print(f"{len(FIGURES)} figures in {folder}")
-
-
-def run(config: Config) -> dict:
-    draw(read(config.results), config.assets)
+            save(make(results), folder / f"{name}.svg")
+        if config.ppo:
+            save(ppo_curves(log_of(config.ppo)), folder / "ppo_curves.svg")
+    print(f"{len(FIGURES) + bool(config.ppo)} figures in {folder}")
     return {}
 
 

@@ -1,5 +1,5 @@
 """The metrics that the stages log in metrics.jsonl, as the table "Reading the metrics" of docs/tuning.md has them:
-unit, healthy range, how to read it. plot.py and report.py show what stands there.
+unit, healthy range, how to read it. report.py and figures.py show what stands there.
 
 A metric has a range only if the range holds for any task and any reward; the score's, for one, depends on both. It is
 the range at the end of a run: `kl`, for one, starts at 0.
@@ -38,11 +38,6 @@ class Metric(NamedTuple):
     explanation: str = ""
     low: float | None = None  # the healthy range; None: it has none
     high: float | None = None
-
-
-def bounded(metric: Metric) -> bool:
-    """Does the metric have a healthy range?"""
-    return metric.low is not None
 
 
 def read_metrics(text: str) -> dict[str, Metric]:

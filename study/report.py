@@ -27,10 +27,10 @@ from data.files import read_json, read_jsonl, read_prompts, replacing
 from data.tiny import gold_parts, task_of
 from data.tokenizer import Tokenizer
 from evaluate import COLUMNS
-from lib.checkpoint import Checkpoint, is_published, load_model
-from lib.cli import Flags, UserError, check, flag, one_line, run_main
+from lib.checkpoint import Checkpoint, is_published, load_file, load_model
+from lib.cli import Flags, UserError, check, flag, run_main
 from lib.reward import gold_function, load_reward
-from lib.run import finite
+from lib.run import bounds, finite
 from lib.train import generator_for, pick_device
 from model import ScalarModel
 from sampling import Rollout, generate
@@ -222,18 +222,11 @@ def token_figures(experience: ppo.Experience, tokenizer: Tokenizer, names: list[
 def final_value_model(stage: Stage, initial: ScalarModel, config: ppo.Config) -> ScalarModel:
     """The value model at the end of a run, from its state.pt. UserError if it is not there."""
     file = stage.path / "state.pt"
-    check(file.exists(), f"no values and advantages: {file} is gone, and with it the value model")
-    try:
-        # mmap: the state also holds the optimiser's moments, which are then not read
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        check(state["step"] == config.iterations, f"no values and advantages: {file} is not that of the finished run")
-        model = copy.deepcopy(initial)
-        model.load_state_dict(state["value_model"])
-        return model.eval()
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"no values and advantages: {file} can't be used ({one_line(error)})") from None
+    state = load_file(file)
+    check(state["step"] == config.iterations, f"no values and advantages: {file} is not that of the finished run")
+    model = copy.deepcopy(initial)
+    model.load_state_dict(state["value_model"])
+    return model.eval()
 
 
 def run_config(stage: Stage, device: torch.device) -> ppo.Config:
@@ -411,14 +404,6 @@ def comparison(evaluation: dict) -> str:
     return parts
 
 
-def usual(gate: dict) -> str:
-    """The range of a gate in words."""
-    low, high = gate.get("low"), gate.get("high")
-    if low is None or high is None:
-        return f"at least {low:g}" if low is not None else f"at most {high:g}" if high is not None else "any"
-    return f"{low:g} to {high:g}"
-
-
 def value_of(gate: dict) -> str:
     return "nan" if gate["value"] is None else f"{gate['value']:.3f}"
 
@@ -437,7 +422,7 @@ def print_verdict(found: list[tuple[str, dict]]) -> None:
         return
     print(f"{len(failed)} of {len(found)} gates FAILED:")
     for stage, gate in failed:
-        print(f"  {stage}: {gate['name']} {value_of(gate)}, usually {usual(gate)}")
+        print(f"  {stage}: {gate['name']} {value_of(gate)}, usually {bounds(gate)}")
     print("A gate compares a figure with its range in earlier runs. Just outside, it is most likely chance: another")
     print("seed or another CPU. Far outside, look at that stage first: what follows stands on it.")
 
@@ -450,25 +435,8 @@ def gates(found: list[tuple[str, dict]]) -> str:
     rows = []
     for name, gate in found:
         verdict = Cell("OK", "ok") if gate["ok"] else Cell("FAILED", "failed")
-        rows.append([name, Cell(gate["name"], "text"), value_of(gate), usual(gate), verdict])
+        rows.append([name, Cell(gate["name"], "text"), value_of(gate), bounds(gate), verdict])
     return table(["stage", "gate", "figure", "usual range", "verdict"], rows)
-
-
-def headline(evaluation: dict, stages: list[Stage]) -> str:
-    """The result of the run in a sentence or two."""
-    policies = evaluation.get("policies", {})
-    first = next(iter(policies), "")
-    won = {name: f for name, f in policies.items() if f.get("win_rate") is not None}
-    if won:
-        truth = any(f.get("gold") is not None for f in won.values())
-        shares = [f"{name} {f['win_rate']:.0%} ({f['win_low']:.0%} to {f['win_high']:.0%})" for name, f in won.items()]
-        judge = "the true reward" if truth else "the reward model"
-        text = f"How often {judge} likes an answer better than that of {first}, with 95% interval: {', '.join(shares)}."
-        right = [f"{name} {f['correct']:.0%}" for name, f in policies.items() if f.get("correct") is not None]
-        text += f" Right answers: {', '.join(right)}." if right else ""
-        moved = [f"{name} {f['kl']:.1f}" for name, f in won.items() if f.get("kl") is not None]
-        return text + (f" Distance from {first} in nats: {', '.join(moved)}." if moved else "")
-    return f"So far there is: {', '.join(s.name for s in stages)}." if stages else ""
 
 
 def summary(stages: list[Stage]) -> str:
@@ -521,7 +489,6 @@ def run(config: Config) -> dict:
     all_gates = find_gates(stages, evaluation)
     parts = {
         "title": html.escape(str(config.run)),
-        "headline": html.escape(headline(evaluation, stages)),
         "summary": summary(stages),
         "comparison": comparison(evaluation),
         "gates": gates(all_gates),

@@ -24,8 +24,7 @@ def interval(values: list[float]) -> dict:
     n, mean = len(values), sum(values) / len(values)
     found = {"mean": mean, "low": None, "high": None, "seeds": values}
     if n > 1:
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-        half = T95[n] * deviation / math.sqrt(n)
+        half = T95[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
         found |= {"low": mean - half, "high": mean + half}
     return found
 

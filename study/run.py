@@ -157,14 +157,14 @@ def run(config: Config) -> dict:
         return {}
     run_jobs(chosen, everything, out, config.jobs)
     if not config.only:
-        from study.figures import draw  # matplotlib takes a second to import, and the jobs don't need it
+        from study import figures  # matplotlib takes a second to import, and the jobs don't need it
 
-        results = gather(size, out)
         folder = Path(out) if config.quick else Path()  # a quick run doesn't overwrite the files of the repository
-        write_json(results, folder / "study/results.json")
-        tables.write(results, f"{folder / 'docs/study.md'}", "" if config.quick else "docs/experiments.md")
-        draw(results, str(folder / "assets"))
-        print(f"{folder / 'study/results.json'}: the numbers")
+        results = folder / "study/results.json"
+        write_json(gather(size, out), results)
+        tables.run(tables.Config(str(results), str(folder / "docs/study.md")))
+        figures.run(figures.Config(str(results), str(folder / "assets")))
+        print(f"{results}: the numbers")
     return {"jobs": len(chosen)}
 
 

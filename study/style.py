@@ -6,8 +6,6 @@ page and on its dark one.
         axes = figure.subplots()
         axes.plot(x, y, **line(0), label="ppo")
     save(figure, "out/figure.svg")
-
-The same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from lib.cli import check
 from data.files import replacing
 
 # The colours are neither light nor dark: each has a contrast of at least 3 to 1 with either page (WCAG's limit for
 # graphics and large text), which leaves no room for shades. In print without colour the line styles differ.
-PAGES = {"light": "#ffffff", "dark": "#0d1117"}
 COLOURS = {
     "blue": "#1f83d6",
     "orange": "#cf6a12",
@@ -38,12 +34,6 @@ HEALTHY = COLOURS["green"]
 HEALTHY_ALPHA = 0.16  # faint, so that lines on it keep their contrast
 
 SETTINGS = Path(__file__).with_name("figures.mplstyle")
-# A file says neither when nor with which version it was made: the same data gives the same bytes.
-METADATA = {
-    ".svg": {"Date": None, "Creator": None},
-    ".png": {"Software": None},
-    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-}
 
 
 def style() -> contextlib.AbstractContextManager:
@@ -58,14 +48,8 @@ def line(number: int) -> dict:
     return {"color": colours[number % len(colours)], "linestyle": DASHES[number % len(DASHES)]}
 
 
-def check_figure_name(path: str | Path) -> Path:
-    """The path, if its ending is that of a figure. UserError if not."""
-    check(Path(path).suffix in METADATA, f"{path}: a figure's name ends in {', '.join(METADATA)}")
-    return Path(path)
-
-
 def save(figure: Figure, path: str | Path) -> None:
-    """Write the figure as .svg, .png or .pdf."""
-    path = check_figure_name(path)
-    with style(), replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], metadata=METADATA[path.suffix])
+    """Write the figure as .svg. The file says neither when nor with which version it was made: the same data gives the
+    same bytes."""
+    with style(), replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""Writes the study's results as tables: docs/study.md, and the table of mistakes in docs/experiments.md.
+"""Writes the study's results as tables: docs/study.md.
 
 python -m study.tables --results study/results.json
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import Flags, check, flag, run_main
+from lib.cli import Flags, flag, run_main
 from lib.run import write_text
 from study.jobs import PPO_FLAGS, SFT_BROKEN
 from study.results import read
@@ -19,7 +19,6 @@ from study.results import read
 class Config(Flags):
     results: str = flag("study/results.json", "results of the study, as study.run writes them")
     document: str = flag("docs/study.md", "file for all tables")
-    page: str = flag("docs/experiments.md", "file whose table of mistakes is brought up to date (empty: none)")
 
 
 def show(x: dict, digits: int = 2, sign: str = "") -> str:
@@ -131,17 +130,10 @@ def command(name: str) -> str:
 def breaks(results: dict) -> str:
     def row(name: str, change: dict) -> list[str]:
         digits = {"gold": 2, "kl": 2, "length": 1, "eos_rate": 3, "correct": 2}
-        return [name.replace("_", " "), *(show(change[key], d, "+") for key, d in digits.items())]
+        return [f"`{command(name)}`", *(show(change[key], d, "+") for key, d in digits.items())]
 
     rows = (row(name, p["change"]) for name, p in results["breaks"].items())
-    return table("| the mistake | gold | KL | tokens | EOS rate | correct |", rows)
-
-
-def mistakes(results: dict) -> str:
-    """The table of docs/experiments.md: the first two columns of `breaks`, with commands."""
-    found = [(command(name), p["change"]) for name, p in results["breaks"].items()]
-    rows = ([f"`{typed}`", *(show(change[key], 2, "+") for key in ("gold", "kl"))] for typed, change in found)
-    return table("| the mistake, as a command | gold | KL |", rows)
+    return table("| the mistake, as a command | gold | KL | tokens | EOS rate | correct |", rows)
 
 
 DOCUMENT = """# The study in numbers
@@ -182,8 +174,9 @@ As what PPO maximises, without a penalty:
 
 ## Break it on purpose
 
-Change against the same run without the mistake, paired by seed; "correct" is the share of right answers. The commands
-are in [experiments.md](experiments.md#6-break-it-on-purpose).
+Change against the same run without the mistake, paired by seed; "correct" is the share of right answers. Each command
+makes one mistake, and runs on what `make demo` has left in `out/`. The figures are those of the study's setting
+(`python -m study.run --only breaks --commands`).
 
 {breaks}
 """
@@ -194,26 +187,9 @@ def document(results: dict) -> str:
     return DOCUMENT.format(**{part.__name__: part(results) for part in parts})
 
 
-def updated(text: str, new: str) -> str:
-    """The text with its table of the same head as `new` replaced by that."""
-    head = new.splitlines()[0]
-    check(text.count(head + "\n") == 1, f"--page has no table (or several) with the head: {head}")
-    before, _, rest = text.partition(head + "\n")
-    after = rest.partition("\n\n")[2]
-    return f"{before}{new}\n\n{after}"
-
-
-def write(results: dict, path: str, page: str) -> None:
-    check(not page or Path(page).exists(), f"--page {page}: no such file")
-    write_text(document(results), Path(path))
-    if page:
-        text = Path(page).read_text(encoding="utf-8")
-        write_text(updated(text, mistakes(results)), Path(page))
-    print(f"{path}: the tables" + (f"; that of the mistakes in {page} is up to date" if page else ""))
-
-
 def run(config: Config) -> dict:
-    write(read(config.results), config.document, config.page)
+    write_text(document(read(config.results)), Path(config.document))
+    print(f"{config.document}: the tables")
     return {}
 
 

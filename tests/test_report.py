@@ -372,8 +372,6 @@ def test_tables_show_the_results(tmp_path):
         ["ppo", "PPO KL", "1.000", "at least 0.5", "OK"],
         ["evaluate", "headroom", "0.200", "0.55 to 1", "FAILED"],
     ]
-    said = re.search(r'class="headline">(.*?)</p>', page).group(1)
-    assert "ppo 81% (78% to 84%)" in said and "the true reward" in said and "ppo 1.6" in said
 
 
 def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeypatch, capsys):

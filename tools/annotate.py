@@ -282,7 +282,6 @@ Ranks = dict[Sample, int]  # ranks of different completions of one prompt
 class Agreement(NamedTuple):
     share: float  # share of the pairs of completions that both rankings order alike; a tie is like a tie only
     error: float  # standard error of the share
-    tau: float  # mean of Kendall's tau-b over the pairs of rankings
     pairs: int  # number of pairs of completions
     items: int  # number of items
 
@@ -298,34 +297,24 @@ def sign(x: int) -> int:
     return (x > 0) - (x < 0)
 
 
-def kendall_tau_b(a: list[int], b: list[int]) -> float:
-    """Rank correlation with ties, -1..1: (concordant - discordant pairs) / sqrt(pairs untied in a * pairs untied in b).
-    NaN where a or b is all tied. Kendall (1945), The treatment of ties in ranking problems."""
-    signs = [(sign(a[i] - a[j]), sign(b[i] - b[j])) for i, j in itertools.combinations(range(len(a)), 2)]
-    untied = sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs)
-    return sum(x * y for x, y in signs) / math.sqrt(untied) if untied else math.nan
-
-
 def agreement(items: Iterable[list[tuple[Ranks, Ranks]]]) -> Agreement:
     """How far rankings agree. items: for each item the pairs of rankings to compare.
 
     The pairs of completions of one item depend on each other. So the standard error is that of a ratio of sums over
     items, where each item is a cluster: Cochran (1977), Sampling Techniques, 3rd edition, section 3.12. NaN for a
     single item."""
-    counts, taus = [], []  # (pairs alike, pairs) of each item; tau of each pair of rankings
+    counts = []  # (pairs alike, pairs) of each item
     for item in items:
         both = [pairs_alike(a, b) for a, b in item]
         counts.append((sum(alike for alike, _ in both), sum(m for _, m in both)))
-        taus += [kendall_tau_b(list(a.values()), [b[sample] for sample in a]) for a, b in item]
     counts = [(alike, m) for alike, m in counts if m]
     n, pairs = len(counts), sum(m for _, m in counts)
     if not n:
-        return Agreement(math.nan, math.nan, math.nan, 0, 0)
+        return Agreement(math.nan, math.nan, 0, 0)
     share = sum(alike for alike, _ in counts) / pairs
     squares = sum((alike - share * m) ** 2 for alike, m in counts)
     error = math.sqrt(n / (n - 1) * squares) / pairs if n > 1 else math.nan
-    taus = [tau for tau in taus if not math.isnan(tau)]
-    return Agreement(share, error, sum(taus) / len(taus) if taus else math.nan, pairs, n)
+    return Agreement(share, error, pairs, n)
 
 
 def self_agreement(answers: list[Answer]) -> Agreement:
@@ -345,9 +334,8 @@ def describe(found: Agreement, what: str) -> str:
     if not found.items:
         return "nothing to compare yet"
     error = "" if math.isnan(found.error) else f" +- {found.error:.1%}"
-    tau = "" if math.isnan(found.tau) else f", Kendall's tau-b {found.tau:.2f}"
     items = f"{found.items} item{'s' * (found.items > 1)}"
-    return f"{found.share:.1%}{error} of {found.pairs} pairs of completions {what} ({items}){tau}"
+    return f"{found.share:.1%}{error} of {found.pairs} pairs of completions {what} ({items})"
 
 
 # -------------------------------------------------------------------------------- in the terminal

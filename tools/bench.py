@@ -10,7 +10,7 @@ code that runs is the scripts' own: their losses, micro-batches, optimisers and 
 
     tokens/s    real tokens a second, without filler: the prompts and completions of an optimiser step; for PPO those of
                 an iteration, however often it reads them; for `generate` the new tokens
-    of matmul   operations that these tokens need / time / the speed of the fastest matrix product. A token needs 2
+    of matmul   operations that these tokens need / time / the speed of a large matrix product. A token needs 2
                 operations forward and 4 backward for each weight that it is multiplied with. Nothing is counted for
                 filler, for logits that are not needed, and for attention's own products (a few percent)
     of copy     bytes of weights, keys and values that a step of `generate` reads / time / the speed at which a large
@@ -142,18 +142,11 @@ def timed(f: Callable, device: torch.device) -> tuple[float, object]:
     return now(device) - start, result
 
 
-def matmul_speeds(net: GPTConfig, config: Config, device: torch.device) -> dict[str, float]:
-    """GFLOP/s of F.linear in the shapes of the model's layers, for a micro-batch of 16 texts, and in a large shape."""
-    C, side = net.n_embd, 4096 if device.type == "cuda" else 1024
-    rows = min(16, config.batch_size) * (config.prompt + (config.completion_low + config.completion_high) // 2)
-    shapes = {"c_attn": (rows, C, 3 * C), "c_fc": (rows, C, 4 * C), "c_proj": (rows, 4 * C, C)}
-    shapes |= {"lm_head": (rows, C, net.vocab_size), "large": (side, side, side)}
-    speeds = {}
-    for name, (n, inner, outer) in shapes.items():
-        x, w = (torch.randn(k, inner, device=device, dtype=getattr(torch, config.dtype)) for k in (n, outer))
-        fastest = min(timed(lambda x=x, w=w: F.linear(x, w), device)[0] for _ in range(20))
-        speeds[name] = 2 * n * inner * outer / fastest / 1e9
-    return speeds
+def matmul_speed(config: Config, device: torch.device) -> float:
+    """GFLOP/s of a large matrix product."""
+    side = 4096 if device.type == "cuda" else 1024
+    x, w = (torch.randn(side, side, device=device, dtype=getattr(torch, config.dtype)) for _ in range(2))
+    return 2 * side**3 / min(timed(lambda: F.linear(x, w), device)[0] for _ in range(20)) / 1e9
 
 
 def copy_speed(device: torch.device) -> float:
@@ -339,7 +332,7 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
     runs: list[tuple[float, Texts]] = []  # seconds and texts of each step
     for batch in tqdm(s.batches, stage, disable=None):
         runs.append(timed(lambda batch=batch: step(batch), s.device))
-    first, runs = runs[0][0], runs[WARM_UP:]
+    runs = runs[WARM_UP:]
     rates = [needed_flops(stage, texts, net) / seconds for seconds, texts in runs]
     figures = {
         "tokens": median(tokens_of(stage, texts) for _, texts in runs),
@@ -348,8 +341,6 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
         "share_of_matmul": median(rates) / ceilings["matmul_gflops"] / 1e9,
         "peak_mb": peak,
     }
-    if config.compile:
-        figures["compile_seconds"] = first - figures["seconds"]
     if stage == "generate":
         prefill = sampler(s, 1)
         prefill_seconds = median(timed(lambda batch=batch: prefill(batch), s.device)[0] for batch in s.batches)
@@ -360,11 +351,11 @@ def measure(net: GPTConfig, config: Config, stage: str, ceilings: dict) -> dict:
 
 
 def print_table(stages: dict[str, dict], config: Config) -> None:
-    rows = [["stage", "tokens", "ms", "tokens/s", "of matmul", "of copy", "peak MB", *["compile s"] * config.compile]]
+    rows = [["stage", "tokens", "ms", "tokens/s", "of matmul", "of copy", "peak MB"]]
     for name, f in stages.items():
         cells = [f"{f['tokens']:.0f}", f"{1000 * f['seconds']:.1f}", f"{f['tokens_per_s']:,.0f}"]
-        cells += [f"{f['share_of_matmul']:.0%}", f"{f.get('share_of_copy', math.nan):.0%}"]
-        cells += [f"{f['peak_mb'] or math.nan:.0f}", *[f"{f.get('compile_seconds', 0):.1f}"] * config.compile]
+        shares = [f"{f['share_of_matmul']:.0%}", f"{f.get('share_of_copy', math.nan):.0%}"]
+        cells += [*shares, f"{f['peak_mb'] or math.nan:.0f}"]
         rows.append([name, *("-" if "nan" in cell else cell for cell in cells)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -376,22 +367,21 @@ def print_table(stages: dict[str, dict], config: Config) -> None:
 
 
 def run(config: Config) -> dict:
-    """-> {"machine", "config", "ceilings": {"matmul_gflops", "matmul_shapes", "copy_gb"}, "stages": {stage: figures}}.
+    """-> {"machine", "config", "ceilings": {"matmul_gflops", "copy_gb"}, "stages": {stage: figures}}.
 
     figures: "tokens" and "seconds" of a step, "tokens_per_s", "share_of_matmul", "peak_mb" (None: not measured).
-    generate also has "step_seconds" and "share_of_copy"; --compile adds "compile_seconds"."""
+    generate also has "step_seconds" and "share_of_copy"."""
     net, low, high = SIZES[config.size], config.completion_low, config.completion_high
     check(low <= high, f"--completion_low {low} is above --completion_high {high}")
     check(config.batch_size > 1 and config.new_tokens > 1, "--batch_size and --new_tokens must be at least 2")
     check(bool(config.stages), f"--stages needs one or several of {', '.join(STAGES)}")
     device = pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    shapes, copied = matmul_speeds(net, config, device), copy_speed(device)
-    ceilings = {"matmul_gflops": max(shapes.values()), "matmul_shapes": shapes, "copy_gb": copied}
+    ceilings = {"matmul_gflops": matmul_speed(config, device), "copy_gb": copy_speed(device)}
     machine = {"device": device.type, "name": name, "torch": torch.__version__}
     print(f"{device} ({name}), torch {torch.__version__}")
     print(f"{net.n_layer} blocks x {net.n_embd} channels, {net.vocab_size} token ids, {config.dtype}")
-    print("matmul GFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in shapes.items()) + f"; copy GB/s: {copied:.0f}")
+    print("matmul {matmul_gflops:.0f} GFLOP/s, copy {copy_gb:.0f} GB/s".format(**ceilings))
     stages = {}
     for stage in config.stages:
         stages[stage] = measure(net, config, stage, ceilings)
