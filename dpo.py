@@ -200,27 +200,28 @@ def train(config: Config) -> dict:
         return run.done
 
     policy.eval()  # no dropout: policy and reference must differ by their weights alone
-    for step in run.steps("dpo"):
-        n_pairs = sum(item.n_strict_pairs for item in batches[step])  # of the whole step
-        lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
-        optimizer.zero_grad(set_to_none=True)
-        parts = []  # (5, p) each, PAIR_FIGURES
-        for part in micro_batches(batches[step], config.micro_batch):
-            pairs = pair_losses(policy, reference, part, config)
-            (pairs[0].sum() / n_pairs).backward()
-            parts.append(pairs.detach())
-        norm = clip_gradients(policy, config.grad_clip)
-        optimizer.step()
-        if step == 0 or run.due(step, config.log_every):
-            figures = figures_of(torch.cat(parts, 1))
-            run.log(step + 1, "loss accuracy margin", **figures, lr=lr, grad_norm=norm.item())
+    with run:  # whatever ends it in here, the last whole step is saved
+        for step in run.steps("dpo"):
+            n_pairs = sum(item.n_strict_pairs for item in batches[step])  # of the whole step
+            lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
+            optimizer.zero_grad(set_to_none=True)
+            parts = []  # (5, p) each, PAIR_FIGURES
+            for part in micro_batches(batches[step], config.micro_batch):
+                pairs = pair_losses(policy, reference, part, config)
+                (pairs[0].sum() / n_pairs).backward()
+                parts.append(pairs.detach())
+            norm = clip_gradients(policy, config.grad_clip)
+            optimizer.step()
+            if step == 0 or run.due(step, config.log_every):
+                figures = figures_of(torch.cat(parts, 1))
+                run.log(step + 1, "loss accuracy margin", **figures, lr=lr, grad_norm=norm.item())
 
-    save_model(config.out_dir, policy, tokenizer.saved, "dpo.py", config, data.task)
-    prompts = [item.examples[0].prompt for item in (data.held_out or data.items)[:256]]
-    results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
-    results |= evaluate(policy, reference, data.held_out, config) if data.held_out else {}
-    results["gates"] = report(results, run.history("accuracy"), data.task)
-    return run.finish(results)
+        save_model(config.out_dir, policy, tokenizer.saved, "dpo.py", config, data.task)
+        prompts = [item.examples[0].prompt for item in (data.held_out or data.items)[:256]]
+        results = compare_samples(policy, reference, prompts, tokenizer, config.max_new_tokens, config.seed)
+        results |= evaluate(policy, reference, data.held_out, config) if data.held_out else {}
+        results["gates"] = report(results, run.history("accuracy"), data.task)
+        return run.finish(results)
 
 
 def main() -> None:

@@ -127,40 +127,41 @@ def train(config: Config) -> dict:
     if run.done:
         return run.done
 
-    for iteration in run.steps("grpo"):
-        # 1. sample prompts, each for a group side by side
-        rng = generator_for("cpu", config.seed, iteration, 0)
-        drawn = torch.randint(len(start.prompts), (config.rollouts // config.group,), generator=rng)
-        drawn = drawn.repeat_interleave(config.group).tolist()
-        asked = [start.texts[i] for i in drawn]
-        # 2. roll out
-        rng = generator_for(policy.device, config.seed, iteration, 1)
-        options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
-        with autocast(policy.device, config.dtype):
-            rollout = generate(policy, [start.prompts[i] for i in drawn], config.max_new_tokens, **options)
-        completions = [tokenizer.decode(c) for c in rollout.completions()]
-        run.lap("rollout")
-        # 3. score
-        raw_scores = start.score(rollout, asked, completions)  # (B,)
-        scores = raw_scores - config.eos_penalty * (~rollout.ended)  # (B,)
-        # 4. KL penalty, 5. shaped rewards, 6. advantages
-        experience = make_experience(policy, reference, rollout, scores, config)
-        run.lap("score")
-        # 7. update
-        lr = set_lr(optimizer, iteration, config.iterations, config.warmup, "linear")
-        stats = update(policy, optimizer, experience, config, generator_for("cpu", config.seed, iteration, 2))
-        run.lap("update")
-        # 8. log
-        figures = rollout_figures(experience, completions, raw_scores, scores, config.kl_coef)
-        if start.gold is not None:
-            golds = start.gold(asked, completions, rollout.ended.tolist())
-            figures["gold"] = sum(golds) / len(golds)
-        run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
-        if iteration == 0 or run.due(iteration, config.log_every):
-            show_samples(rollout, tokenizer, raw_scores)
+    with run:  # whatever ends it in here, the last whole step is saved
+        for iteration in run.steps("grpo"):
+            # 1. sample prompts, each for a group side by side
+            rng = generator_for("cpu", config.seed, iteration, 0)
+            drawn = torch.randint(len(start.prompts), (config.rollouts // config.group,), generator=rng)
+            drawn = drawn.repeat_interleave(config.group).tolist()
+            asked = [start.texts[i] for i in drawn]
+            # 2. roll out
+            rng = generator_for(policy.device, config.seed, iteration, 1)
+            options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
+            with autocast(policy.device, config.dtype):
+                rollout = generate(policy, [start.prompts[i] for i in drawn], config.max_new_tokens, **options)
+            completions = [tokenizer.decode(c) for c in rollout.completions()]
+            run.lap("rollout")
+            # 3. score
+            raw_scores = start.score(rollout, asked, completions)  # (B,)
+            scores = raw_scores - config.eos_penalty * (~rollout.ended)  # (B,)
+            golds = start.gold(asked, completions, rollout.ended.tolist()) if start.gold else []
+            # 4. KL penalty, 5. shaped rewards, 6. advantages
+            experience = make_experience(policy, reference, rollout, scores, config)
+            run.lap("score")
+            # 7. update
+            lr = set_lr(optimizer, iteration, config.iterations, config.warmup, "linear")
+            stats = update(policy, optimizer, experience, config, generator_for("cpu", config.seed, iteration, 2))
+            run.lap("update")
+            # 8. log
+            figures = rollout_figures(experience, completions, raw_scores, scores, config.kl_coef)
+            if golds:
+                figures["gold"] = sum(golds) / len(golds)
+            run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
+            if iteration == 0 or run.due(iteration, config.log_every):
+                show_samples(rollout, tokenizer, raw_scores)
 
-    save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config, start.task)
-    return run.finish(report(run.history("score"), config.kind, start.usual))
+        save_model(config.out_dir, policy, tokenizer.saved, "grpo.py", config, start.task)
+        return run.finish(report(run.history("score"), config.kind, start.usual))
 
 
 def main() -> None:

@@ -430,42 +430,43 @@ def train(config: Config) -> dict:
     if run.done:
         return run.done
 
-    for iteration in run.steps("ppo"):
-        # 1. sample prompts
-        rng = generator_for("cpu", config.seed, iteration, 0)
-        drawn = torch.randint(len(start.prompts), (config.rollouts,), generator=rng).tolist()
-        asked = [start.texts[i] for i in drawn]
-        # 2. roll out, by temperature alone: top-k or top-p would sample from another distribution than the one trained
-        rng = generator_for(policy.device, config.seed, iteration, 1)
-        options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
-        with autocast(policy.device, config.dtype):
-            rollout = generate(policy, [start.prompts[i] for i in drawn], config.max_new_tokens, **options)
-        completions = [tokenizer.decode(c) for c in rollout.completions()]
-        run.lap("rollout")
-        # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
-        raw_scores = at_last_action(start.score(rollout, asked, completions), rollout.action_mask)  # (B, T-1)
-        scores = raw_scores - at_last_action(config.eos_penalty * (~rollout.ended), rollout.action_mask)  # (B, T-1)
-        # 4. KL penalty, 5. shaped rewards, 6. advantages
-        experience = make_experience(policy, reference, value_model, rollout, scores, controller.coef, config)
-        run.lap("score")
-        # 7. update
-        lr = set_lr(optimizer, iteration, config.iterations, config.warmup, "linear")
-        extra_losses = ptx_losses(policy, demonstrations, config, iteration) if demonstrations else None
-        rng = generator_for("cpu", config.seed, iteration, 2)
-        stats = update(policy, value_model, optimizer, experience, config, rng, extra_losses)
-        run.lap("update")
-        # 8. log, and move the KL coefficient
-        figures = rollout_figures(experience, completions, raw_scores.sum(1), scores.sum(1), controller.coef)
-        if start.gold is not None:
-            golds = start.gold(asked, completions, rollout.ended.tolist())
-            figures["gold"] = sum(golds) / len(golds)
-        run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
-        controller.update(figures["kl"], config.rollouts)
-        if iteration == 0 or run.due(iteration, config.log_every):
-            show_samples(rollout, tokenizer, raw_scores.sum(1), experience if config.trace else None)
+    with run:  # whatever ends it in here, the last whole step is saved
+        for iteration in run.steps("ppo"):
+            # 1. sample prompts
+            rng = generator_for("cpu", config.seed, iteration, 0)
+            drawn = torch.randint(len(start.prompts), (config.rollouts,), generator=rng).tolist()
+            asked = [start.texts[i] for i in drawn]
+            # 2. roll out, by temperature alone: top-k or top-p would sample from another distribution than is trained
+            rng = generator_for(policy.device, config.seed, iteration, 1)
+            options = {"eos_id": tokenizer.eos_id, "temperature": config.temperature, "generator": rng}
+            with autocast(policy.device, config.dtype):
+                rollout = generate(policy, [start.prompts[i] for i in drawn], config.max_new_tokens, **options)
+            completions = [tokenizer.decode(c) for c in rollout.completions()]
+            run.lap("rollout")
+            # 3. score; a completion that was cut before its EOS loses eos_penalty (no EOS is invented)
+            raw_scores = at_last_action(start.score(rollout, asked, completions), rollout.action_mask)  # (B, T-1)
+            scores = raw_scores - at_last_action(config.eos_penalty * (~rollout.ended), rollout.action_mask)  # (B, T-1)
+            golds = start.gold(asked, completions, rollout.ended.tolist()) if start.gold else []
+            # 4. KL penalty, 5. shaped rewards, 6. advantages
+            experience = make_experience(policy, reference, value_model, rollout, scores, controller.coef, config)
+            run.lap("score")
+            # 7. update
+            lr = set_lr(optimizer, iteration, config.iterations, config.warmup, "linear")
+            extra_losses = ptx_losses(policy, demonstrations, config, iteration) if demonstrations else None
+            rng = generator_for("cpu", config.seed, iteration, 2)
+            stats = update(policy, value_model, optimizer, experience, config, rng, extra_losses)
+            run.lap("update")
+            # 8. log, and move the KL coefficient
+            figures = rollout_figures(experience, completions, raw_scores.sum(1), scores.sum(1), controller.coef)
+            if golds:
+                figures["gold"] = sum(golds) / len(golds)
+            run.log(iteration + 1, "score kl gold", **figures, **stats, lr=lr)
+            controller.update(figures["kl"], config.rollouts)
+            if iteration == 0 or run.due(iteration, config.log_every):
+                show_samples(rollout, tokenizer, raw_scores.sum(1), experience if config.trace else None)
 
-    save_model(config.out_dir, policy, tokenizer.saved, "ppo.py", config, start.task)
-    return run.finish(report(run.history("score"), "PPO", start.usual))
+        save_model(config.out_dir, policy, tokenizer.saved, "ppo.py", config, start.task)
+        return run.finish(report(run.history("score"), "PPO", start.usual))
 
 
 def report(history: list[dict], name: str, usual: bool) -> dict:

@@ -151,39 +151,41 @@ def train(config: Config) -> dict:
         return run.done
 
     device = policy.device
-    for step in run.steps("reward model"):
-        model.train()
-        n_pairs = sum(item.n_pairs for item in batches[step])  # of the whole step
-        lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
-        optimizer.zero_grad(set_to_none=True)
-        loss, right, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
-        for part in micro_batches(batches[step], config.micro_batch):
-            batch = ranked_batch(part, device)
-            with autocast(device, config.dtype):
-                scores = model(batch.tokens, batch.ends, batch.positions)  # (N, K), best first
-            part_loss = ranking_loss(scores, batch.ranks, n_pairs)
-            part_loss.backward()
-            loss += part_loss.detach()
-            correct, gap = pair_accuracy(scores.detach(), batch.ranks)  # (N, P)
-            right += correct[gap > 0].sum()
-            strict_pairs += (gap > 0).sum()
-        norm = clip_gradients(model, config.grad_clip)
-        optimizer.step()
-        if step == 0 or run.due(step, config.log_every):
-            figures = {"loss": loss.item(), "accuracy": (right / strict_pairs).item(), "lr": lr}
-            run.log(step + 1, "loss accuracy", **figures, grad_norm=norm.item())
+    model.mean.zero_(), model.std.fill_(1.0)  # while it learns; the state of a finished run holds its own
+    with run:  # whatever ends it in here, the last whole step is saved
+        for step in run.steps("reward model"):
+            model.train()
+            n_pairs = sum(item.n_pairs for item in batches[step])  # of the whole step
+            lr = set_lr(optimizer, step, len(batches), config.warmup, "linear")
+            optimizer.zero_grad(set_to_none=True)
+            loss, right, strict_pairs = torch.zeros((), device=device), torch.zeros((), device=device), 0
+            for part in micro_batches(batches[step], config.micro_batch):
+                batch = ranked_batch(part, device)
+                with autocast(device, config.dtype):
+                    scores = model(batch.tokens, batch.ends, batch.positions)  # (N, K), best first
+                part_loss = ranking_loss(scores, batch.ranks, n_pairs)
+                part_loss.backward()
+                loss += part_loss.detach()
+                correct, gap = pair_accuracy(scores.detach(), batch.ranks)  # (N, P)
+                right += correct[gap > 0].sum()
+                strict_pairs += (gap > 0).sum()
+            norm = clip_gradients(model, config.grad_clip)
+            optimizer.step()
+            if step == 0 or run.due(step, config.log_every):
+                figures = {"loss": loss.item(), "accuracy": (right / strict_pairs).item(), "lr": lr}
+                run.log(step + 1, "loss accuracy", **figures, grad_norm=norm.item())
 
-    with autocast(device, config.dtype):
-        normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
-    save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, data.task)
-    results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
-    if data.held_out:
-        results |= evaluate(model, data.held_out, device, config.micro_batch or 64)
-        results["bayes_accuracy"] = data.bayes_accuracy
-        if data.contrasts:
-            results["by_part"] = accuracy_by_part(model, data.contrasts, device)
-        results["gates"] = report(results)
-    return run.finish(results)
+        with autocast(device, config.dtype):
+            normalise(model, policy, prompts, max_new_tokens, tokenizer.eos_id, config.seed)
+        save_model(config.out_dir, model, tokenizer.saved, "reward_model.py", config, data.task)
+        results = {"mean": model.mean.item(), "std": model.std.item(), "gates": []}
+        if data.held_out:
+            results |= evaluate(model, data.held_out, device, config.micro_batch or 64)
+            results["bayes_accuracy"] = data.bayes_accuracy
+            if data.contrasts:
+                results["by_part"] = accuracy_by_part(model, data.contrasts, device)
+            results["gates"] = report(results)
+        return run.finish(results)
 
 
 def report(results: dict) -> list[dict]:

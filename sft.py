@@ -127,36 +127,37 @@ def train(config: Config) -> dict:
         run.log(0, held_out_loss=held_out_loss(model, data.held_out, config))
 
     clock, tokens_seen = time.perf_counter(), 0
-    for step in run.steps("sft"):
-        model.train()
-        n_tokens = sum(len(e.completion) for e in batches[step])  # of the whole step
-        lr = set_lr(optimizer, step, len(batches), config.warmup, "cosine")
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=model.device)
-        for part in micro_batches(batches[step], config.micro_batch):
-            part_loss = demonstration_loss(model, part, n_tokens, config.dtype)
-            part_loss.backward()
-            loss += part_loss.detach()
-        norm = clip_gradients(model, config.grad_clip)
-        optimizer.step()
-        tokens_seen += sum(map(len, batches[step]))
-        if run.due(step, config.log_every):
-            speed = round(tokens_seen / (time.perf_counter() - clock))
-            run.log(step + 1, "loss", loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
-        if data.held_out and run.due(step, config.eval_every):
-            run.log(step + 1, held_out_loss=held_out_loss(model, data.held_out, config))
-            show_samples(sample_prompts(model, asked[:3], tokenizer, 48, config.seed), tokenizer)
+    with run:  # whatever ends it in here, the last whole step is saved
+        for step in run.steps("sft"):
+            model.train()
+            n_tokens = sum(len(e.completion) for e in batches[step])  # of the whole step
+            lr = set_lr(optimizer, step, len(batches), config.warmup, "cosine")
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=model.device)
+            for part in micro_batches(batches[step], config.micro_batch):
+                part_loss = demonstration_loss(model, part, n_tokens, config.dtype)
+                part_loss.backward()
+                loss += part_loss.detach()
+            norm = clip_gradients(model, config.grad_clip)
+            optimizer.step()
+            tokens_seen += sum(map(len, batches[step]))
+            if run.due(step, config.log_every):
+                speed = round(tokens_seen / (time.perf_counter() - clock))
+                run.log(step + 1, "loss", loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_s=speed)
+            if data.held_out and run.due(step, config.eval_every):
+                run.log(step + 1, held_out_loss=held_out_loss(model, data.held_out, config))
+                show_samples(sample_prompts(model, asked[:3], tokenizer, 48, config.seed), tokenizer)
 
-    save_model(config.out_dir, model, tokenizer.saved, "sft.py", config, data.task)
-    results = {"gates": []}
-    if data.held_out:
-        rollout = sample_prompts(model, asked, tokenizer, 48, config.seed)
-        show_samples(rollout, tokenizer)
-        losses = [row["held_out_loss"] for row in run.history("held_out_loss")]
-        eos_rate = rollout.ended.float().mean().item()
-        results |= {"held_out_loss": losses[-1], "first_loss": losses[0], "eos_rate": eos_rate}
-        results["gates"] = report(results, data.task, tokenizer.n_vocab)
-    return run.finish(results)
+        save_model(config.out_dir, model, tokenizer.saved, "sft.py", config, data.task)
+        results = {"gates": []}
+        if data.held_out:
+            rollout = sample_prompts(model, asked, tokenizer, 48, config.seed)
+            show_samples(rollout, tokenizer)
+            losses = [row["held_out_loss"] for row in run.history("held_out_loss")]
+            eos_rate = rollout.ended.float().mean().item()
+            results |= {"held_out_loss": losses[-1], "first_loss": losses[0], "eos_rate": eos_rate}
+            results["gates"] = report(results, data.task, tokenizer.n_vocab)
+        return run.finish(results)
 
 
 def report(results: dict, task: str, n_vocab: int) -> list[dict]:

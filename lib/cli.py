@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import NoReturn, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -63,8 +65,10 @@ class TrainConfig(Flags):
 
     train_layers: int = flag(0, "train only the last N blocks, the final LayerNorm and a scalar head (0: all)", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm (0: no limit)", low=0)
-    save_every: int = flag(0, "steps between states to resume from (0: only at the end)", low=0)
+    save_every: int = flag(0, "steps between states to resume from (0: none by their number)", low=0)
+    save_minutes: float = flag(5.0, "minutes between states to resume from (0: none by the clock)", low=0)
     resume: bool = flag(False, "go on from out_dir/state.pt")
+    overwrite: bool = flag(False, "start anew where an unfinished run was saved")
     strict: bool = flag(False, "exit with status 1 if a gate fails")
     seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -94,38 +98,70 @@ def check_value(name: str, value, choices=None, low=None, high=None, above=None,
     check(below is None or value < below, f"{name} must be below {below}, not {value}")
 
 
+# The groups of --help. A flag that stands in none of them is of the script's own subject.
+GROUPS = {
+    "data": "files data held_out_data prompts n_prompts skip limit demonstrations held_out_demonstrations "
+    "held_out_prompts rankings loss_data ptx_data held_out prefix_words format",
+    "model": "init tokenizer template policy policies compare n_layer n_head n_embd block block_size rope_base dropout "
+    "expectation train_layers size sizes",
+    "reward": "reward reward_weights reward_combine gold eos_penalty normalise_samples",
+    "sampling": "rollouts max_new_tokens temperature temperatures top_k top_p samples completions best_of",
+    "optimisation": "epochs iterations ppo_epochs batch_size minibatch micro_batch lr value_lr warmup weight_decay "
+    "grad_clip",
+    "run": "out_dir out json seed resume overwrite save_every save_minutes log_every eval_every show trace strict "
+    "device dtype compile recompute",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is one line, too, and names the flag that was perhaps meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            word = unknown.split()[0].partition("=")[0]
+            message = f"{word}: no such flag" if word.startswith("-") else f"{word} belongs to no flag"
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else "; --help lists them all"
+        self.exit(2, f"{Path(self.prog).name}: error: {message.removeprefix('argument ')}\n")
+
+
 def parse_config(config_class, description: str, argv: list[str] | None = None):
     """The command line as a config_class: `--field value` or `--field=value`; a boolean is `--field` or `--no-field`.
 
-    argv: the words of the command line (None: those of this program). argparse ends the program where they are
-    wrong."""
+    argv: the words of the command line (None: those of this program). The program ends where they are wrong."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    usage = "%(prog)s [--flag value ...]"  # argparse's own is a page of all flags
+    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False, usage=usage)
     hints = get_type_hints(config_class)
-    shared = [f.name for f in dataclasses.fields(TrainConfig)]
-    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name in shared):  # the script's own flags first
+    group_of = {name: title for title, names in GROUPS.items() for name in names.split()}
+    own = Path(parser.prog).stem
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(["data", "model", own, *GROUPS])}
+    for f in dataclasses.fields(config_class):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "none" if shown in (None, "") else shown
         kwargs = {"default": default, "help": f"{f.metadata['help'].replace('%', '%%')} (default: {shown})"}
         kind, choices = hints[f.name], f.metadata["choices"]
+        group = groups[group_of.get(f.name, own)]
         if f.metadata["positional"]:
-            parser.add_argument(f.name, nargs="+", type=get_args(kind)[0], help=f.metadata["help"])
+            group.add_argument(f.name, nargs="+", type=get_args(kind)[0], help=f.metadata["help"])
         elif kind is bool:
-            switch = parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
+            switch = group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **kwargs)
             switch.help = kwargs["help"]  # Python 3.10 would add the default once more
         elif get_origin(kind) is list:
-            parser.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
+            group.add_argument(f"--{f.name}", nargs="*", type=get_args(kind)[0], metavar=f.name.upper(), **kwargs)
         else:
             metavar = None if choices else kind.__name__.upper()
-            parser.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=metavar, **kwargs)
+            group.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=metavar, **kwargs)
     return config_class(**vars(parser.parse_args(argv)))
 
 
 def run_main(run: Callable, config_class, description: str) -> None:
     """The main() of every script: parse the flags and call run(config).
 
-    A UserError becomes one line and exit status 2, a failed gate under --strict exit status 1."""
+    A UserError becomes one line and exit status 2, a failed gate under --strict exit status 1. Where a run was stopped,
+    the last line says what was saved (RunFolder)."""
     for stream in (sys.stdout, sys.stderr):  # a Windows console may lack letters that we print
         with contextlib.suppress(AttributeError):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -133,12 +169,23 @@ def run_main(run: Callable, config_class, description: str) -> None:
     try:
         config = parse_config(config_class, description)
         results = run(config)
-    except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        if isinstance(error, UserError):
+            status = 2
+            print(f"{script}: error: {error}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            status = 130
+            print(f"{script}: interrupted", file=sys.stderr)
+        elif isinstance(error, SystemExit):  # argparse, or a signal
+            status = error.code
+        elif hasattr(error, "last_words"):
+            status = 1
+            traceback.print_exc()
+        else:
+            raise
+        if hasattr(error, "last_words"):
+            print(f"{script}: {error.last_words}", file=sys.stderr)
+        sys.exit(status)
     failed = [g["name"] for g in results.get("gates", []) if not g["ok"]]
     if failed and getattr(config, "strict", False):
         print(f"{script}: error: gate failed: {', '.join(failed)}", file=sys.stderr)

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib.checkpoint import Checkpoint, load_scorer
-from lib.cli import UserError, check
+from lib.cli import UserError, check, one_line
 from lib.train import autocast
 from model import ScalarModel
 from sampling import Rollout
@@ -56,20 +57,85 @@ def call_reward(
     ended: list[bool] | None = None,
     name: str = "the reward function",
 ) -> list[float]:
-    """Call reward(prompts, completions) -> one number for each completion, and check what came back. A function with a
-    parameter `ended` also gets which completions ended by themselves (None: all); the others were cut."""
-    options = {}
-    if "ended" in inspect.signature(function).parameters:
-        options["ended"] = [True] * len(completions) if ended is None else ended
-    returned = function(prompts, completions, **options)  # an error in there keeps its traceback
+    """Call the function on some samples, and check what comes back: one finite number for each completion. UserError
+    names the sample on which it fails, be it by an exception, by sys.exit, or by what it returns.
+
+    The function gets `prompts`, `completions` and `ended` (which completions ended by themselves, None: all; the others
+    were cut) by these names where it has parameters of these names, or **kwargs; parameters of other names get the
+    prompts and the completions in this order. It gets copies, so that it may change its lists."""
+    ended = [True] * len(completions) if ended is None else ended
+    samples = list(zip(prompts, completions, ended, strict=True))
     try:
-        rewards = [float(r) for r in returned]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} must return one number for each completion ({error})") from error
-    n = len(rewards)
-    check(n == len(completions), f"{name} returned {n} rewards for {len(completions)} completions")
-    check(all(map(math.isfinite, rewards)), f"{name} returned a reward that is not a finite number")
+        returned = call_by_name(function, samples)
+        returned = list(returned) if hasattr(returned, "__iter__") else returned
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        failing = smallest_failing(function, samples)
+        raise UserError(f"{name} failed {failing} ({one_line(error)})") from None
+    n = len(samples)
+    check(isinstance(returned, list), f"{name} must return one number for each completion, not {returned!r}")
+    check(len(returned) == n, f"{name} returned {len(returned)} rewards for {n} completions")
+    rewards = []
+    for sample, reward in zip(samples, returned, strict=True):
+        try:
+            rewards.append(float(reward))
+        except (TypeError, ValueError):
+            rewards.append(math.nan)
+        if not math.isfinite(rewards[-1]):
+            raise UserError(f"{name} returned {reward!r}, which is no finite number, {described(sample)}")
     return rewards
+
+
+def call_by_name(function: Callable, samples: list[tuple[str, str, bool]]):
+    """function(prompts, completions, ended), whatever it calls them and wherever it has them."""
+    prompts, completions, ended = map(list, zip(*samples, strict=True)) if samples else ([], [], [])
+    given = {"prompts": prompts, "completions": completions, "ended": ended}
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # one that is not written in Python
+        return function(prompts, completions)
+    left = [name for name in given if name not in parameters]  # what no parameter asks for by its name
+    by_place, by_name = [], {}
+    for name, p in parameters.items():
+        if p.kind is p.VAR_POSITIONAL:  # most likely somebody else's function inside
+            return function(prompts, completions)
+        if p.kind is p.VAR_KEYWORD:
+            by_name |= {other: given[other] for other in left}
+        elif name in given or (left[:1] not in ([], ["ended"]) and p.kind is not p.KEYWORD_ONLY):
+            value = given[name if name in given else left.pop(0)]
+            if p.kind is p.POSITIONAL_ONLY:
+                by_place.append(value)
+            else:
+                by_name[name] = value
+    return function(*by_place, **by_name)
+
+
+def described(sample: tuple[str, str, bool]) -> str:
+    """A sample for an error: its texts, cut."""
+    prompt, completion = (text if len(text) <= 80 else text[:77] + "..." for text in sample[:2])
+    return f"for the completion {completion!r} of the prompt {prompt!r}"
+
+
+def smallest_failing(function: Callable, samples: list[tuple[str, str, bool]]) -> str:
+    """Which sample is it that a function fails on? Of the samples the first half, or else the second, as long as one
+    of them fails by itself: of 192 samples at most 16 calls."""
+    while len(samples) > 1:
+        half = len(samples) // 2
+        failing = next((part for part in (samples[:half], samples[half:]) if fails(function, part)), None)
+        if failing is None:
+            return f"on {len(samples)} samples, and on neither half of them"
+        samples = failing
+    return described(samples[0])
+
+
+def fails(function: Callable, samples: list[tuple[str, str, bool]]) -> bool:
+    try:
+        list(call_by_name(function, samples))
+    except (Exception, SystemExit):
+        return True
+    return False
 
 
 @torch.no_grad()

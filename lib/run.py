@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import shlex
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm import tqdm
@@ -39,7 +46,7 @@ def write_json(obj, path: Path) -> None:
 
 
 # What may differ when a run is resumed: nothing that changes what is learned. More epochs or iterations go on.
-MAY_DIFFER = ("out_dir", "resume", "strict", "trace", "device", "log_every", "save_every")
+MAY_DIFFER = ("out_dir", "resume", "overwrite", "strict", "trace", "device", "log_every", "save_every", "save_minutes")
 MAY_GROW = ("epochs", "iterations")
 
 
@@ -47,10 +54,14 @@ class RunFolder:
     """out/<stage>/: config.json, metrics.jsonl as the run goes, state.pt to resume from, model.pt and results.json at
     last.
 
-    A fresh start removes the state and the results of an earlier run; its model.pt stays until there is a new one. With
-    --resume the state is read first, and refused if it belongs to another configuration, before anything is written.
+    A fresh start removes the results of an earlier run; its model.pt stays until there is a new one. An unfinished run
+    is kept: --resume goes on with it, --overwrite removes it. With --resume the state is read first, and refused if it
+    belongs to another configuration, before anything is written.
     total: the steps of the whole run. parts: models, optimisers and all else whose state dict a state keeps; with
-    --resume they are as they were when it was saved."""
+    --resume they are as they were when it was saved.
+
+    The loop and what follows it stand in a `with run:`. Nothing that stops the run in there costs more than a step, or
+    than --save_minutes: see __exit__ and `interrupt`."""
 
     def __init__(self, config, total: int, **parts):
         warmup = config.warmup
@@ -58,45 +69,106 @@ class RunFolder:
         self.config, self.total, self.parts = config, total, parts
         self.path = Path(config.out_dir)
         self.metrics, self.results = self.path / "metrics.jsonl", self.path / "results.json"
-        self.first = 0  # steps that are done
+        self.state = self.path / "state.pt"
         self.done: dict | None = None  # the results, if the run that is to be resumed has ended already
+        self.first = self.whole = self.saved = 0  # steps that were done at the start, that are done, that are saved
         self.laps: list[tuple[str, float]] = []
         self.start = time.perf_counter()
-        if config.resume:
-            self.resume()
-        else:
-            self.start_afresh()
-
-    def start_afresh(self) -> None:
+        self.stopped = 0  # the number of the signal that has asked the run to stop
+        nothing = f"{self.state}: no such file, so nothing was saved yet; start without --resume"
+        check(self.state.exists() or not config.resume, nothing)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out_dir {self.path}: can't be made a folder ({error.strerror})") from None
-        for old in (self.path / "state.pt", self.results):
-            old.unlink(missing_ok=True)
-        self.metrics.write_text("", encoding="utf-8")
+        self.lock = hold(self.path / "lock")
+        try:
+            self.resume() if config.resume else self.start_afresh()
+        except BaseException:
+            self.release()
+            raise
+        self.step_is_whole()
+        self.saved_at = time.monotonic()
+        for part in parts.values():
+            if isinstance(part, torch.optim.Optimizer):
+                part.register_step_pre_hook(self.weights_move)
+
+    def start_afresh(self) -> None:
+        unfinished = self.state.exists() and not self.results.exists()
+        what = f"{self.path} holds an unfinished run. Go on with it by --resume, or start anew by --overwrite"
+        check(not unfinished or self.config.overwrite, what)
+        with can_be_written(self.path):
+            for old in (self.state, self.results, *self.path.glob("*.tmp")):
+                old.unlink(missing_ok=True)
+            self.metrics.write_text("", encoding="utf-8")
         write_json(dataclasses.asdict(self.config), self.path / "config.json")
 
     def resume(self) -> None:
         """Bring the parts and torch's generators to the saved state, and cut the log back to it."""
-        file = self.path / "state.pt"
+        file = self.state
         state = load_file(file)
         refuse_another_config(state, self.config, file)
         check(self.metrics.exists(), f"{self.metrics}: gone, and with it the log of the run; start afresh")
-        self.first = state["step"]
+        self.first = self.whole = self.saved = state["step"]
         print(f"{file}: {self.first} of {self.total} steps are done")
         if self.first >= self.total and self.results.exists():
             self.done = json.loads(self.results.read_text(encoding="utf-8"))
+            self.release()
             return
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"][0])
         if torch.cuda.is_available() and len(state["rng"]) > 1:
             torch.cuda.set_rng_state(state["rng"][1])
-        if self.metrics.stat().st_size > state["logged"]:
-            os.truncate(self.metrics, state["logged"])  # what was logged after the state was saved comes again
-        self.results.unlink(missing_ok=True)  # of the shorter run that this one makes longer
+        with can_be_written(self.path):
+            if self.metrics.stat().st_size > state["logged"]:
+                os.truncate(self.metrics, state["logged"])  # what was logged after the state was saved comes again
+            self.results.unlink(missing_ok=True)  # of the shorter run that this one makes longer
         write_json(dataclasses.asdict(self.config), self.path / "config.json")
+
+    # ---------------------------------------------------------------------------- the loop, and what stops it
+
+    def __enter__(self) -> RunFolder:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def interrupt(self, signum: int, frame) -> None:
+        """SIGINT (Ctrl-C) or SIGTERM: the run stops when its step is whole. The second one stops it at once."""
+        if self.stopped:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
+        print("\nstopping when this step is done; once more: at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """After an error, or a signal, the state is that of the last whole step. It can be saved unless a step has been
+        left with weights that are half updated; then what was saved last stays."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if error is not None:
+            if self.saved < self.whole and not self.moved:
+                with contextlib.suppress(UserError):  # where there is no room for it the earlier state stays
+                    self.save_state()
+            if self.saved:
+                saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
+                error.last_words = f"{saved}; go on with: {command('--resume')}"
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes write to the folder."""
+        with contextlib.suppress(OSError):  # Windows doesn't remove an open file; an empty one does no harm
+            (self.path / "lock").unlink()
+        self.lock.close()
+
+    def step_is_whole(self) -> None:
+        """From here on a state can be saved, until `weights_move`: torch's generators are kept as they are now."""
+        self.moved = False
+        self.rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
+    def weights_move(self, *_) -> None:
+        """A hook of the optimisers: from its first update to its end a step can't be taken back."""
+        self.moved = True
 
     def steps(self, name: str) -> Iterator[int]:
         """The steps that are left, 0..total-1, under a progress bar. After each a state is saved if it is time."""
@@ -104,20 +176,35 @@ class RunFolder:
         for step in self.bar:
             self.laps = [("", time.perf_counter())]
             yield step
-            if self.due(step, self.config.save_every):
-                self.save_state(step + 1)
+            self.whole = step + 1
+            self.step_is_whole()
+            if self.stopped and self.whole < self.total:
+                self.bar.close()
+                raise SystemExit(128 + self.stopped)
+            late = time.monotonic() - self.saved_at > 60 * self.config.save_minutes > 0
+            if self.whole < self.total and (late or self.due(step, self.config.save_every)):
+                self.save_if_it_fits()
 
     def due(self, step: int, every: int) -> bool:
         """Is it time, after this step, for what happens every `every` steps (0: never) and at the end?"""
         return step + 1 == self.total or (every > 0 and (step + 1) % every == 0)
 
-    def save_state(self, step: int) -> None:
+    def save_state(self) -> None:
         """All that resuming needs. The random streams derive from (seed, step), so the number of steps that are done is
         the whole data position; torch's own generators are kept for dropout."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "config": dataclasses.asdict(self.config), "logged": self.metrics.stat().st_size}
-        state["rng"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-        atomic_save(state, self.path / "state.pt")
+        state |= {"step": self.whole, "config": dataclasses.asdict(self.config), "rng": self.rng}
+        state["logged"] = self.metrics.stat().st_size
+        atomic_save(state, self.state)
+        self.saved, self.saved_at = self.whole, time.monotonic()
+
+    def save_if_it_fits(self) -> None:
+        """A full disk doesn't end the run: the earlier state stays, and the next one is tried when it is time."""
+        try:
+            self.save_state()
+        except UserError as error:
+            self.saved_at = time.monotonic()
+            tqdm.write(f"WARNING: no state was saved after step {self.whole}: {error}")
 
     def lap(self, name: str) -> None:
         """The part of a step that has just ended; what is logged next holds each part's share of the seconds."""
@@ -136,7 +223,7 @@ class RunFolder:
             figures["seconds"] = seconds
             figures |= {f"share_{name}": (end - begin) / seconds for (_, begin), (name, end) in pairwise(self.laps)}
         figures = {k: round(v, 6) if isinstance(v, float) else v for k, v in {"step": step, **figures}.items()}
-        with open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
+        with can_be_written(self.metrics), open(self.metrics, "a", encoding="utf-8", newline="\n") as f:
             f.write(json.dumps(finite(figures)) + "\n")
 
     def history(self, key: str = "step") -> list[dict]:
@@ -145,9 +232,46 @@ class RunFolder:
         return [row for row in rows if key in row]
 
     def finish(self, results: dict) -> dict:
+        """The last state, which a longer run can go on from, and the results. The model is saved by now."""
+        self.save_if_it_fits()
         results["seconds"] = round(time.perf_counter() - self.start, 2)
         write_json(results, self.results)
         return results
+
+
+@contextlib.contextmanager
+def can_be_written(path: Path) -> Iterator[None]:
+    """A full disk, or a folder that may not be written to, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def hold(path: Path) -> IO:
+    """A file that one process at a time can hold: until it is closed, or the process ends, however that ends."""
+    with can_be_written(path):
+        file = open(path, "a")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise UserError(f"{path.parent}: another process is writing to it; wait for it or name another") from None
+        # a file system that has no locks: without
+    return file
+
+
+def command(*flags: str) -> str:
+    """This program's command line, with these flags in the place of those that say how to start."""
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    return shlex.join(["python", *words, *flags])
 
 
 def refuse_another_config(state: dict, config, file: Path) -> None:

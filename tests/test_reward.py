@@ -77,8 +77,8 @@ def test_load_function_errors(tmp_path, monkeypatch, spec):
     [
         ([1.0], "1 rewards for 2"),
         ([1.0, 2.0, 3.0], "3 rewards for 2"),
-        ([1.0, None], "one number"),
-        ([1.0, "good"], "one number"),
+        ([1.0, None], "returned None, which is no finite number, for the completion 'b' of the prompt 'q'"),
+        ([1.0, "good"], "returned 'good', which is no finite number"),
         (None, "one number"),
         (3.0, "one number"),
         ([1.0, float("nan")], "finite"),
