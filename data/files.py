@@ -242,7 +242,7 @@ def nest_ties(completions: list[str], ranks: list[int]) -> list:
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file to write. It takes the place of `path` at the end, so a crash leaves the old file or the new
-    one, never half of one. UserError where it can't be written."""
+    one, never half of one. UserError where it can't be written; then nothing is left of it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +254,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,10 @@ from model import GPT, GPTConfig, ScalarModel
 def atomic_save(obj, path: Path) -> None:
     """torch.save, the whole file or none of it."""
     with replacing(path) as temporary:
-        torch.save(obj, temporary)
+        try:
+            torch.save(obj, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(errno.ENOSPC, f"is the disk full? {one_line(error)}") from None
 
 
 def load_file(path: str | Path, map_location="cpu") -> dict:
