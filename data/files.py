@@ -17,11 +17,12 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.cli import UserError
+from lib.cli import UserError, check
 
 
 @dataclass
@@ -49,7 +50,7 @@ def read_json(path: str | Path, made_by: str = "") -> dict:
     """The JSON object in a file. UserError where there is none."""
     try:
         content = json.loads(read_bytes(path, made_by))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object like {{...}}, found {type(content).__name__}")
@@ -58,7 +59,34 @@ def read_json(path: str | Path, made_by: str = "") -> dict:
 
 def read_jsonl(path: str | Path, made_by: str = "") -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object) for each line of a file that is not blank."""
-    yield from parse_jsonl(path, io.BytesIO(read_bytes(path, made_by)))
+    raw = read_bytes(path, made_by)
+    refuse_foreign(path, raw)
+    yield from parse_jsonl(path, io.BytesIO(raw))
+
+
+ARROW = 'an Arrow file; in Python, `datasets.Dataset.from_file("OLD").to_json("NEW.jsonl")` makes JSON Lines of it'
+# How other kinds of files begin, what they are, and what to do.
+FOREIGN = {
+    b"version https://git-lfs": "only a pointer to the data (Git LFS); `git lfs pull` in its folder gets the file",
+    b"\x1f\x8b": "compressed with gzip; unpack it, or let `python -m tools.prepare` read it",
+    b"PAR1": "a Parquet file; `python -m tools.prepare` reads it",
+    b"ARROW1": ARROW,
+    b"\xff\xff\xff\xff": ARROW,
+    b"PK\x03\x04": "a zip archive (Excel's tables are, too); unzip it and name the file inside, or save as CSV",
+    b"BZh": "compressed with bzip2; unpack it with `bunzip2`",
+    b"\xfd7zXZ": "compressed with xz; unpack it with `unxz`",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it with `unzstd`",
+    b"7z\xbc\xaf": "a 7-Zip archive; unpack it and name the file inside",
+}
+
+
+def refuse_foreign(path: str | Path, raw: bytes) -> None:
+    """UserError that says what a file is and what to do, unless it is text in UTF-8, or may be."""
+    for start, what in FOREIGN.items():
+        check(not raw.startswith(start), f"{path}: {what}")
+    utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff")) or json.detect_encoding(raw[:4]).startswith(("utf-16", "utf-32"))
+    check(not utf16, f"{path}: text in UTF-16 or UTF-32; save it as UTF-8 (`iconv -f UTF-16 -t UTF-8 OLD > NEW`)")
+    check(b"\0" not in raw[:1000], f"{path}: no text (it holds zero bytes); if it is an archive, unpack it")
 
 
 def parse_jsonl(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict]]:
@@ -71,13 +99,25 @@ def parse_jsonl(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str,
             raise UserError(f"{where}: not valid UTF-8 ({error.reason})") from None
         if not text.strip():
             continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        row = parse_json(path, text.rstrip(), first_line=number)
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object like {{...}}, found {type(row).__name__}")
         yield where, row
+
+
+def parse_json(path: str | Path, text: str, first_line: int = 1):
+    """The value that a text spells in JSON. first_line: the line of the file where the text begins, for the errors."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path}:{line}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{path}:{first_line}: nested too deeply to be read") from None
+    except ValueError:  # Python's own limit, 4,300 digits by default
+        longest = max(re.finditer(r"\d+", text), key=lambda match: len(match[0]))
+        line = first_line + text.count("\n", 0, longest.start())
+        raise UserError(f"{path}:{line}: a number with thousands of digits; write it as a string") from None
 
 
 def mend_last_line(path: str | Path) -> None:
@@ -152,12 +192,17 @@ def prompt_field(where: str, row: dict) -> str:
 
 def sound_text(where: str, key: str, text: str) -> str:
     """The text, if it can be encoded. JSON can spell half a character (a lone surrogate), which no file and no
-    vocabulary can hold."""
+    vocabulary can hold. And tiktoken crashes at some hundred thousand white-space characters in a row."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f'{where}: "{key}" holds half a character at {error.start} (a lone surrogate)') from None
+    blank = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > MAX_BLANK else 0
+    check(blank <= MAX_BLANK, f'{where}: "{key}" holds {blank:,} white-space characters in a row; shorten them')
     return text
+
+
+MAX_BLANK = 100_000
 
 
 def sibling(path: str | Path, new_name: str) -> str:

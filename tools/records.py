@@ -1,7 +1,8 @@
-"""Reads data as it is published. A file becomes records (dicts), each with its place in the file, for errors. A
-record's conversations become turns.
+"""Reads data as it is published. A file becomes records (dicts), each with its place in the file, for errors. The
+fields of a record become turns, answers and judgements, however they are called and written.
 
-A file is a JSON list, JSON Lines or CSV with a header, each also compressed with gzip, or Parquet (needs pyarrow).
+A file is a JSON list, JSON Lines or a table with a header (CSV, TSV), each also compressed with gzip, or Parquet (needs
+pyarrow).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from pathlib import Path
 
 from lib.cli import UserError, check, one_line
-from data.files import ROLES, Prompt, parse_jsonl, read_bytes, text_field
+from data.files import Prompt, parse_json, parse_jsonl, read_bytes, refuse_foreign, text_field
 
 Turns = list[tuple[str, str]]  # (role, text)
 
@@ -23,28 +24,68 @@ Turns = list[tuple[str, str]]  # (role, text)
 # ---------------------------------------------------------------------------------------------- files -> records
 
 
-def read_records(path: Path) -> list[tuple[str, dict]]:
-    """All records of a file: [("file:line" or "file: record number", record)]. Null fields count as absent.
+class Record(dict):
+    """A record that notes which of its fields are asked for. All records of a file share the notes."""
 
-    The content shows the kind of file; only CSV is known by its name."""
+    def __init__(self, fields: dict, read: set[str], ignored: set[str]):
+        super().__init__(fields)
+        self.read = read  # names of fields
+        self.ignored = ignored  # fields of messages that mean nothing here, as "messages: weight"
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def read_records(path: Path) -> list[tuple[str, Record]]:
+    """All records of a file: [("file:line" or "file: record number", record)]. Null fields count as absent; the names
+    of fields are taken in small letters.
+
+    The content shows the kind of file; only tables are known by their name."""
     raw = read_bytes(path)
-    if raw.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: only a pointer to the data (Git LFS); `git lfs pull` in its folder gets the file")
-    if raw.startswith(b"\x1f\x8b") or path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
+    if path.suffix == ".gz" and not raw.startswith(b"version https://git-lfs"):
+        raw = unzipped(path, raw)
+    while raw.startswith(b"\x1f\x8b"):  # some files are compressed twice
+        raw = unzipped(path, raw)
     if raw.startswith(b"PAR1"):
         records = read_parquet(path, raw)
-    elif path.name.lower().removesuffix(".gz").endswith(".csv"):
-        records = read_csv(path, raw)
-    elif raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        records = read_json_list(path, raw)
     else:
-        records = list(parse_jsonl(path, io.BytesIO(raw)))
+        refuse_foreign(path, raw)
+        text = decode(path, raw)
+        if re.search(r"\.(csv|tsv)(\.gz)?$", path.name.lower()):
+            records = read_table(path, text)
+        elif text.lstrip().startswith("["):
+            records = read_json_list(path, text)
+        else:
+            check_lines(path, text.strip())
+            records = list(parse_jsonl(path, io.BytesIO(raw)))
     check(bool(records), f"{path}: no records")
-    return [(where, {k: v for k, v in record.items() if v is not None}) for where, record in records]
+    read, ignored = set(), set()
+    filled = [(w, {k.strip().lower(): unpacked(w, k, v) for k, v in record.items()}) for w, record in records]
+    # v == v: pandas writes NaN where a text is missing, and NaN is the one value that isn't equal to itself
+    present = [(where, {k: v for k, v in record.items() if v is not None and v == v}) for where, record in filled]
+    return [(where, Record(record, read, ignored)) for where, record in present]
+
+
+def unpacked(where: str, key: str, value):
+    """The value of a field. A string that spells messages in JSON, as tables hold them, becomes the list."""
+    if not isinstance(value, str) or not re.match(r"""\[\s*\{\s*["'](role|content|from|value)["']""", value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise UserError(f'{where}: "{key}" spells messages, but not in JSON; write the table as JSON Lines') from None
+
+
+def unzipped(path: Path, raw: bytes) -> bytes:
+    try:
+        return gzip.decompress(raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
 
 
 def decode(path: Path, raw: bytes) -> str:
@@ -53,23 +94,42 @@ def decode(path: Path, raw: bytes) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not valid UTF-8 ({error.reason})") from None
+        raise UserError(f"{path}:{line}: not valid UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
-def read_json_list(path: Path, raw: bytes) -> list[tuple[str, dict]]:
+def check_lines(path: Path, text: str) -> None:
+    """UserError that says what to do with a text that is neither a table nor a list nor one JSON object a line."""
+    advice = 'write one JSON object a line, as {"prompt": "..."} or {"text": "..."}; name a table .csv or .tsv'
+    check(not text or text[0] == "{", f"{path}: no JSON, it begins {text[:40]!r}; {advice}")
     try:
-        records = json.loads(decode(path, raw))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # broken: the reader of lines says where
+        return
+    advice = records_inside(path, first) or f"`jq -c . {path} > NEW.jsonl` writes one object a line"
+    check("\n" not in text[:end], f"{path}: JSON, but its first object takes several lines; {advice}")
+
+
+def records_inside(path: Path, value: dict) -> str:
+    """What to do with an object that holds a list of records; "" if it holds none."""
+    known = {*CONVERSATIONS, *PROMPTS, *(name for pair in PAIRS for name in pair)}
+    lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict) and k not in known]
+    return f'its records stand in "{lists[0]}": `jq -c ".{lists[0]}[]" {path} > NEW.jsonl`' if lists else ""
+
+
+def read_json_list(path: Path, text: str) -> list[tuple[str, dict]]:
+    records = parse_json(path, text)
     for number, record in enumerate(records, start=1):
         check(isinstance(record, dict), f"{path}: record {number} is not an object")
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
 
 
-def read_csv(path: Path, raw: bytes) -> list[tuple[str, dict]]:
-    """The first line names the columns. The place of a row is its last line. An empty cell is an empty string."""
+def read_table(path: Path, text: str) -> list[tuple[str, dict]]:
+    """The first line names the columns; commas, tabs or semicolons divide them. The place of a row is its last line. An
+    empty cell is an empty string."""
     csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 KiB a cell
-    rows = csv.DictReader(io.StringIO(decode(path, raw).replace("\r\n", "\n"), newline=""), strict=True)
+    text = text.replace("\r\n", "\n")
+    delimiter = max(",\t;", key=text.split("\n", 1)[0].count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
     try:
         for row in rows:
@@ -101,6 +161,47 @@ class Dropped(Exception):
     """Raised for a sound record that can't be used. Its text says why, and such records are counted by it."""
 
 
+# The names that published data give to one thing. Of several in a record the first counts.
+PROMPTS = "instruction prompt question query problem user human input inputs history context".split()
+CONVERSATIONS = "messages conversations conversation contents".split()
+SYSTEMS = "system system_prompt system_message systeminstruction".split()
+ANSWERS = "completion output response answer solution assistant target targets label".split()
+
+# Two answers, the better one first; or two with these names, and a field that says which is better.
+PAIRS = [
+    ["chosen", "rejected"],
+    ["chosen_response", "rejected_response"],
+    ["response_j", "response_k"],
+    ["preferred_output", "non_preferred_output"],
+]
+COMPARED = r"(response|answer|completion|output|conversation|human_ref|generation|summary)_?([0-9ab])"
+CHOICES = "better_response_id winner choice preference preferred better chosen label labels".split()  # its name
+STRENGTHS = "overall_preference preference_strength".split()  # a number, below 0 if the first is better
+
+# One answer, and a field that says whether it is wanted.
+LABELS = """label labels kto_tag desirable is_desirable preferred is_preferred chosen accepted liked good is_good
+    thumbs_up is_safe is_correct""".split()
+WANTED = """true t yes y 1 +1 good desirable desired wanted chosen accepted preferred positive pos thumbs_up thumbsup up
+    like liked upvote correct right safe win 👍""".split()
+UNWANTED = """false f no n 0 -1 bad undesirable undesired unwanted rejected dispreferred negative neg thumbs_down
+    thumbsdown down dislike disliked downvote incorrect wrong unsafe lose 👎""".split()
+
+ROLES = {
+    "system": "system developer",
+    "user": "user human prompter customer question input prompt instruction",
+    "assistant": "assistant gpt chatgpt bot chatbot model ai bing bard claude answer output response completion",
+    "tool": "tool function function_call function_response observation ipython tool_call tool_response",
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
+CONTENTS = "content value text parts message full_text".split()
+
+
+def first_of(names: list[str], record: dict) -> str:
+    """The first of these fields that holds something, or else that is there; "" if none is."""
+    there = [name for name in names if name in record]
+    return next((name for name in there if dict.get(record, name) not in ("", [], {})), there[0] if there else "")
+
+
 def transcript(text: str) -> Turns:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...". A speaker's name counts only after an empty line: "Human:"
     or "Assistant:" elsewhere is part of a text."""
@@ -111,31 +212,157 @@ def transcript(text: str) -> Turns:
     return list(zip(roles, (text.strip() for text in rest[1::2]), strict=True))
 
 
-def messages(where: str, record: dict, key: str) -> Turns:
-    """The turns in record[key], a list of {"role", "content"} or {"from", "value"}."""
-    if not isinstance(record.get(key), list):
+def content(where: str, record: dict, key: str) -> str:
+    """The text in record[key]: a string, or a list of parts ["...", {"type": "text", "text": "..."}]."""
+    parts = record.get(key)
+    if isinstance(parts, dict) and "parts" in parts:
+        parts = parts["parts"]
+    if not isinstance(parts, list):
+        return text_field(where, record, key).strip()
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise Dropped("a part of a message that is not text (a picture, a call of a tool)")
+    return "\n".join(text_field(where, {key: text}, key) for text in texts).strip()
+
+
+def messages(where: str, record: dict, key: str, alone: str = "user") -> Turns:
+    """The turns in record[key]: a list of {"role", "content"} or {"from", "value"}, of {"input", "output"} or
+    ["question", "answer"] (two turns each), or of texts, of which the first is the user's. alone: who says a single
+    message that has no role."""
+    listed = record.get(key)
+    if isinstance(listed, dict):
+        listed = listed.get("messages", [listed if "from" in listed else {"role": alone, **listed}])
+    if not isinstance(listed, list):
         raise UserError(f'{where}: "{key}" must be a list of messages (found: {", ".join(record) or "nothing"})')
+    listed = [m for item in listed for m in (item if isinstance(item, list) else [item])]
+    if (key in CONVERSATIONS or "history" in key) and all(isinstance(m, str) for m in listed):
+        listed = [{("user", "assistant")[n % 2]: text} for n, text in enumerate(listed)]
     turns = []
-    for number, message in enumerate(record[key], start=1):
+    for number, message in enumerate(listed, start=1):
         what = f'{where}: message {number} of "{key}"'
-        check(isinstance(message, dict), f"{what} is not an object")
-        role = text_field(what, message, "from" if "from" in message else "role")
-        role = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}.get(role, role)
-        if role not in ROLES:
-            raise Dropped("a turn that is not the user's, the assistant's or the system's")
-        turns.append((role, text_field(what, message, "value" if "from" in message else "content").strip()))
+        advice = "with a role and a text; if a column of a table stands here, write one record a line"
+        check(isinstance(message, dict) and "0" not in message, f"{what} is not an object {advice}")
+        message = {k: v for k, v in message.items() if v is not None}
+        name, text = first_of(["from", "role", "speaker"], message), first_of(CONTENTS, message)
+        if not text and (message.get("tool_calls") or message.get("function_call")):
+            raise Dropped("a call of a tool")
+        # [(who, the field with the text)], in the order of ROLES
+        said = (
+            [(text_field(what, message, name), text or "content")]
+            if name
+            else [(k, k) for k in ROLE_OF if k in message]
+        )
+        check(bool(said), f'{what}: no "role" (found: {", ".join(message) or "nothing"})')
+        for who, field in said:
+            role = ROLE_OF.get(who.strip().lower())
+            check(role is not None, f'{what}: unknown role "{who}"; known are {", ".join(ROLE_OF)}')
+            if role == "tool":
+                raise Dropped("a turn that is not the user's, the assistant's or the system's")
+            turns.append((role, content(what, message, field)))
+        if number == len(listed) and role == "assistant":  # a judgement may stand in the message; "weight" is OpenAI's
+            judged = message.get("label", 0 if message.get("weight") == 0 else 1)
+            check_wanted(what, {"label": judged})
+        if isinstance(record, Record):
+            record.ignored.update(
+                f"{key}: {k}" for k in message if k not in (name, "label", "weight", *dict(said).values())
+            )
     return turns
 
 
+def opened(where: str, record: dict, turns: Turns) -> Turns:
+    """The turns, and before them the system's text if it stands in a field of its own."""
+    system = first_of(SYSTEMS, record)
+    before = [("system", content(where, record, system))] if system else []
+    return turns if turns[:1] == before else before + turns
+
+
 def prompt_turns(where: str, record: dict) -> Turns:
-    """The turns in record["prompt"]: messages, a transcript up to its last "Assistant:" (as in repackaged HH-RLHF), or
-    a text, which is one turn."""
-    if isinstance(record.get("prompt"), list):
-        return messages(where, record, "prompt")
-    prompt = text_field(where, record, "prompt")
-    if prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith("\n\nAssistant:"):
-        return transcript(prompt)[:-1]  # less the empty answer
-    return [("user", prompt.strip())]
+    """All that stands before an answer: the system's text, the history, and the question with its context; or a
+    conversation, or a transcript, perhaps up to its last "Assistant:" (as in repackaged HH-RLHF)."""
+    key = first_of(PROMPTS + CONVERSATIONS, record)
+    check(bool(key), f'{where}: no "prompt" (found: {", ".join(record)}); known names: {", ".join(PROMPTS)}')
+    question, context = record[key], record.get("context")
+    histories = [k for k in ("history", "chat_history") if k != key and record.get(k)]
+    if key != "context" and isinstance(context, list) and any(isinstance(part, dict) for part in context):
+        histories.append("context")
+    before = [turn for k in histories for turn in messages(where, record, k)]
+    if key in CONVERSATIONS or isinstance(question, (list, dict)):
+        return opened(where, record, before + messages(where, record, key))
+    prompt = text_field(where, record, key)
+    if prompt.lstrip().startswith("Human:"):
+        turns = transcript(prompt)
+        return opened(where, record, before + turns[: -1 if turns[-1] == ("assistant", "") else None])
+    extra = [k for k in ("input", "context") if k in record and k not in (key, *histories)]
+    parts = [prompt.strip(), *(content(where, record, k) for k in extra)]
+    return opened(where, record, [*before, ("user", "\n".join(filter(None, parts)))])
+
+
+def answer_turns(where: str, record: dict, key: str) -> Turns:
+    """An answer: a text, a message, or messages, perhaps with the conversation before it; or a whole transcript."""
+    if isinstance(record.get(key), (list, dict)):
+        return messages(where, record, key, alone="assistant")
+    text = text_field(where, record, key).strip()
+    whole = text.startswith("Human:") and "\n\nAssistant:" in text
+    return transcript(text) if whole else [("assistant", text.removeprefix("Assistant:").strip())]
+
+
+def check_wanted(where: str, record: dict) -> None:
+    """Raises Dropped for a record whose label says that its answer is unwanted (data for KTO)."""
+    key = first_of(LABELS, record)
+    if not key:
+        return
+    said = re.sub(r"(?<=\w)[ -](?=\w)", "_", str(record[key]).strip().lower()).removesuffix(".0")
+    known = "wanted (true, 1, good, desirable, ...) nor unwanted (false, 0, bad, undesirable, ...)"
+    advice = "rename the field if it is no such label"
+    check(said in WANTED + UNWANTED, f'{where}: "{key}" is {record[key]!r}, neither {known}; {advice}')
+    if said in UNWANTED:
+        raise Dropped("labelled as unwanted")
+
+
+def number(where: str, record: dict, key: str) -> float:
+    try:
+        return float(record[key])
+    except (TypeError, ValueError):
+        raise UserError(f'{where}: "{key}" must be a number (found: {record[key]!r})') from None
+
+
+def compared(record: dict) -> list[str]:
+    """The fields of the answers that a record compares: a better and a worse one, or two of which another field says
+    which is better. [] if it compares nothing."""
+    for pair in PAIRS:
+        if all(name in record for name in pair):
+            return pair
+    found = sorted(name for name in record if re.fullmatch(COMPARED, name))
+    alone = any(isinstance(record.get(name), (str, list, dict)) for name in PAIRS[0])  # the other one is missing
+    return found if len(found) > 1 else PAIRS[0] if alone else []
+
+
+def better_and_worse(where: str, record: dict) -> list[str]:
+    """The fields of the better and of the worse answer; [] if the record compares nothing."""
+    found = compared(record)
+    if not found or found in PAIRS:
+        return found
+    names = ", ".join(found)
+    check(len(found) == 2, f'{where}: {len(found)} answers ({names}); name two of them "chosen" and "rejected"')
+    a, b = (name[-1] for name in found)
+    key, strength = first_of(CHOICES, record), first_of(STRENGTHS, record)
+    if key:
+        said = str(record[key]).strip(" []").lower().removesuffix(".0")
+        said = re.sub(r"^(model|assistant|response|answer|completion|output|option)?[ _-]?(?=.$)", "", said)
+        if found[0] == "human_ref_a":  # Stanford's SHP says 1 for A and 0 for B
+            said = {"1": "a", "0": "b"}.get(said, said)
+        tie = re.match("tie|draw|equal|same|both|neither|none", said)
+        order = 0 if tie else {a: -1, "first": -1, b: 1, "second": 1}.get(said)
+        check(order is not None, f'{where}: "{key}" is {record[key]!r}, which names none of {names}')
+    elif strength:
+        order = number(where, record, strength)
+    else:
+        scored = f"score_{a}" in record and f"score_{b}" in record
+        check(scored, f"{where}: no field says which of {names} is better; known names: {', '.join(CHOICES)}")
+        order = number(where, record, f"score_{b}") - number(where, record, f"score_{a}")
+    if order == 0:
+        raise Dropped("a tie of the two answers")
+    return found if order < 0 else found[::-1]
 
 
 def conversation(turns: Turns) -> tuple[str, str]:
