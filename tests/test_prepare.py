@@ -433,7 +433,7 @@ def test_several_files_each_of_its_own_format(tmp_path):
     assert counts == {"demonstrations": 3, "prompts": 3, "pairs": 2}
 
 
-@pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"info": {}, "summary": {}, "axes": {}}])
+@pytest.mark.parametrize("record", [{}, {"q": "q", "a": "a"}, {"info": {}, "summary": {}, "axes": {}}])
 def test_unknown_formats_name_the_known(tmp_path, record):
     message = refused(tmp_path, record)
     assert message.startswith(f":1: none of the known formats (found: {', '.join(record) or 'nothing'}); known are ")
@@ -451,8 +451,11 @@ def test_null_fields_are_absent(tmp_path):
 
 
 def test_alpaca_says_which_field_is_missing(tmp_path):
-    message = refused(tmp_path, ONE_OF_EACH["alpaca"], {"input": "x", "output": "o"})
-    assert message == ':2: no "instruction" (found: input, output)'
+    message = refused(tmp_path, ONE_OF_EACH["alpaca"], {"instruction": "i", "chosen": "c"})
+    assert message == ':2: no "rejected" (found: instruction, chosen)'
+    assert refused(tmp_path, {"output": "o"}, format="alpaca").startswith(
+        ':1: no "prompt" (found: output); known names:'
+    )
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -511,6 +514,14 @@ def test_csv_of_texts_and_of_prompts_with_completions(tmp_path):
         ("d.jsonl", b'{"prompt": "p", "completion": "c"}\n{"prompt"\n', ":2: not valid JSON"),
         ("d.jsonl", b'{"prompt": "p", "completion": "c"}\n{"prompt": "\xe9"}\n', ":2: not valid UTF-8"),
         ("d.jsonl", b"\xef\xbb\xbf", ": no records"),
+        (
+            "d.jsonl",
+            b'{"prompt": "p", "completion": "c", "n": ' + b"9" * 5000 + b"}",
+            ":1: a number with thousands of digits",
+        ),
+        ("d.json", b'[{"prompt": "p"},\n{"n": ' + b"9" * 5000 + b"}]", ":2: a number with thousands of digits"),
+        ("d.jsonl", b'{"prompt": "p"}\n{"n": ' + b"[" * 200_000, ":2: nested too deeply to be read"),
+        ("d.json", b"[" * 200_000, ":1: nested too deeply to be read"),
         ("d.json", b'[{"prompt": "p", "completion": "c"},\n{"prompt"}]', ":2: not valid JSON"),
         ("d.json", b'[{"prompt": "p", "completion": "c"}, 3]', ": record 2 is not an object"),
         ("d.json", b'[{"prompt": "p"}]', ': record 1: no "completion" (found: prompt)'),
@@ -667,7 +678,7 @@ def test_a_file_of_an_earlier_run_is_pointed_out(tmp_path, capsys):
 def test_what_is_printed(tmp_path, capsys):
     """How many rows each file got; 1 ... 100 words have median 50.5, 95% within 95, the longest 100; three records."""
     records = [{"prompt": "p " * n, "chosen": "c " * (2 * n), "rejected": "r"} for n in range(1, 101)]
-    prepare(save(tmp_path / "d.jsonl", *records, HH | {"prompt": ""}), tmp_path / "out", 0.25, 1)
+    prepare(save(tmp_path / "d.jsonl", *records, {**records[0], "prompt": ""}), tmp_path / "out", 0.25, 1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         f"wrote to {tmp_path / 'out'}: 75 demonstrations, 75 prompts, 75 pairs, "

@@ -204,11 +204,9 @@ def format_of_file(path: Path, records: list[tuple[str, dict]]) -> str:
 def text_advice(records: list[tuple[str, dict]]) -> str:
     """What to do with records of {"text"} when nobody said how many words make the prompt."""
     texts = [text_field(where, record, "text").strip() for where, record in records]
-    marks = re.findall(rf"{MARKS}|\n\n(?:Human|Assistant):", texts[0])
+    marks = re.findall(rf"{MARKS}|(?:\A|\n)(?:Human|User|Assistant):", texts[0])
     if len(set(marks)) > 1:
-        return (
-            f'whole conversations as texts ({marks[0]} ...); write each as {{"messages": [{{"role", "content"}}, ...]}}'
-        )
+        return f'whole conversations as texts ({marks[0].strip()} ...); write each as {{"messages": [{{"role", "content"}}, ...]}}'
     asked = sum(text.endswith(("?", "？")) for text in texts)
     if asked > len(texts) / 2 or any("question" in name for name in records[0][1]):
         return 'questions without answers; write each as {"prompt": "..."}, which needs no preparation'
@@ -240,7 +238,7 @@ def check_fields(path: Path, records: list[tuple[str, Record]], examples: list[E
     only some records have a label."""
     read, ignored = records[0][1].read, records[0][1].ignored
     fields = {key for _, record in records for key in record}
-    unread, labels = sorted(fields - read), fields & read & set(LABELS)
+    unread, labels = sorted(fields - read), fields & read & set(LABELS) - {"chosen"}  # mostly the better one of a pair
     answered = not examples or any(e.completion or e.pair for e in examples)
     advice = 'name an answer "output", a better and a worse one "chosen" and "rejected", and remove what is neither'
     for where, record in records:
