@@ -113,6 +113,10 @@ TWO_ANSWERS = {
         {"conversations": [human("Hi"), gpt("Hello."), human(Q)], "chosen": A, "rejected": B},
         MORE,
     ),
+    "a conversation and the name of its user": (
+        {"user": "u1", "context": "web", "messages": [user(Q)], "chosen": A, "rejected": B},
+        ONE,
+    ),
     "messages beside texts": ({"messages": [KIND, user(Q)], "chosen": A, "rejected": B}, SYSTEM),
     "a system beside conversations": (
         {"system": "Be kind.", "chosen": [user(Q), assistant(A)], "rejected": [user(Q), assistant(B)]},
@@ -326,6 +330,7 @@ def test_nothing_but_prompts_beside_what_is_no_answer(tmp_path):
             {"message_tree_id": "1", "prompt": {"text": Q, "role": "prompter", "replies": []}},
             ":1: a message tree; write",
         ),
+        ({"id": "1", "prompt": {"text": Q, "role": "prompter", "replies": []}}, ":1: a message tree; write"),
         ({"message_id": "1", "message_tree_id": "1", "text": Q, "role": "prompter"}, ":1: a message tree; write"),
         (
             {"version": 1, "data": [{"prompt": Q, "completion": A}]},

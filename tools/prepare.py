@@ -175,7 +175,7 @@ def format_of(record: dict) -> str:
     if {"info", "summaries"} <= set(record) or {"post", "summary"} <= set(record):
         return "tldr"
     if compared(record):
-        text, prompt = record.get("chosen", record.get("rejected")), first_of(PROMPTS + CONVERSATIONS, record)
+        text, prompt = record.get("chosen", record.get("rejected")), first_of(PROMPTS, record)
         return "hh" if not prompt and isinstance(text, str) and "\n\nAssistant:" in text else "pairs"
     if first_of(CONVERSATIONS, record):
         return "messages"
@@ -206,7 +206,8 @@ def text_advice(records: list[tuple[str, dict]]) -> str:
     texts = [text_field(where, record, "text").strip() for where, record in records]
     marks = re.findall(rf"{MARKS}|(?:\A|\n)(?:Human|User|Assistant):", texts[0])
     if len(set(marks)) > 1:
-        return f'whole conversations as texts ({marks[0].strip()} ...); write each as {{"messages": [{{"role", "content"}}, ...]}}'
+        advice = 'write each as {"messages": [{"role", "content"}, ...]}'
+        return f"whole conversations as texts ({marks[0].strip()} ...); {advice}"
     asked = sum(text.endswith(("?", "？")) for text in texts)
     if asked > len(texts) / 2 or any("question" in name for name in records[0][1]):
         return 'questions without answers; write each as {"prompt": "..."}, which needs no preparation'
@@ -378,7 +379,7 @@ def prepare(
         print(f"careful: {mark} in {n} examples; it is learned as ordinary characters, no picture and no special token")
     empty = sum(not pair["rejected"] for pair in pairs)
     print(f"kept: {empty} pairs with an empty rejected text\n" if empty else "", end="")
-    if re.search(UNSPACED, "".join(map(str, prompts[:100]))):
+    if re.search(UNSPACED, "".join(map(str, prompts[:100] + demonstrations[:100]))):
         print("words: in scripts without spaces the characters are counted")
     print(f"{'words':<12}{'median':>8}{'95%':>8}{'longest':>8}")
     for key, rows in (("prompt", prompts), ("completion", demonstrations), ("chosen", pairs), ("rejected", pairs)):

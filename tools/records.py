@@ -111,7 +111,7 @@ def check_lines(path: Path, text: str) -> None:
 
 def records_inside(path: Path, value: dict) -> str:
     """What to do with an object that holds a list of records; "" if it holds none."""
-    known = {*CONVERSATIONS, *PROMPTS, *(name for pair in PAIRS for name in pair)}
+    known = {*PROMPTS, *(name for pair in PAIRS for name in pair)}
     lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict) and k not in known]
     return f'its records stand in "{lists[0]}": `jq -c ".{lists[0]}[]" {path} > NEW.jsonl`' if lists else ""
 
@@ -162,8 +162,9 @@ class Dropped(Exception):
 
 
 # The names that published data give to one thing. Of several in a record the first counts.
-PROMPTS = "instruction prompt question query problem user human input inputs history context".split()
 CONVERSATIONS = "messages conversations conversation contents".split()
+PROMPTS = ["instruction", "prompt", "question", "query", "problem", *CONVERSATIONS]
+PROMPTS += ["user", "human", "input", "inputs", "history", "context"]  # elsewhere these mean other things
 SYSTEMS = "system system_prompt system_message systeminstruction".split()
 ANSWERS = "completion output response answer solution assistant target targets label".split()
 
@@ -246,12 +247,8 @@ def messages(where: str, record: dict, key: str, alone: str = "user") -> Turns:
         name, text = first_of(["from", "role", "speaker"], message), first_of(CONTENTS, message)
         if not text and (message.get("tool_calls") or message.get("function_call")):
             raise Dropped("a call of a tool")
-        # [(who, the field with the text)], in the order of ROLES
-        said = (
-            [(text_field(what, message, name), text or "content")]
-            if name
-            else [(k, k) for k in ROLE_OF if k in message]
-        )
+        both = [(k, k) for k in ROLE_OF if k in message]  # who speaks, and the field of the text
+        said = [(text_field(what, message, name), text or "content")] if name else both
         check(bool(said), f'{what}: no "role" (found: {", ".join(message) or "nothing"})')
         for who, field in said:
             role = ROLE_OF.get(who.strip().lower())
@@ -260,12 +257,10 @@ def messages(where: str, record: dict, key: str, alone: str = "user") -> Turns:
                 raise Dropped("a turn that is not the user's, the assistant's or the system's")
             turns.append((role, content(what, message, field)))
         if number == len(listed) and role == "assistant":  # a judgement may stand in the message; "weight" is OpenAI's
-            judged = message.get("label", 0 if message.get("weight") == 0 else 1)
-            check_wanted(what, {"label": judged})
+            check_wanted(what, {"label": message.get("label", message.get("weight") != 0)})
         if isinstance(record, Record):
-            record.ignored.update(
-                f"{key}: {k}" for k in message if k not in (name, "label", "weight", *dict(said).values())
-            )
+            known = (name, "label", "weight", *dict(said).values())
+            record.ignored.update(f"{key}: {k}" for k in message if k not in known)
     return turns
 
 
@@ -279,14 +274,14 @@ def opened(where: str, record: dict, turns: Turns) -> Turns:
 def prompt_turns(where: str, record: dict) -> Turns:
     """All that stands before an answer: the system's text, the history, and the question with its context; or a
     conversation, or a transcript, perhaps up to its last "Assistant:" (as in repackaged HH-RLHF)."""
-    key = first_of(PROMPTS + CONVERSATIONS, record)
+    key = first_of(PROMPTS, record)
     check(bool(key), f'{where}: no "prompt" (found: {", ".join(record)}); known names: {", ".join(PROMPTS)}')
-    question, context = record[key], record.get("context")
+    context = record.get("context")
     histories = [k for k in ("history", "chat_history") if k != key and record.get(k)]
     if key != "context" and isinstance(context, list) and any(isinstance(part, dict) for part in context):
-        histories.append("context")
+        histories.append("context")  # messages, not paragraphs
     before = [turn for k in histories for turn in messages(where, record, k)]
-    if key in CONVERSATIONS or isinstance(question, (list, dict)):
+    if key in CONVERSATIONS or isinstance(record[key], (list, dict)):
         return opened(where, record, before + messages(where, record, key))
     prompt = text_field(where, record, key)
     if prompt.lstrip().startswith("Human:"):
