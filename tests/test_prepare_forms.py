@@ -12,7 +12,7 @@ import zipfile
 import pytest
 from test_prepare import KIND, assistant, prepared, read_back, refused, save, user
 
-from data.files import read_demonstrations, read_prompts
+from data.files import read_demonstrations, read_json, read_prompts
 from lib.cli import UserError
 from tools.prepare import prepare
 
@@ -521,3 +521,9 @@ def test_a_stage_names_them_too(tmp_path, raw, says):
     (tmp_path / "d.jsonl").write_bytes(raw)
     with pytest.raises(UserError, match="^" + re.escape(f"{tmp_path / 'd.jsonl'}: {says}")):
         read_demonstrations(tmp_path / "d.jsonl")
+
+
+def test_a_json_file_that_is_nested_too_deeply(tmp_path):
+    (tmp_path / "results.json").write_bytes(b'{"a": ' + b"[" * 200_000)
+    with pytest.raises(UserError, match=r"results\.json: not valid JSON"):
+        read_json(tmp_path / "results.json")

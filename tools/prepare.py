@@ -187,7 +187,7 @@ def format_of(record: dict) -> str:
 def format_of_file(path: Path, records: list[tuple[str, dict]]) -> str:
     """The format of the first record. UserError for the first record that is clearly of another."""
     where, first = records[0]
-    name, found = format_of(first), shortened(", ".join(first)) or "nothing"
+    name, found = format_of(first), shortened(" ".join(", ".join(first).split())) or "nothing"
     root = first["prompt"] if isinstance(first.get("prompt"), dict) else first
     tree = 'a message tree; write every path from its root to an answer as {"messages": [{"role", "content"}, ...]}'
     check(not {"message_tree_id", "replies", "children", "mapping"} & set(root), f"{where}: {tree}")

@@ -252,7 +252,7 @@ def messages(where: str, record: dict, key: str, alone: str = "user") -> Turns:
         check(bool(said), f'{what}: no "role" (found: {", ".join(message) or "nothing"})')
         for who, field in said:
             role = ROLE_OF.get(who.strip().lower())
-            check(role is not None, f'{what}: unknown role "{who}"; known are {", ".join(ROLE_OF)}')
+            check(role is not None, f"{what}: unknown role {json.dumps(who)}; known are {', '.join(ROLE_OF)}")
             if role == "tool":
                 raise Dropped("a turn that is not the user's, the assistant's or the system's")
             turns.append((role, content(what, message, field)))
