@@ -95,12 +95,13 @@ def from_tldr(where: str, record: dict) -> Example:
 def from_fields(where: str, record: dict) -> Example:
     """A prompt with two answers, of which one is better, or with one. Lists of messages hold the whole conversation, or
     only the answer: then the prompt holds the rest."""
-    names = better_and_worse(where, record)
-    if not names:
+    answers = better_and_worse(where, record)
+    if not answers:
         return from_answer(where, record)
-    chosen, rejected = (answer_turns(where, record, name) for name in names)
-    lists = [isinstance(record[name], list) for name in names]
-    check(lists[0] <= lists[1], f'{where}: "{names[1]}" must be a list of messages, as "{names[0]}" is')
+    better, worse = answers
+    chosen, rejected = answer_turns(where, record, better), answer_turns(where, record, worse)
+    if isinstance(record[better], list) and not isinstance(record[worse], list):
+        raise UserError(f'{where}: "{worse}" must be a list of messages, as "{better}" is')
     if {turns[0][0] for turns in (chosen, rejected) if turns} == {"assistant"}:
         prompt = prompt_turns(where, record)
         example = paired(prompt + chosen, prompt + rejected)
@@ -243,7 +244,8 @@ def check_fields(path: Path, records: list[tuple[str, Record]], examples: list[E
     answered = not examples or any(e.completion or e.pair for e in examples)
     advice = 'name an answer "output", a better and a worse one "chosen" and "rejected", and remove what is neither'
     for where, record in records:
-        check(not labels or bool(labels & set(record)), f'{where}: no "{", ".join(labels)}", which other records have')
+        missing = f'no "{", ".join(sorted(labels))}", which other records have'
+        check(not labels or bool(labels & set(record)), f"{where}: {missing}")
         texts = [k for k in unread if isinstance(dict.get(record, k), (str, list, dict)) and not re.fullmatch(META, k)]
         check(answered or not texts, f"{where}: nothing but prompts, but {', '.join(texts)} may hold answers; {advice}")
     if unread or ignored:
