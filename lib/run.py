@@ -146,13 +146,12 @@ class RunFolder:
         left with weights that are half updated; then what was saved last stays."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        if error is not None:
-            if self.saved < self.whole and not self.moved:
-                with contextlib.suppress(UserError):  # where there is no room for it the earlier state stays
-                    self.save_state()
-            if self.saved:
-                saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
-                error.last_words = f"{saved}; go on with: {command('--resume')}"
+        if error is not None and self.saved < self.whole and not self.moved:
+            with contextlib.suppress(Exception):  # the error that is told is the first; the earlier state stays
+                self.save_state()
+        if error is not None and self.saved:
+            saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
+            error.last_words = f"{saved}; go on with: {command('--resume')}"
         self.release()
 
     def release(self) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import itertools
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -39,7 +44,9 @@ from stages import (
     toy_policy,
     watching,
 )
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import lib.run
 from lib.checkpoint import load_file, load_model
 from lib.cli import TrainConfig, UserError
 from model import GPT, Block, ScalarModel
@@ -211,6 +218,200 @@ def test_a_state_belongs_to_its_configuration(tmp_path, stage):
         assert "\n" not in str(error.value) and files_of(tmp_path / "out") == before
     die_after_state(stage, tmp_path, 1, **changes | {"seed": 2})
     assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "model.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what stops a run
+
+
+@contextlib.contextmanager
+def at_update(do, number: int, register=register_optimizer_step_pre_hook):
+    """`do()` is called in the middle of the step, before an optimiser's update of this number (from 1), or after it."""
+    counted = itertools.count(1)
+    handle = register(lambda *_: do() if next(counted) == number else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def same_end(one, other) -> None:
+    """Two runs have ended with the same weights to the bit, the same log and results."""
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert same_figures(one.log) == same_figures(other.log)
+    assert same_figures([one.results]) == same_figures([other.results])
+
+
+def state_of(folder) -> int | None:
+    """The number of steps that a run can go on from."""
+    path = folder / "out" / "state.pt"
+    return load_file(path)["step"] if path.exists() else None
+
+
+@every_stage
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name):
+    """Ctrl-C, or a cluster that takes its machine back, with default flags: nothing that was done is lost, and the run
+    goes on as if nothing had been. The second signal doesn't wait: amid a step the state is that of the one before."""
+    number, changes = signal.Signals[name], {**one_step(stage, 5), "model": toy_policy(dropout=0.1)}
+    whole = run(stage, tmp_path / "whole", **changes)
+    stop = functools.partial(os.kill, os.getpid(), number)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with at_update(stop, 3), pytest.raises(SystemExit) as end:
+        run(stage, tmp_path, **changes)
+    assert end.value.code == 128 + number and state_of(tmp_path) == 3
+    assert "3 of 5 steps are saved" in end.value.last_words and "--resume" in end.value.last_words
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    changes |= {"resume": True}
+    with at_update(lambda: (stop(), stop()), 1), pytest.raises(SystemExit):
+        run(stage, tmp_path, **changes)
+    assert state_of(tmp_path) == 3 and not (tmp_path / "out" / "results.json").exists()
+    same_end(run(stage, tmp_path, **changes), whole)
+
+
+@every_stage
+def test_an_error_costs_no_step_that_was_whole(tmp_path, stage):
+    """A file that is gone, memory that is full, at the start of a step: nothing is lost. Amid its update the weights
+    are neither the old nor the new ones: such a state would be resumed without a word."""
+    changes = {**one_step(stage, 4), "model": toy_policy(dropout=0.1)}
+    whole = run(stage, tmp_path / "whole", **changes)
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    with monkeypatched(torch.optim.Optimizer, "zero_grad", fails, at=3), pytest.raises(MemoryError) as error:
+        run(stage, tmp_path, **changes)
+    assert state_of(tmp_path) == 2 and "2 of 4 steps" in error.value.last_words
+    with at_update(fails, 2, register_optimizer_step_post_hook), pytest.raises(MemoryError):
+        run(stage, tmp_path, **changes, resume=True)
+    assert state_of(tmp_path) == 2
+    same_end(run(stage, tmp_path, **changes, resume=True), whole)
+
+
+@contextlib.contextmanager
+def monkeypatched(owner, name: str, instead, at: int):
+    """The call of this number (from 1) of owner.name does something else."""
+    counted, real = itertools.count(1), getattr(owner, name)
+
+    def called(*args, **kwargs):
+        return (instead if next(counted) == at else real)(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (owner, torch.optim.Adam, torch.optim.AdamW):
+            if name in vars(kind):
+                patch.setattr(kind, name, called)
+        yield
+
+
+@every_stage
+def test_states_come_by_the_clock(tmp_path, stage, monkeypatch):
+    """A run of hours with default flags that a power cut ends: every five minutes a state, and not after every step."""
+    clock, saved = [1000.0], []
+    monkeypatch.setattr(lib.run.time, "monotonic", lambda: clock[0])
+    real = lib.run.atomic_save
+    monkeypatch.setattr(lib.run, "atomic_save", lambda state, path: (saved.append(state["step"]), real(state, path)))
+    handle = register_optimizer_step_pre_hook(lambda *_: clock.append(clock.pop() + 110))
+    try:
+        run(stage, tmp_path, **one_step(stage, 8))
+        assert saved == [3, 6, 8]
+        saved.clear()
+        run(stage, tmp_path, **one_step(stage, 8), save_minutes=0)
+        assert saved == [8]
+    finally:
+        handle.remove()
+
+
+@every_stage
+def test_an_unfinished_run_is_not_overwritten(tmp_path, stage):
+    """--resume forgotten: the night's work was gone at once."""
+    changes = {**one_step(stage, 3), "save_every": 1}
+    die_after_state(stage, tmp_path, 2, **changes)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match=r"unfinished run.*--resume.*--overwrite"):
+        run(stage, tmp_path, **changes)
+    assert files_of(tmp_path / "out") == before
+    anew = run(stage, tmp_path, **changes, overwrite=True)
+    same_end(run(stage, tmp_path, **changes), anew)  # and a finished one is replaced as ever
+
+
+@every_stage
+def test_one_job_a_folder(tmp_path, stage):
+    """Two jobs whose logs and states are mixed, both with status 0. One that is dead holds nothing."""
+    (tmp_path / "out").mkdir()
+    held = "import sys, lib.run, pathlib; file = lib.run.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    command = [sys.executable, "-c", held, str(tmp_path / "out" / "lock")]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline().strip() == b"1"
+    with pytest.raises(UserError, match="another process"):
+        run(stage, tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    other.kill()
+    other.wait()
+    other.stdin.close(), other.stdout.close()
+    run(stage, tmp_path)
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+@every_stage
+def test_a_full_disk_costs_neither_model_nor_state(tmp_path, stage, monkeypatch, capsys):
+    """The last save fails, and with it hours of work; half a file that keeps the disk full."""
+    changes = {**one_step(stage, 4), "save_every": 2}
+    whole = run(stage, tmp_path / "whole", **changes)
+    real, full = torch.save, set()
+
+    def save(obj, path):
+        kind = "state" if "step" in obj else "model"
+        if kind in full and obj.get("step") != 2 and path.parent == tmp_path / "out":
+            path.write_bytes(b"half a fi")
+            raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+        real(obj, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    full.add("state")  # the model fits, and the run has ended well
+    same_end(run(stage, tmp_path, **changes), whole)
+    assert state_of(tmp_path) == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert "no state was saved after step 4" in capsys.readouterr().out
+    full.add("model")  # nothing fits: one line, and what was saved stays
+    with pytest.raises(UserError, match=r"model\.pt: can't be written .*full") as error:
+        run(stage, tmp_path, **changes, overwrite=True)
+    assert "2 of 4 steps" in error.value.last_words
+    assert state_of(tmp_path) == 2 and not list(tmp_path.rglob("*.tmp"))
+    full.clear()
+    same_end(run(stage, tmp_path, **changes, resume=True), whole)
+
+
+REWARD = """
+import math, pathlib, sys
+def reward(prompts, completions):
+    rewards = [0.1 * len(c) for c in completions]
+    calls = pathlib.Path(__file__).with_suffix(".calls")
+    calls.write_text((calls.read_text() if calls.exists() else "") + "x")
+    {trouble}
+    return rewards
+"""
+TROUBLES = {
+    "raises": "if len(calls.read_text()) > 2: rewards[0] / 0",
+    "nan": "if len(calls.read_text()) > 2: rewards[1] = math.nan",
+    "exits": "if len(calls.read_text()) > 2: sys.exit(0)",
+}
+
+
+@samples
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_reward_function_that_fails_costs_nothing(tmp_path, stage, trouble):
+    """In the third of five iterations: an exception, a nan, sys.exit(0), which ended the run with status 0 and no
+    model. What was done is kept, and mended the run goes on as if nothing had been."""
+    file = tmp_path / "mine.py"
+    file.write_text(REWARD.format(trouble="pass"), encoding="utf-8")
+    changes = {**one_step(stage, 5), "reward": f"{file}:reward", "rollouts": 12}
+    whole = run(stage, tmp_path / "whole", **changes)
+    (tmp_path / "mine.calls").unlink()
+    file.write_text(REWARD.format(trouble=TROUBLES[trouble]), "utf-8")
+    with pytest.raises(UserError, match=r"mine\.py:reward .*(for the completion|on \d+ samples)") as error:
+        run(stage, tmp_path, **changes)
+    assert "\n" not in str(error.value) and "2 of 5 steps" in error.value.last_words
+    file.write_text(REWARD.format(trouble="pass"), encoding="utf-8")
+    same_end(run(stage, tmp_path, **changes, resume=True), whole)
 
 
 # ------------------------------------------------------------------------------------------------ the steps
