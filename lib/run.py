@@ -85,7 +85,7 @@ class RunFolder:
         try:
             self.resume() if config.resume else self.start_afresh()
         except BaseException:
-            self.release()
+            release(self.lock)
             raise
         self.step_is_whole()
         self.saved_at = time.monotonic()
@@ -113,7 +113,7 @@ class RunFolder:
         print(f"{file}: {self.first} of {self.total} steps are done")
         if self.first >= self.total and self.results.exists():
             self.done = json.loads(self.results.read_text(encoding="utf-8"))
-            self.release()
+            release(self.lock)
             return
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -152,13 +152,7 @@ class RunFolder:
         if error is not None and self.saved:
             saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
             error.last_words = f"{saved}; go on with: {command('--resume')}"
-        self.release()
-
-    def release(self) -> None:
-        """Let other processes write to the folder."""
-        with contextlib.suppress(OSError):  # Windows doesn't remove an open file; an empty one does no harm
-            (self.path / "lock").unlink()
-        self.lock.close()
+        release(self.lock)
 
     def step_is_whole(self) -> None:
         """From here on a state can be saved, until `weights_move`: torch's generators are kept as they are now."""
@@ -262,9 +256,18 @@ def hold(path: Path) -> IO:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise UserError(f"{path.parent}: another process is writing to it; wait for it or name another") from None
+            raise UserError(
+                f"{path}: held by another process, which writes here; wait for it, or name another place"
+            ) from None
         # a file system that has no locks: without
     return file
+
+
+def release(file: IO) -> None:
+    """The end of `hold`."""
+    with contextlib.suppress(OSError):  # Windows doesn't remove an open file; an empty one does no harm
+        os.unlink(file.name)
+    file.close()
 
 
 def command(*flags: str) -> str:

@@ -52,6 +52,7 @@ start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
 mkdir -p "$OUT"
 rm -rf "$D" # collect.py appends to its files: start fresh ones
+rm -f "$OUT"/*/state.pt # of an earlier run that was stopped: a stage doesn't start over an unfinished run
 
 # 0. prompts, and demonstrations to see later what alignment has cost. The published model takes the place of SFT's.
 step python -m tools.prepare "$DATA" --out_dir "$D" --held_out 0.25

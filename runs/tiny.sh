@@ -23,6 +23,7 @@ fi
 start=$SECONDS
 step() { echo; echo "[$((SECONDS - start)) s] $*"; "$@"; }
 rm -rf "$OUT/data" # collect.py appends to its files: start fresh ones
+rm -f "$OUT"/*/state.pt # of an earlier demo that was stopped: a stage doesn't start over an unfinished run
 
 # 0. the world: demonstrations of mixed quality and prompts; to train on, to choose by (_held_out), for results (_test)
 step python -m data.tiny --out_dir "$OUT/data" --seed "$SEED" $DATA

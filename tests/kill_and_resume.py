@@ -3,11 +3,13 @@
     python tests/kill_and_resume.py                                       # every stage, each killed in 40 runs
     python tests/kill_and_resume.py --stages ppo dpo --kills 200 --seed 7
 
-Each stage runs once unbroken, at the size of stages.py. Then it is started again and again and killed (SIGKILL: no
-handler, no `finally`, as when the machine goes down) at a random moment, or in the middle of the save that follows it
-(every third run), resumed, perhaps killed again, resumed again. In the end the weights of model.pt must be bit-equal to
-the unbroken run's, metrics.jsonl and results.json equal apart from the clock. Exit status 1 if anything differs.
+Each stage runs once unbroken, at the size of stages.py. Then it is started again and again, with default flags or with
+--save_every 2, and stopped at a random moment: by SIGINT (Ctrl-C), by SIGTERM, or by SIGKILL (no handler, no `finally`,
+as when the machine goes down), every third run in the middle of the save that follows that moment. It is resumed,
+perhaps stopped again, resumed again. In the end the weights of model.pt must be bit-equal to the unbroken run's,
+metrics.jsonl and results.json equal apart from the clock. Exit status 1 if anything differs.
 
+- SIGINT and SIGTERM cost at most the step that they fall into: where a step was logged there must be a state.
 - Killed before the first state was saved, there is nothing to resume: `resume` must be refused by a message of one line
   that changes no file, and the run starts afresh.
 - Every second run starts in a folder where the finished run of another seed stands: nothing of it may come back.
@@ -26,6 +28,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -58,7 +61,7 @@ def make(stage: str, work: Path, **changes) -> tuple:
     longer = {STAGES[stage].longer: 6 if STAGES[stage].rollouts else 40}
     longer |= {"kl_target": 3.0} if stage == "ppo" else {"dropout": 0.1} if stage == "sft" else {}
     module, model = STAGES[stage].module, toy_policy(dropout=0.1)
-    return module.train, module.Config(**settings(stage, folder, model, save_every=2, lr=1e-3, **longer, **changes))
+    return module.train, module.Config(**settings(stage, folder, model, lr=1e-3, **longer, **changes))
 
 
 class End(NamedTuple):
@@ -85,6 +88,8 @@ def child(stage: str, work: Path, changes: dict, log: str, connection) -> None:
     except UserError as error:
         connection.send(str(error))
         sys.exit(2)
+    except KeyboardInterrupt:  # before the loop, or in collect.py
+        sys.exit(130)
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -97,9 +102,11 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def run_child(stage: str, work: Path, kill_after: float | None = None, amid_save: bool = False, **changes) -> End:
-    """Run the stage in a child process, and kill it after so many seconds unless it has ended by then; amid_save: as
-    soon after that as a file is being saved."""
+def run_child(
+    stage: str, work: Path, kill_after: float | None = None, how: int = signal.SIGKILL, amid_save=False, **changes
+) -> End:
+    """Run the stage in a child process, and send it the signal `how` after so many seconds unless it has ended by then;
+    amid_save: as soon after that as a file is being saved."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context, log = multiprocessing.get_context("forkserver"), work / "log"
     context.set_forkserver_preload(PRELOAD)
@@ -115,7 +122,8 @@ def run_child(stage: str, work: Path, kill_after: float | None = None, amid_save
         seen = stamps(work / stage / "out")
         while amid_save and process.is_alive() and stamps(work / stage / "out") == seen:
             time.sleep(0.0001)
-        process.kill()  # SIGKILL; no effect if it has ended
+        if process.is_alive():
+            os.kill(process.pid, how)
         process.join()
         seconds = time.perf_counter() - start
         said = receiver.recv() if process.exitcode == 2 else ""
@@ -123,7 +131,7 @@ def run_child(stage: str, work: Path, kill_after: float | None = None, amid_save
         process.join()
     if process.exitcode in (0, 2):
         return End("done" if process.exitcode == 0 else "refused", said, seconds)
-    if process.exitcode == -9 and kill_after is not None:
+    if process.exitcode in (-how, 128 + how) and kill_after is not None:
         return End("killed", "", seconds)
     return End("crashed", f"exit status {process.exitcode}: {log.read_text(encoding='utf-8')[-2000:]}", 0.0)
 
@@ -154,19 +162,22 @@ def differences(folder: Path, unbroken: Path) -> list[str]:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step at which this run can be resumed; None without a state."""
+    """The step at which this run can be resumed; None without a state, or with one of the other seed's run."""
     path = folder / "state.pt"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else None
+    state = torch.load(path, weights_only=True) if path.exists() else {"config": {"seed": None}}
+    return state["step"] if state["config"]["seed"] == 1 else None
 
 
-def interrupted_run(stage: str, work: Path, moments: list[float], amid_save: bool, kills: Counter) -> list[str]:
-    """One run that is killed at these moments (seconds after each start) and resumed until it ends -> what is wrong.
-    amid_save: the first kill waits for the next save."""
+def interrupted_run(
+    stage: str, work: Path, moments: list[tuple[float, int]], amid_save: bool, kills: Counter, **changes
+) -> list[str]:
+    """One run that is stopped at these moments (seconds after each start, by which signal) and resumed until it ends ->
+    what is wrong. amid_save: the first signal waits for the next save."""
     folder, wrong, resume, started = work / stage / "out", [], False, False
     while True:
         before, has_state = contents(folder), started and step_of(folder) is not None
-        moment = moments[0] if moments else None
-        end = run_child(stage, work, moment, amid_save, **({"resume": True} if resume else {}))
+        moment, how = moments[0] if moments else (None, signal.SIGKILL)
+        end = run_child(stage, work, moment, how, amid_save, **changes, **({"resume": True} if resume else {}))
         if end.how == "crashed":
             return [*wrong, end.said]
         if end.how == "refused":
@@ -182,6 +193,12 @@ def interrupted_run(stage: str, work: Path, moments: list[float], amid_save: boo
         if not moments:
             return wrong + differences(folder, work / "unbroken" / stage)
         moments, amid_save, started = moments[1:], False, True
+        log = folder / "metrics.jsonl"
+        if end.how == "killed" and how != signal.SIGKILL and stage != "collect" and log.exists():
+            ours = json.loads((folder / "config.json").read_text("utf-8"))["seed"] == 1
+            lost = ours and '"step": 1,' in log.read_text("utf-8") and step_of(folder) is None
+            wrong += [f"a step was logged, and {signal.Signals(how).name} has left no state"] * lost
+        kills[signal.Signals(how).name] += end.how == "killed"
         kills["saving"] += any(path.suffix == ".tmp" for path in folder.glob("*"))
         kills["after the end" if end.how == "done" else "before a state" if step_of(folder) is None else "during"] += 1
         resume = stage != "collect"
@@ -204,14 +221,17 @@ def check_stage(stage: str, work: Path, kills: int, seed: int) -> tuple[list[str
     rng = random.Random(f"{seed} {stage}")
     parts = rng.sample(range(kills), kills)  # one first kill in each of `kills` equal parts: uniform, and spread
     for n, part in enumerate(parts):
-        moments = [end.seconds * (part + rng.random()) / kills]
-        moments += [end.seconds / 2 * rng.random() for _ in range(rng.choice([0, 0, 1, 2]))]  # what is left is shorter
+        times = [end.seconds * (part + rng.random()) / kills]
+        times += [end.seconds / 2 * rng.random() for _ in range(rng.choice([0, 0, 1, 2]))]  # what is left is shorter
+        moments = [(t, rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])) for t in times]
+        changes = {"save_every": 2} if rng.random() < 0.5 and stage != "collect" else {}
         shutil.rmtree(folder)
         dirty, amid_save = stage != "collect" and n % 2 == 1, stage != "collect" and n % 3 == 2
         if dirty:
             shutil.copytree(kept["other"], folder)
-        found = interrupted_run(stage, work, moments, amid_save, counter)
-        where = f"run {n + 1}, killed after {', '.join(f'{m:.2f}' for m in moments)} s of {end.seconds:.2f}"
+        found = interrupted_run(stage, work, moments, amid_save, counter, **changes)
+        told = ", ".join(f"{signal.Signals(how).name} after {t:.2f} s" for t, how in moments)
+        where = f"run {n + 1}, {told} of {end.seconds:.2f}" + (", default flags" if not changes else "")
         where += (" (first amid a save)" if amid_save else "") + (", in another run's folder" if dirty else "")
         wrong += [f"{where}: {text}" for text in found]
     return wrong, counter
