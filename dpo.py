@@ -27,7 +27,7 @@ from lib.run import RunFolder, gate
 from lib.setup import load_policy, load_preferences
 from lib.show import compare_samples
 from lib.train import autocast, clip_gradients, prepare_blocks, set_lr
-from model import GPT, flat_before
+from model import GPT, flat_before, flat_index
 
 
 # Losses of the margin h = log pi/pi_ref (chosen) - log pi/pi_ref (rejected), (B,) in nats -> (B,)
@@ -110,8 +110,8 @@ def dpo_loss(
 def ranking_pairs(logprobs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """All strict pairs of the rankings: logprobs, ranks (N, K) -> chosen, rejected (P,). Ties and gaps make no pair."""
     i, j = torch.triu_indices(ranks.size(1), ranks.size(1), offset=1, device=ranks.device)
-    strict = (ranks[:, i] >= 0) & (ranks[:, i] < ranks[:, j])
-    return logprobs[:, i][strict], logprobs[:, j][strict]
+    row, pair = ((ranks[:, i] >= 0) & (ranks[:, i] < ranks[:, j])).nonzero(as_tuple=True)  # (P,) each
+    return logprobs[row, i[pair]], logprobs[row, j[pair]]
 
 
 # -------------------------------------------------------------------------------- rankings
@@ -122,9 +122,10 @@ def ranking_logprobs(model: GPT, batch: RankedBatch, below: Tensor | None = None
     of them. below (N, T, C): what the frozen blocks make of the batch's tokens, if that is known."""
     owner, K = batch.owner[:, 1:], batch.ranks.size(1)  # (N, T-1)
     sampled = owner < K  # (N, T-1) where the next token is a completion's
-    before = flat_before(batch.positions)[:, 1:][sampled]  # (n,) the token before it in its own text predicts it
+    places = flat_index(sampled, batch.tokens.size(1))  # (n,)
+    before = flat_before(batch.positions).flatten()[places + 1]  # (n,) the token before it in its own text predicts it
     logits = model(batch.tokens, before, batch.positions, below=below)  # (n, V)
-    logprobs = action_logprobs(logits, batch.tokens, sampled)  # (N, T-1)
+    logprobs = action_logprobs(logits, batch.tokens, sampled, places=places)  # (N, T-1)
     return logprobs.new_zeros(len(owner), K + 1).scatter_add(1, owner, logprobs)[:, :K]
 
 

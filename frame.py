@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, at_least_float32
+from model import GPT, at_least_float32, flat_index
 
 # -------------------------------------------------------------------------------- masks and places
 
@@ -59,10 +59,15 @@ def select_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Te
     return -losses.view(ids.shape)
 
 
-def action_logprobs(logits: Tensor, tokens: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Tensor:
+def action_logprobs(
+    logits: Tensor, tokens: Tensor, action_mask: Tensor, temperature: float = 1.0, places: Tensor | None = None
+) -> Tensor:
     """Log-probs of the actions: logits (N, V) at the N places of action_mask (B, T-1), tokens (B, T) -> (B, T-1), 0
-    where masked out. The one function for measuring a rollout and for the update, so that the first ratio is 1."""
-    return put_back(select_logprobs(logits, tokens[:, 1:][action_mask], temperature), action_mask)
+    where masked out. The one function for measuring a rollout and for the update, so that the first ratio is 1.
+    places (N,): flat_index(action_mask, T), where it is known: to find it, the CPU waits for a GPU."""
+    places = flat_index(action_mask, tokens.size(1)) if places is None else places  # (N,)
+    actions = tokens.flatten()[places + 1]  # (N,) places b * T + t predict the token at t + 1
+    return put_back(select_logprobs(logits, actions, temperature), action_mask)
 
 
 def rows_at_a_time(tokens: Tensor, model: GPT) -> int:
@@ -83,6 +88,23 @@ def token_logprobs(model: GPT, tokens: Tensor, temperature: float = 1.0, mask: T
         logits = model(part, here) if isinstance(model, GPT) else model(part)[:, :-1][here]  # (n, V)
         found.append(select_logprobs(logits, part[:, 1:][here], temperature))
     return put_back(torch.cat(found), mask)
+
+
+def check_first_ratio(off: list[Tensor], n_tokens: Tensor, exact: bool) -> float:
+    """The largest ratio of the first step, before anything has moved. off: |ratio - 1| at the n_tokens actions of its
+    micro-batches, 0 elsewhere. RuntimeError where it isn't 1: rollout and update compute different things.
+
+    exact: products are right to float32, so each ratio is right to 0.001. bfloat16 and TensorFloat-32 round by the
+    shape of the batch: some ratios are off by 0.05, but the mean of |ratio - 1| stays below 0.01; a wrong temperature,
+    or dropout, moves it by 0.1."""
+    largest = torch.stack([x.max() for x in off]).max().nan_to_num(nan=torch.inf).item()
+    mean = (torch.stack([x.sum() for x in off]).sum() / n_tokens).item()
+    if not (largest <= 1e-3 if exact else mean <= 0.02):
+        raise RuntimeError(
+            f"the first probability ratio is {1 + largest:.4f}, not 1 (|ratio - 1| is {mean:.4f} on average): "
+            "rollout and update disagree"
+        )
+    return 1 + largest
 
 
 # -------------------------------------------------------------------------------- masked statistics

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from data.batches import micro_batches, minibatches
-from frame import action_logprobs
+from frame import action_logprobs, check_first_ratio
 from lib.checkpoint import save_model
 from lib.cli import check, flag, run_main
 from lib.run import RunFolder
 from lib.setup import RewardConfig, set_up
 from lib.show import rollout_figures, show_samples
 from lib.train import autocast, clip_gradients, generator_for, set_lr
-from model import GPT
+from model import GPT, flat_index
 from ppo import Experience, kl_penalty, make_optimizer, measure, policy_loss, report, shaped_rewards
 from sampling import Rollout, generate
 
@@ -90,6 +90,7 @@ def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience
     """Clipped steps on an iteration's rollouts -> policy_loss, clip_fraction and grad_norm, means over the steps."""
     policy.eval()  # no dropout: the first ratio is exactly 1
     lens, device, steps = experience.lens.tolist(), experience.tokens.device, []
+    off: list[Tensor] = []  # (b, t-1) each, |ratio - 1| in the first step
     for rows in minibatches(len(lens), config.minibatch, config.ppo_epochs, generator):
         n_tokens = experience.action_mask[rows].sum()  # of the whole step
         optimizer.zero_grad(set_to_none=True)
@@ -97,13 +98,13 @@ def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience
         for part in micro_batches(rows, config.micro_batch, length=lambda i: lens[i]):
             old = experience.rows(part, config.may_trim(device))
             mask = old.action_mask  # (b, t-1), like all of `old`
+            places = flat_index(mask, old.tokens.size(1))  # (n,)
             weights = token_weights(mask, config.kind, len(rows), config.max_new_tokens)
             with autocast(device, config.dtype):
-                logits = policy(old.tokens, mask, below=old.below)  # (n, V)
-                logprobs = action_logprobs(logits, old.tokens, mask, config.temperature)
+                logits = policy(old.tokens, places, below=old.below)  # (n, V)
+                logprobs = action_logprobs(logits, old.tokens, mask, config.temperature, places)  # (b, t-1)
             if not steps:  # nothing has moved yet
-                off = torch.where(mask, logprobs - old.logprobs, 0.0).abs().max().item()
-                check(off <= 1e-3, f"the first log-ratio is {off:.4f}, not 0: rollout and update disagree")
+                off.append((torch.where(mask, logprobs.detach() - old.logprobs, 0.0).exp() - 1).abs())
             # the clipped term grows in proportion to the advantage, so a weight may stand there
             loss, clipped = policy_loss(logprobs, old.logprobs, old.advantages * weights, mask, config.clip, 1)
             if config.kind != "rloo":
@@ -111,6 +112,8 @@ def update(policy: GPT, optimizer: torch.optim.Optimizer, experience: Experience
                 loss = loss + config.kl_coef * (weights * penalty).sum()
             loss.backward()
             sums += torch.stack([loss.detach(), clipped / n_tokens])
+        if not steps:
+            check_first_ratio(off, n_tokens, config.exact_products(device))
         norm = clip_gradients(policy, config.grad_clip)
         optimizer.step()
         steps.append(torch.cat([sums, norm[None]]))

@@ -348,8 +348,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in less than float32: GPT-2's
-        logits stand near -100, where bfloat16 numbers are 0.5 apart, and a probability ratio must be right to 0.001."""
+        """hidden (..., C) -> logits (..., V), by the transposed token embedding; never in bfloat16, whose numbers are
+        0.5 apart near -100, where GPT-2's logits stand. (A GPU may take TensorFloat-32: three digits a factor.)"""
         weight = self.output_weight[: self.config.real_vocab]  # (V, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(at_least_float32(hidden), at_least_float32(weight))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.batches import demonstrations_beside, micro_batches, minibatches
-from frame import action_logprobs, at_last_action, put_back, whiten
+from frame import action_logprobs, at_last_action, check_first_ratio, put_back, whiten
 from frozen import train_like, trainable, trunk
 from lib.checkpoint import save_model
 from lib.cli import check, flag, run_main
@@ -33,7 +33,7 @@ from lib.run import RunFolder, last_quarter
 from lib.setup import RewardConfig, set_up
 from lib.show import rollout_figures, show_samples
 from lib.train import autocast, clip_gradients, generator_for, prepare_blocks, set_lr
-from model import GPT, ScalarModel
+from model import GPT, ScalarModel, flat_index
 from sampling import Rollout, generate
 from sft import demonstration_loss
 
@@ -136,7 +136,7 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, gamma: float, lam:
     ahead = slots[:, None] - slots[None, :]  # (T-1, T-1) s - t
     # in float64 where there is one: a GPU may run float32 products in TensorFloat-32, which keeps three digits
     wide = torch.float32 if mask.device.type == "mps" else torch.float64
-    base = torch.tensor(gamma * lam, dtype=wide, device=mask.device)
+    base = torch.full((), gamma * lam, dtype=wide, device=mask.device)
     discount = torch.where(ahead >= 0, base ** ahead.clamp(min=0), 0.0)  # D
     advantages = torch.where(mask, (deltas.to(wide) @ discount).to(deltas.dtype), 0.0)
     return advantages, advantages + values
@@ -231,8 +231,8 @@ class Experience:
 
     def rows(self, index: list[int], trim: bool) -> Experience:
         """Some rows, as wide as before or trimmed to the longest of them."""
-        less = self.tokens.size(1) - int(self.lens[index].max()) if trim else 0
-        rows = torch.tensor(index, device=self.tokens.device)
+        rows = torch.tensor(index, device=self.tokens.device)  # once: every copy to a GPU makes the CPU wait for it
+        less = self.tokens.size(1) - int(self.lens[rows].max()) if trim else 0
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {name: x if x is None else x[rows] for name, x in parts.items()}
         return Experience(**{k: x if x is None or x.dim() == 1 else x[:, : x.size(1) - less] for k, x in parts.items()})
@@ -252,20 +252,22 @@ def measure(
             model.eval()  # dropout off, or the ratio would not start at 1
     lens, trim = rollout.lens.tolist(), config.may_trim(rollout.tokens.device)
     measured: dict[str, Tensor] = {}
-    for rows in micro_batches(list(range(len(lens))), config.micro_batch, length=lambda i: lens[i]):
-        T = max(lens[i] for i in rows) if trim else rollout.tokens.size(1)
+    for part in micro_batches(list(range(len(lens))), config.micro_batch, length=lambda i: lens[i]):
+        rows = torch.tensor(part, device=rollout.tokens.device)  # (b,)
+        T = max(lens[i] for i in part) if trim else rollout.tokens.size(1)
         tokens, mask = rollout.tokens[rows, :T], rollout.action_mask[rows, : T - 1]  # (b, t), (b, t-1)
+        places = flat_index(mask, T)  # (n,) found once for all: the CPU waits for a GPU here
         with autocast(tokens.device, config.dtype):
             below = trunk(policy, tokens)  # (b, t, C) once for all who have it in common
-            logits = policy(tokens, mask, below=below) / config.temperature  # (n, V)
-            ref_logits = reference(tokens, mask, below=below) / config.temperature  # (n, V)
+            logits = policy(tokens, places, below=below) / config.temperature  # (n, V)
+            ref_logits = reference(tokens, places, below=below) / config.temperature  # (n, V)
             values = logits.new_zeros(len(logits))  # (n,)
             if value_model is not None:
-                values = value_model(tokens, mask, below=below)
+                values = value_model(tokens, places, below=below)
         logp = logits.log_softmax(-1)  # (n, V)
         found = {
-            "logprobs": action_logprobs(logits, tokens, mask),  # (b, t-1), like all that follows
-            "ref_logprobs": action_logprobs(ref_logits, tokens, mask),
+            "logprobs": action_logprobs(logits, tokens, mask, places=places),  # (b, t-1), like all that follows
+            "ref_logprobs": action_logprobs(ref_logits, tokens, mask, places=places),
             "entropy": put_back(-(logp.exp() * logp).sum(-1), mask),
             "values": put_back(values, mask),
         }
@@ -333,6 +335,7 @@ def update(
         model.eval()  # no dropout in the update either (Ziegler et al. trained without): the first ratio is exactly 1
     lens, device = experience.lens.tolist(), experience.tokens.device
     steps: list[Tensor] = []  # (6,) each, STATISTICS of a step
+    off: list[Tensor] = []  # (b, t-1) each, |ratio - 1| in the first step
     first_ratio, stopped = 1.0, False
     for rows in minibatches(len(lens), config.minibatch, config.ppo_epochs, generator):
         n_tokens = experience.action_mask[rows].sum()  # of the whole step
@@ -342,12 +345,13 @@ def update(
         for part in micro_batches(rows, config.micro_batch, length=lambda i: lens[i]):
             old = experience.rows(part, config.may_trim(device))
             mask = old.action_mask  # (b, t-1), like all of `old`
+            places = flat_index(mask, old.tokens.size(1))  # (n,)
             with autocast(device, config.dtype):
-                logits = policy(old.tokens, mask, below=old.below)  # (n, V)
-                logprobs = action_logprobs(logits, old.tokens, mask, config.temperature)  # (b, t-1)
+                logits = policy(old.tokens, places, below=old.below)  # (n, V)
+                logprobs = action_logprobs(logits, old.tokens, mask, config.temperature, places)  # (b, t-1)
                 values = old.values  # (b, t-1)
                 if value_model is not None:
-                    values = put_back(value_model(old.tokens, mask, below=old.below), mask)
+                    values = put_back(value_model(old.tokens, places, below=old.below), mask)
             p_loss, p_clipped = policy_loss(logprobs, old.logprobs, old.advantages, mask, config.clip, n_tokens)
             v_loss, v_clipped = value_loss(values, old.values, old.returns, mask, config.value_clip, n_tokens)
             (p_loss + v_loss).backward()
@@ -357,9 +361,9 @@ def update(
                 sums += torch.stack([p_loss, v_loss, p_clipped, v_clipped, moved])
                 if not steps:  # nothing has moved yet
                     ratio = torch.where(mask, logprobs - old.logprobs, 0.0).exp()
-                    first_ratio = max(first_ratio, 1 + (ratio - 1).abs().max().nan_to_num(nan=torch.inf).item())
-        if not steps and not first_ratio <= 1.001:
-            raise RuntimeError(f"the first probability ratio is {first_ratio:.4f}, not 1: rollout and update disagree")
+                    off.append((ratio - 1).abs())
+        if not steps:
+            first_ratio = check_first_ratio(off, n_tokens, config.exact_products(device))
         stopped = config.stop_kl > 0 and sums[-1].item() > config.stop_kl
         if stopped:  # before this step is taken
             break

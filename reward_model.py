@@ -167,7 +167,7 @@ def train(config: Config) -> dict:
                 part_loss.backward()
                 loss += part_loss.detach()
                 correct, gap = pair_accuracy(scores.detach(), batch.ranks)  # (N, P)
-                right += correct[gap > 0].sum()
+                right += torch.where(gap > 0, correct, 0.0).sum()
                 strict_pairs += (gap > 0).sum()
             norm = clip_gradients(model, config.grad_clip)
             optimizer.step()

@@ -83,7 +83,7 @@ def sft_loss(logits: Tensor, tokens: Tensor, completion_mask: Tensor, n_tokens: 
 
 def demonstration_loss(model: GPT, examples: list[Example], n_tokens: int, dtype: str = "float32") -> Tensor:
     """sft_loss of some demonstrations: logits at the N positions before a completion token alone, in one pass."""
-    tokens, prompt_lens, lens = make_batch(examples, model.device)  # (b, T), (b,), (b,)
+    tokens, prompt_lens, lens = make_batch(examples, model.device, model.config.block_size)  # (b, T), (b,), (b,)
     mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
     with autocast(model.device, dtype):
         logits = model(tokens, mask[:, 1:])  # (N, V)

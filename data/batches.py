@@ -77,22 +77,27 @@ def note_cut(what: str, cut: int, total: int, how: str, advice: str) -> None:
         print(f"{what}: {cut:,} of {total:,} {how}; {advice}")
 
 
-def pad(rows: list[list[int]], device: torch.device, filler: int = 0) -> tuple[Tensor, Tensor]:
-    """Right-pad to the longest row: tokens (B, T), lens (B,). What the filler is does not matter. On a GPU the width is
-    rounded up to a multiple of 32: fewer shapes to compile for, and aligned memory."""
-    longest = max(map(len, rows))
-    multiple = 32 if torch.device(device).type == "cuda" else 1
-    T = -(-longest // multiple) * multiple
+def pad(rows: list[list[int]], device: torch.device, filler: int = 0, block_size: int | None = None) -> Tensor:
+    """Right-pad to the longest row: (B, T), still on the CPU. What the filler is does not matter. For a GPU the width
+    is rounded up to a multiple of 32, within block_size: fewer shapes to compile for, and aligned memory."""
+    T = max(map(len, rows))
+    if torch.device(device).type == "cuda":
+        T = max(T, min(-(-T // 32) * 32, block_size or T + 31))
     tokens = torch.full((len(rows), T), filler, dtype=torch.long)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
+    return tokens
 
 
-def make_batch(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens (B, T), prompt_lens (B,), lens (B,): all that the masks are made of (model.completion_mask)."""
-    tokens, lens = pad([e.ids for e in examples], device)
-    return tokens, torch.tensor([len(e.prompt) for e in examples], device=device), lens
+def make_batch(
+    examples: list[Example], device: torch.device, block_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens (B, T), prompt_lens (B,), lens (B,): all that the masks are made of (frame.completion_mask). block_size:
+    the longest text that the network reads, if no filler may make a row longer. Every copy to a GPU makes the CPU wait
+    for it, so what can be goes together."""
+    lens = torch.tensor([[len(e.prompt) for e in examples], [len(e) for e in examples]])  # (2, B)
+    tokens = pad([e.ids for e in examples], device, block_size=block_size)  # (B, T)
+    return tokens.to(device), *lens.to(device)
 
 
 def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str = "") -> list[Example]:
@@ -257,12 +262,11 @@ def ranked_batch(items: list[RankedExamples], device: torch.device) -> RankedBat
             positions += range(P, P + L)
             lens[n, k], ends[n, k], ranks[n, k] = L, len(tokens) - 1, item.ranks[k]
         rows.append((tokens, owner, positions))
-    (tokens, _), (owner, _), (positions, _) = (
-        pad([row[i] for row in rows], device, filler) for i, filler in enumerate((0, K, 0))
-    )  # (N, T) each
+    padded = [pad([row[i] for row in rows], device, filler) for i, filler in enumerate((0, K, 0))]  # (N, T) each
     ranks = ranks.masked_fill(lens == 0, -1)
-    ends = torch.where(lens > 0, ends + tokens.size(1) * torch.arange(len(items))[:, None], 0)
-    return RankedBatch(tokens, positions, owner, *(x.to(device) for x in (ends, lens, ranks)))
+    ends = torch.where(lens > 0, ends + padded[0].size(1) * torch.arange(len(items))[:, None], 0)
+    tokens, owner, positions = torch.stack(padded).to(device)  # two copies to a GPU, not six: each makes the CPU wait
+    return RankedBatch(tokens, positions, owner, *torch.stack([ends, lens, ranks]).to(device))
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:

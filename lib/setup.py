@@ -163,6 +163,11 @@ class RewardConfig(TrainConfig):
         shapes; nor in bfloat16, where attention over another width rounds differently: up to 0.01 of a log-prob."""
         return device.type != "cuda" and self.dtype == "float32"
 
+    def exact_products(self, device: torch.device) -> bool:
+        """Are matrix products right to float32? A GPU takes TensorFloat-32, which keeps three digits (pick_device)."""
+        tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return self.dtype == "float32" and not tf32
+
 
 class Start(NamedTuple):
     policy: GPT  # to be trained

@@ -21,6 +21,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} can't be used here: {one_line(error)}") from None
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 where the GPU has it; no effect on a CPU
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the sums of products stay in float32
     return torch.device(name)
 
 

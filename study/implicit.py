@@ -57,7 +57,8 @@ def reward(prompts: list[str], completions: list[str], ended: list[bool]) -> lis
     examples = [encode_example(tokenizer, p, c, block_size, e, allow_empty=True) for p, c, e in texts]
     rewards = [0.0] * len(examples)
     for rows in by_length(examples, 64):
-        tokens, prompt_lens, lens = make_batch([examples[i] for i in rows], policy.device)  # (b, T), (b,), (b,)
+        batch = [examples[i] for i in rows]
+        tokens, prompt_lens, lens = make_batch(batch, policy.device, block_size)  # (b, T), (b,), (b,)
         mask = completion_mask(prompt_lens, lens, tokens.size(1))  # (b, T)
         ratio = sequence_logprobs(policy, tokens, mask) - sequence_logprobs(reference, tokens, mask)  # (b,)
         for i, r in zip(rows, ratio.tolist(), strict=True):

@@ -627,21 +627,22 @@ def test_cut_completions_of_a_file_carry_no_eos(tmp_path):
 
 def test_pad():
     """On the right, to the longest row; lens are the rows' own lengths, even where a row ends in the filler id."""
-    tokens, lens = pad([[1, 2, 3], [4], [5, 9]], torch.device("cpu"), filler=9)
-    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and lens.tolist() == [3, 1, 2]
-    assert tokens.dtype == lens.dtype == torch.long
+    tokens = pad([[1, 2, 3], [4], [5, 9]], torch.device("cpu"), filler=9)
+    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and tokens.dtype == torch.long
     examples = [Example([1, 2], [3]), Example([4], [5, 0, 0])]
     tokens, prompt_lens, lens = make_batch(examples, torch.device("cpu"))
-    assert tokens[0, :3].tolist() == [1, 2, 3] and tokens[1].tolist() == [4, 5, 0, 0]
-    assert prompt_lens.tolist() == [2, 1] and lens.tolist() == [3, 4]
+    assert tokens.tolist() == [[1, 2, 3, 0], [4, 5, 0, 0]]
+    assert prompt_lens.tolist() == [2, 1] and lens.tolist() == [3, 4] and lens.dtype == torch.long
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_width_is_a_multiple_of_32():
-    for longest, width in ((1, 32), (32, 32), (33, 64)):
-        tokens, lens = pad([[7] * longest, [4]], torch.device("cuda"), filler=9)
-        assert tokens.shape == (2, width) and lens.tolist() == [longest, 1]
-        assert tokens[0, :longest].eq(7).all() and tokens[0, longest:].eq(9).all() and tokens[1, 1:].eq(9).all()
+def test_for_a_gpu_the_width_is_a_multiple_of_32_within_the_block_size():
+    """A network that reads 40 tokens can't be given rows of 64."""
+    gpu = torch.device("cuda")
+    for longest, width, within_40 in ((1, 32, 32), (32, 32, 32), (33, 64, 40), (40, 64, 40)):
+        for block_size, wanted in ((None, width), (96, width), (40, within_40)):
+            tokens = pad([[7] * longest, [4]], gpu, 9, block_size)
+            assert tokens.shape == (2, wanted) and tokens.device.type == "cpu"
+            assert tokens[0, :longest].eq(7).all() and tokens[0, longest:].eq(9).all() and tokens[1, 1:].eq(9).all()
 
 
 @dataclass

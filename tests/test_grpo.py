@@ -23,7 +23,6 @@ from stages import asked, run, toy_policy, watching
 
 import grpo
 from grpo import Config, group_advantages, make_experience, token_weights
-from lib.cli import UserError
 from model import GPT, GPTConfig
 from sampling import generate
 
@@ -135,7 +134,7 @@ def test_a_ratio_that_starts_off_1_stops_the_run(float64):
     config = Config(group=4, minibatch=12, rollouts=12, max_new_tokens=6, temperature=0.7, device="cpu")
     experience = make_experience(policy, copy.deepcopy(policy), rollout, randn(12, seed=2), config)
     wrong = replace(experience, logprobs=experience.logprobs + 0.01)
-    with pytest.raises(UserError, match=r"the first log-ratio is 0\.0100, not 0"):
+    with pytest.raises(RuntimeError, match=r"the first probability ratio is 1\.0100, not 1"):
         grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.1), wrong, config, rng())
 
 

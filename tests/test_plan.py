@@ -72,11 +72,28 @@ def test_operations_are_those_that_bench_counts(c):
 
 
 def test_calls_are_counted_without_looks():
-    """A view starts nothing on a GPU."""
+    """A view starts nothing on a GPU, nor does memory that is taken, nor a question about types. What is computed in
+    place, or written into memory that is there, does."""
     with plan.Calls() as calls:
         x = torch.ones(3, 4)
         y = x.view(12).unsqueeze(0).detach() * 2
+        torch.ops.aten._unsafe_view(y, [3, 4]).t().expand(2, 4, 3)
+        torch.promote_types(y.dtype, torch.float32)
+        torch.empty(3), torch.empty_like(x), x.new_empty(2)
     assert calls.n == 2 and y.shape == (1, 12)
+    with plan.Calls() as calls:
+        x.add_(1)
+        x.view(12)[:3].zero_()
+        x[0].max(0)  # one operation, two results
+        torch.zeros(2)
+    assert calls.n == 4
+
+
+def test_a_product_of_a_batch_is_one_call():
+    """(B, T, C) times a matrix is a view, a product and an _unsafe_view: one thing that a GPU does."""
+    with torch._subclasses.FakeTensorMode(), plan.Calls() as calls:
+        F.linear(torch.ones(2, 3, 4), torch.ones(5, 4))
+    assert calls.n == 3  # two tensors of ones, and it
 
 
 @pytest.mark.slow

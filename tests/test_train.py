@@ -21,7 +21,9 @@ def test_pick_device():
     """auto takes what is there; what isn't there is a one-line message with the flag."""
     precision = torch.get_float32_matmul_precision()
     try:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
         assert lib.train.pick_device("cpu") == CPU
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False  # sums in float32
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         assert lib.train.pick_device("auto").type == best
         for name in ["quantum", "cpu:x", ""] + ([] if torch.cuda.is_available() else ["cuda"]):

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from frozen import choose_trainable
@@ -80,13 +81,18 @@ class Pass(NamedTuple):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operations that PyTorch starts: those that compute something, not views."""
+    """Counts the operations that PyTorch starts on a GPU. Not among them: what looks at its operand's memory in another
+    shape (views, _unsafe_view), what only takes memory (empty, new_empty), what returns no tensor (promote_types)."""
 
     n = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.n += function.namespace == "aten" and not function.is_view
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **(kwargs or {}))
+        memory = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        looks = not function._schema.is_mutable and all(x.untyped_storage()._cdata in memory for x in made)
+        self.n += function.namespace == "aten" and not looks and "empty" not in function.name()
+        return found
 
 
 def build(c: GPTConfig, scalar: bool, config: Config) -> GPT | ScalarModel:
