@@ -165,7 +165,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the mean squared error to the returns, pessimistically clipped:
 
-        L = 1/2 mean of  max((V - R)^2, (V_clipped - R)^2),     V_clipped = V_old + clip(V - V_old, -clip, clip)
+        L = 1/2 mean of  max((V - R)^2, (V_clipped - R)^2),     V_clipped = clip(V, V_old - clip, V_old + clip)
 
     so that one iteration can't move V far. max, not min: a value that has moved too far already may still come back.
     clip 0: none. All (B, T-1) -> loss, share of actions clipped."""
@@ -176,7 +176,8 @@ def value_loss(
     error = (values - returns) ** 2
     if not clip:
         return 0.5 * torch.where(mask, error, 0.0).sum() / n, torch.zeros((), device=values.device)
-    clipped_error = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
+    # not old + (values - old).clamp(-clip, clip): by its rounding values that are not clipped would count as clipped
+    clipped_error = (torch.clamp(values, old_values - clip, old_values + clip) - returns) ** 2
     loss = 0.5 * torch.where(mask, torch.maximum(error, clipped_error), 0.0).sum() / n
     return loss, ((clipped_error > error) & mask).sum() / n
 

@@ -251,6 +251,21 @@ def test_policy_loss_gradient_equals_finite_differences():
     torch.testing.assert_close(gradient_of(loss, new), finite_difference_gradient(loss, new), rtol=1e-6, atol=1e-8)
 
 
+def test_values_within_the_clip_are_not_counted():
+    """In float32 old + (new - old) is not new: 0.114 was logged where 0.101 was true. The true count is taken in
+    float64."""
+    generator = torch.Generator().manual_seed(1)
+    values, old, returns = (torch.randn(40, 50, generator=generator) for _ in range(3))
+    mask = torch.rand(40, 50, generator=generator) < 0.8
+    assert value_loss(values, old, returns, mask, 100.0)[1] == 0
+    wide, start, target = values.double(), old.double(), returns.double()
+    assert ((wide - start).abs() - 0.5).abs().min() > 1e-5, "none may stand at the edge of the clip"
+    held = start + (wide - start).clamp(-0.5, 0.5)
+    counted = ((wide - start).abs() > 0.5) & ((held - target) ** 2 > (wide - target) ** 2) & mask
+    share = value_loss(values, old, returns, mask, 0.5)[1].item()
+    assert share > 0.1 and share == pytest.approx((counted.sum() / mask.sum()).item(), abs=1e-6)
+
+
 def test_value_loss_by_hand(float64):
     """min in the place of max lets the critic run away; the factor one half; clip 0 means off, not a range of 0."""
     values, returns = torch.tensor([[2.0, 2.0, 0.1, -2.0]]), torch.tensor([[3.0, 1.0, 0.5, 1.0]])
