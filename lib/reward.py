@@ -138,6 +138,14 @@ def fails(function: Callable, samples: list[tuple[str, str, bool]]) -> bool:
     return False
 
 
+def check_size(rewards: list[float], weight: float, name: str) -> None:
+    """Refuse rewards that are inf in float32, or whose squares (losses, variances) would be."""
+    largest = max(rewards, key=abs)
+    fits = abs(largest) < 1e38 and abs(weight * largest) < 1e15
+    advice = "divide its rewards, or lower its --reward_weights, so that they are of the order of 1"
+    check(fits, f"{name} returned a reward of {largest:g}, too large to train on: {advice}")
+
+
 @torch.no_grad()
 def score_rollout(model: ScalarModel, rollout: Rollout, rows: int = 64) -> Tensor:
     """The reward model's score of each completion, (B,), `rows` of similar length at a time, cut to the longest."""
@@ -185,6 +193,7 @@ def load_reward(
                     rewards.append(weight * score_rollout(part, rollout))
             else:
                 found = call_reward(part, prompts, completions, rollout.ended.tolist(), spec)
+                check_size(found, weight, spec)
                 rewards.append(weight * torch.tensor(found, device=device))
         parts = torch.stack(rewards)  # (parts, B)
         if combine == "min":

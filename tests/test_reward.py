@@ -194,6 +194,30 @@ def test_rewards_are_combined_as_the_flags_say(tmp_path, float64, weights, combi
     assert len(models) == 1 and torch.equal(models[0].head.weight, model.head.weight)
 
 
+@pytest.mark.parametrize(
+    ("reward", "weight", "fits"),
+    [
+        (1e20, 1.0, False),
+        (-1e20, 1.0, False),
+        (1e20, 1e-20, True),
+        (1e39, 1e-39, False),
+        (1e12, 1e6, False),
+        (1e9, 1.0, True),
+    ],
+)
+def test_rewards_too_large_to_square_are_named(tmp_path, reward, weight, fits):
+    """ "value_loss is inf; lower --lr", said a run whose rewards were 1e20. It is their scale, and that is said; what
+    --reward_weights brings to the order of 1 may be as large as it likes."""
+    (tmp_path / "mine.py").write_text(f"def huge(prompts, completions):\n    return [0.0] * 4 + [{reward}]\n")
+    policy, spec = load_model(checkpoint(tmp_path / "policy", make_gpt()), CPU), f"{tmp_path / 'mine.py'}:huge"
+    score, _ = lib.reward.load_reward([spec], policy, "", CPU, [weight])
+    if fits:
+        assert score(a_rollout(3), ["p"] * 5, ["a"] * 5).isfinite().all()
+    else:
+        with pytest.raises(UserError, match=r"mine.py:huge returned a reward of -?1e\+\d\d.*--reward_weights"):
+            score(a_rollout(3), ["p"] * 5, ["a"] * 5)
+
+
 def test_rewards_that_do_not_fit_are_refused(tmp_path):
     """No reward; weights for another number of rewards; a mean that divides by nothing; the demo's reward model on
     prompts that are not of its task, which is plausible and wrong."""
