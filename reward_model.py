@@ -83,7 +83,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor | None = None, n_pairs: int | Ten
 
 @torch.no_grad()
 def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size: int = 64) -> dict[str, float]:
-    """Held-out loss; accuracy over the strict pairs, by rank gap too; and how far one gets by length alone."""
+    """Held-out loss, of raw scores (the objective; the normalisation would divide each gap by std); accuracy over the
+    strict pairs, by rank gap too; and how far one gets by length alone."""
     model.eval()
     loss, pairs, per_ranking = 0.0, [], []
     for part in micro_batches(items, batch_size):
@@ -92,7 +93,7 @@ def evaluate(model: ScalarModel, items: list[RankedExamples], device, batch_size
         correct, gap = pair_accuracy(scores, batch.ranks)  # (N, P)
         longer, _ = pair_accuracy(batch.lens.float(), batch.ranks)  # (N, P)
         strict = gap > 0
-        loss += ranking_loss(scores, batch.ranks, n_pairs=1).item()
+        loss += ranking_loss(scores * model.std, batch.ranks, n_pairs=1).item()
         pairs.append(torch.stack([correct[strict], longer[strict], gap[strict]]))  # (3, strict pairs)
         per_ranking.append((torch.where(strict, correct, 0.0).sum(1) / strict.sum(1).clamp(min=1))[strict.any(1)])
     right, longer, gaps = torch.cat(pairs, 1)

@@ -289,6 +289,15 @@ def test_evaluate_equals_a_loop_over_pairs(float64):
         assert {k: found[k] for k in accuracies} == pytest.approx(accuracies, abs=1e-10)
 
 
+def test_the_held_out_loss_is_the_objective_whatever_the_normalisation(float64):
+    """results.json had the loss of scores divided by std: not what was minimised, nor what the log calls loss."""
+    model = make_scalar(7)
+    before = evaluate(model, ITEMS, CPU)
+    model.mean.fill_(3.0)
+    model.std.fill_(0.2)
+    assert evaluate(model, ITEMS, CPU) == pytest.approx(before, abs=1e-10)
+
+
 def test_evaluate_switches_dropout_off(float64):
     """Evaluation in training mode: a stochastic reward and an accuracy that depends on chance."""
     noisy, clean = make_told(8, dropout=0.5), make_told(8)
