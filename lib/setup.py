@@ -124,13 +124,16 @@ def load_preferences(config, start: Checkpoint) -> Preferences:
 
 
 def sampling_prompts(config, start: Checkpoint, max_new_tokens: int) -> list[list[int]]:
-    """Prompts for samples that set a reward model's normalisation, config.normalise_samples at most. Of answers to
-    prompts that it has learned from it is too sure, so it gets others, where there are others."""
+    """Prompts for the config.normalise_samples samples that set a reward model's normalisation, some of them several
+    times where there are too few. Of answers to prompts that it has learned from it is too sure, so it gets others,
+    where there are others."""
     path, learned = prompts_beside(config.data, config.prompts), set(read_prompts(config.data))
     found = read_prompts(path)
     texts = [p for p in found if p not in learned] or found
     block_size = start.model.config.block_size
-    return encode_prompts(texts[-config.normalise_samples :], start.tokenizer, block_size, max_new_tokens, path)
+    n = config.normalise_samples
+    ids = encode_prompts(texts[-n:], start.tokenizer, block_size, max_new_tokens, path)
+    return (ids * n)[:n]
 
 
 # -------------------------------------------------------------------------------- rewards: ppo.py, grpo.py

@@ -476,7 +476,7 @@ def test_the_policy_s_samples_have_standard_scores(tmp_path, float64):
         policy.ln_f.bias *= 300
     results, model, _ = run("reward_model", tmp_path, policy)
     scores = []
-    for prompt in "acdefh":  # of a..h those that no ranking asks
+    for prompt in "acdefhac":  # of a..h those that no ranking asks, the first ones again for 8 samples
         ids = TOY.encode(prompt)
         while len(ids) < 1 + 6 and EOS not in ids[1:]:
             ids.append(int(policy(torch.tensor([ids]))[0, -1].argmax()))
@@ -490,6 +490,19 @@ def test_a_model_that_scores_all_samples_alike_is_refused(tmp_path):
     """Division by a standard deviation of 0: every later score would be nan."""
     with pytest.raises(UserError, match="same score"):
         run("reward_model", tmp_path, eos_lover(), prompts=write_lines(tmp_path / "one.jsonl", [{"prompt": "a"}] * 4))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_prompts_are_sampled_from_repeatedly(tmp_path, capsys, n):
+    """One ranking: the standard deviation of one sample is nan, and the model was said to have learned nothing."""
+    rows = [{"prompt": p, "chosen": "ab", "rejected": "cde"} for p in "kl"[:n]]
+    prompts = write_lines(tmp_path / "few.jsonl", [{"prompt": p} for p in "ab"[:n]])
+    with watching() as watch:
+        results, model, _ = run("reward_model", tmp_path, rows=rows, prompts=prompts, normalise_samples=9)
+    scored = [t[0] for p in watch.passes if not p.training and isinstance(p.network, ScalarModel) for t in p.texts()]
+    assert sorted(scored) == sorted(("ab"[:n] * 9)[:9])
+    assert results["std"] == model.std.item() > 0
+    assert f"few.jsonl: {n} prompts" in capsys.readouterr().out
 
 
 def test_it_is_normalised_on_prompts_that_it_has_not_learned_from(tmp_path):
