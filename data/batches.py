@@ -21,7 +21,8 @@ class Example:
 
     prompt: list[int]
     completion: list[int]  # EOS included, unless the completion was cut
-    shortened: bool = False  # did not fit block_size
+    prompt_cut: bool = False  # lost its beginning to block_size
+    completion_cut: bool = False  # lost its end to block_size
 
     @property
     def ids(self) -> list[int]:
@@ -46,14 +47,15 @@ def encode_example(
 def encode_group(
     tokenizer: Tokenizer, prompt: str, completions: list[str], ended: list[bool], block_size: int
 ) -> list[Example]:
-    """Completions of one prompt. They are kept before the prompt, which loses tokens from its left (its end, the
-    question, matters most), down to one, and the same ones for all. Only a completion that is too long even then is cut
-    on its right, and loses its EOS: the model must not learn to stop where a text did not end."""
+    """Completions of one prompt. Where the longest of them doesn't fit behind it, the prompt loses tokens from its left
+    (its end, the question, matters most), the same ones for all, but keeps half of block_size, or all of itself if it
+    is shorter. A completion that is too long even then is cut on its right, and loses its EOS: the model must not learn
+    to stop where a text did not end."""
     ids = [tokenizer.encode(c) + [tokenizer.eos_id] * e for c, e in zip(completions, ended, strict=True)]
-    room = max(1, block_size - max(map(len, ids)))
     prompt_ids = tokenizer.encode_prompt(prompt)
-    kept = prompt_ids[-room:]
-    return [Example(kept, c[: block_size - len(kept)], len(prompt_ids) + len(c) > block_size) for c in ids]
+    kept = prompt_ids[-max(block_size - max(map(len, ids)), (block_size + 1) // 2) :]
+    room = block_size - len(kept)
+    return [Example(kept, c[:room], len(kept) < len(prompt_ids), len(c) > room) for c in ids]
 
 
 def encode_prompts(
@@ -75,6 +77,15 @@ def encode_prompts(
 def note_cut(what: str, cut: int, total: int, how: str, advice: str) -> None:
     if cut:
         print(f"{what}: {cut:,} of {total:,} {how}; {advice}")
+
+
+def note_cuts(path: str, groups: list[list[Example]], block_size: int) -> None:
+    """Say how many prompts and how many answers of a file don't fit. groups: the examples of each prompt."""
+    answers, limit = [e for group in groups for e in group], f"of {block_size} tokens for both"
+    cut = [e for e in answers if e.completion_cut]
+    advice = "raise --block_size of sft.py"
+    note_cut(path, sum(g[0].prompt_cut for g in groups), len(groups), f"prompts lost their beginning, {limit}", advice)
+    note_cut(path, len(cut), len(answers), f"answers lost their end, {limit}", advice)
 
 
 def pad(rows: list[list[int]], device: torch.device, filler: int = 0, block_size: int | None = None) -> Tensor:
@@ -112,8 +123,7 @@ def load_examples(path: str, tokenizer: Tokenizer, block_size: int, made_by: str
     print(
         f"{path}: {len(kept):,} demonstrations" + (f", dropped {dropped} without completion tokens" if dropped else "")
     )
-    shortened = sum(e.shortened for e in kept)
-    note_cut(path, shortened, len(kept), f"demonstrations cut to {block_size} tokens", "raise --block_size of sft.py")
+    note_cuts(path, [[e] for e in kept], block_size)
     return kept
 
 
@@ -218,8 +228,9 @@ def encode_rankings(rankings: list[Ranking], tokenizer: Tokenizer, block_size: i
         order = sorted(set(means.values()))
         if len(order) > 1:
             best_first = sorted(means, key=means.get)
-            shortened = any(e.shortened for e in examples)
-            texts = [Example(examples[0].prompt, list(c), shortened) for c in best_first]
+            prompt, prompt_cut = examples[0].prompt, examples[0].prompt_cut
+            cut = {tuple(e.completion) for e in examples if e.completion_cut}
+            texts = [Example(prompt, list(c), prompt_cut, c in cut) for c in best_first]
             kept.append(RankedExamples(texts, [order.index(means[c]) for c in best_first]))
     return kept
 
@@ -241,8 +252,7 @@ def load_rankings(path: str, tokenizer: Tokenizer, block_size: int, made_by: str
     dropped = len(rankings) - len(items)
     note = f", dropped {dropped} that compare nothing (ties or equal texts only)" if dropped else ""
     print(f"{path}: {len(items):,} rankings{note}")
-    shortened = sum(any(e.shortened for e in item.examples) for item in items)
-    note_cut(path, shortened, len(items), f"rankings cut to {block_size} tokens a text", "raise --block_size of sft.py")
+    note_cuts(path, [item.examples for item in items], block_size)
     return items
 
 

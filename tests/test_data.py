@@ -503,23 +503,26 @@ class Letters:
         (99, "abcdef", "xyz\0"),
         (10, "abcdef", "xyz\0"),  # just fits
         (9, "bcdef", "xyz\0"),  # the prompt loses its left
-        (6, "ef", "xyz\0"),
-        (5, "f", "xyz\0"),  # down to one token
-        (4, "f", "xyz"),  # then the completion loses its right, the EOS first
-        (3, "f", "xy"),
+        (8, "cdef", "xyz\0"),  # down to half of the block
+        (7, "cdef", "xyz"),  # then the completion loses its right, the EOS first
+        (6, "def", "xyz"),
+        (5, "def", "xy"),
+        (4, "ef", "xy"),
+        (3, "ef", "x"),
         (2, "f", "x"),
         (1, None, None),  # no completion token left
     ],
 )
-def test_truncation_keeps_the_completion(block_size, prompt, completion):
-    """Prompt cut from the left, completion kept, EOS only where the completion wasn't cut (need R18; trap 13)."""
+def test_truncation_keeps_half_of_the_block_for_the_prompt(block_size, prompt, completion):
+    """Prompt cut from the left, down to half of the block; then the completion from the right, and EOS only where it
+    wasn't cut (need R18; trap 13)."""
     example = encode_example(Letters(), "abcdef", "xyz", block_size)
     if prompt is None:
         assert example is None
     else:
         assert ("".join(map(chr, example.prompt)), "".join(map(chr, example.completion))) == (prompt, completion)
         assert example.ids == example.prompt + example.completion and len(example) == len(example.ids) <= block_size
-        assert example.shortened == (block_size < 10)
+        assert (example.prompt_cut, example.completion_cut) == (block_size < 10, block_size < 8)
 
 
 def test_empty_completions():
@@ -554,7 +557,8 @@ def test_a_cut_text_gets_no_eos():
     texts = encode_group(Letters(), "ab", ["xyz", "xyz", ""], [True, False, True], 9)
     assert [text_of(e.completion) for e in texts] == ["xyz\0", "xyz", "\0"]
     texts = encode_group(Letters(), "ab", ["uvwxyz", "xyz", "xy"], [True, False, True], 4)
-    assert [text_of(e.completion) for e in texts] == ["uvw", "xyz", "xy\0"]
+    assert [text_of(e.completion) for e in texts] == ["uv", "xy", "xy"]
+    assert [e.completion_cut for e in texts] == [True, True, True]
 
 
 @pytest.mark.parametrize("block_size", [4, 6, 8, 11, 12, 30])
@@ -565,10 +569,40 @@ def test_completions_of_one_prompt_see_the_same_prompt(block_size):
     item = encode_rankings([ranking], Letters(), block_size)[0]
     assert len({tuple(e.prompt) for e in item.examples}) == 1
     prompt = text_of(item.examples[0].prompt)
-    assert prompt and "abcdefgh".endswith(prompt) and len(prompt) == max(1, min(8, block_size - 7))
+    assert prompt and "abcdefgh".endswith(prompt) and len(prompt) == min(8, max(-(-block_size // 2), block_size - 7))
     for example, text in zip(item.examples, ["xyz\0", "u", "vwvwvw\0"], strict=True):
         assert text_of(example.completion) == text[: block_size - len(prompt)]
-        assert example.shortened == (block_size < 15) and len(example) <= block_size
+        assert example.prompt_cut == (block_size < 15) and len(example) <= block_size
+        assert example.completion_cut == (text_of(example.completion) != text)
+
+
+def test_a_long_answer_does_not_cut_the_question_away():
+    """One rejected answer of 540 characters left one token of the question, to it and to the short chosen one: the
+    reward model never saw what was asked, and PPO was scored by it on whole questions."""
+    question, chosen, rejected = "Which colour is the sky?", "blue", "abcdefgh " * 60
+    item = encode_rankings([Ranking(question, [chosen, rejected], [0, 1], [True, True])], Letters(), 96)[0]
+    assert [text_of(e.prompt) for e in item.examples] == [question] * 2
+    assert [text_of(e.completion) for e in item.examples] == ["blue\0", rejected[: 96 - len(question)]]
+    example = encode_example(Letters(), "q" * 90 + question, rejected, 96)
+    assert text_of(example.prompt) == ("q" * 90 + question)[-48:] and text_of(example.completion) == rejected[:48]
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 8, 33])
+def test_whatever_their_lengths_prompt_and_answers_share_the_block_by_one_rule(block_size):
+    """The definition: everything where it fits. Else the prompt's end, as long as the longest answer allows but never
+    less than half of the block (or the whole prompt), and of each answer the beginning that fits."""
+    rng, prompt = random.Random(block_size), "".join(map(chr, range(200, 240)))
+    for _ in range(300):
+        asked = prompt[: rng.randint(1, 40)]
+        answers = ["z" * rng.randint(1, 50) for _ in range(rng.randint(1, 3))]
+        texts, longest = [a + "\0" for a in answers], max(map(len, answers)) + 1
+        for example, text in zip(
+            encode_group(Letters(), asked, answers, [True] * len(answers), block_size), texts, strict=True
+        ):
+            kept = text_of(example.prompt)
+            assert asked.endswith(kept) and len(kept) == min(len(asked), max(block_size - longest, -(-block_size // 2)))
+            assert text_of(example.completion) == text[: block_size - len(kept)]
+            assert (example.prompt_cut, example.completion_cut) == (kept != asked, text_of(example.completion) != text)
 
 
 def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
@@ -588,10 +622,15 @@ def test_what_does_not_fit_is_counted(tmp_path, capsys):
     """How many rows lost something to block_size, with the path and the flag; nothing where all fit."""
     rankings = [{"prompt": "abc", "chosen": "xyz", "rejected": "u"}, {"prompt": "a", "chosen": "x", "rejected": "u"}]
     path = write_lines(tmp_path / "r.jsonl", rankings)
-    assert [item.examples[0].shortened for item in load_rankings(path, Letters(), 6)] == [True, False]
+    found = [[(e.prompt_cut, e.completion_cut) for e in r.examples] for r in load_rankings(path, Letters(), 5)]
+    assert found == [[(False, True), (False, False)], [(False, False)] * 2]
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{path}: 2 rankings"
-    assert said[1].startswith(f"{path}: 1 of 2 rankings cut to 6 tokens a text") and "--block_size" in said[1]
+    assert said[0] == f"{path}: 2 rankings" and len(said) == 2
+    assert said[1].startswith(f"{path}: 1 of 4 answers lost their end, of 5 tokens") and "--block_size" in said[1]
+    load_rankings(path, Letters(), 4)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith(f"{path}: 1 of 2 prompts lost their beginning, of 4 tokens") and "--block_size" in said[1]
+    assert said[2].startswith(f"{path}: 1 of 4 answers lost their end, of 4 tokens")
     load_rankings(path, Letters(), 7)
     assert capsys.readouterr().out.splitlines() == [f"{path}: 2 rankings"]
 
@@ -601,10 +640,13 @@ def test_what_does_not_fit_is_counted(tmp_path, capsys):
         {"prompt": "a", "completion": "x"},
     ]
     path = write_lines(tmp_path / "d.jsonl", rows)
-    assert [text_of(e.ids) for e in load_examples(path, Letters(), 6)] == ["bcxyz\0", "ax\0"]
+    assert [text_of(e.ids) for e in load_examples(path, Letters(), 6)] == ["abcxyz", "ax\0"]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{path}: 2 demonstrations, dropped 1 without completion tokens"
-    assert said[1].startswith(f"{path}: 1 of 2 demonstrations cut to 6 tokens") and "--block_size" in said[1]
+    assert said[1].startswith(f"{path}: 1 of 2 answers lost their end, of 6 tokens") and "--block_size" in said[1]
+    assert [text_of(e.ids) for e in load_examples(path, Letters(), 4)] == ["bcxy", "ax\0"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith(f"{path}: 1 of 2 prompts lost their beginning") and "1 of 2 answers" in said[2]
     assert load_examples("", Letters(), 6) == load_rankings("", Letters(), 6) == []
     with pytest.raises(UserError, match="no row has completion tokens"):
         load_examples(write_lines(tmp_path / "e.jsonl", rows[1:2]), Letters(), 6)

@@ -876,3 +876,21 @@ def test_impossible_settings_are_refused(tmp_path, stage, changes):
     assert "\n" not in str(error.value)
     assert any(f"--{name}" in str(error.value) for name in changes)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_says_what_block_size_has_cut(tmp_path, capsys, stage):
+    """A long answer had taken the place of the question, and a stage said only that a text was cut."""
+    question, answer = "abc" * 7, "defg" * 8  # 21 and 32 tokens, in a block of 24
+    rows = {"sft": [{"prompt": question, "completion": answer}]}.get(stage)
+    rows = rows or [
+        {"prompt": question} if STAGES[stage].rollouts else {"prompt": question, "chosen": answer, "rejected": "d"}
+    ]
+    run(stage, tmp_path, rows=rows)
+    said = capsys.readouterr().out
+    if STAGES[stage].rollouts:
+        assert "1 of 1 prompts cut to their last 17 tokens" in said
+    else:
+        answers = 1 if stage == "sft" else 2
+        assert "1 of 1 prompts lost their beginning, of 24 tokens for both" in said
+        assert f"1 of {answers} answers lost their end, of 24 tokens for both" in said
