@@ -198,6 +198,18 @@ def test_a_stage_on_a_gpu_equals_the_stage_on_the_cpu(name, tmp_path, float64):
     assert_equal_figures(*same_figures([results, expected]))
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_resumed_run_on_a_gpu_equals_the_one_on_the_cpu(stage, tmp_path, float64):
+    """Adam's moments and the networks go from the state's file to the GPU."""
+    changes, longer = (SHORT, {"iterations": 2}) if stage == "ppo" else ({}, {"epochs": 2})
+    found = {}
+    for device in ("cuda", "cpu"):
+        run(stage, tmp_path / device, device, **changes)
+        found[device] = run(stage, tmp_path / device, device, **{**changes, **longer}, resume=True)[1]
+    for key, weight in found["cpu"].items():
+        torch.testing.assert_close(found["cuda"][key], weight, rtol=1e-6, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_in_bfloat16_a_stage_runs_on_a_gpu(stage, tmp_path):
     log = run(stage, tmp_path, "cuda", **SHORT, dtype="bfloat16")[2]
