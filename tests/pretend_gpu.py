@@ -79,7 +79,6 @@ class PretendGPU:
 
     def __enter__(self) -> PretendGPU:
         real_autocast, enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
-        self.generators = {}
 
         class Generator(torch.Generator):
             """On the device that it was asked for; the numbers are the CPU's."""

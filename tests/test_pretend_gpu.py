@@ -182,6 +182,10 @@ def assert_equal_figures(found, expected) -> None:
         assert found == expected
 
 
+def test_every_stage_runs_on_it():
+    assert {stage for stage, _ in RUNS.values()} == set(STAGES) == set(MICRO_BATCH_WAITS)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stage_on_a_gpu_equals_the_stage_on_the_cpu(name, tmp_path, float64):
     """A mask or a table made on the CPU, a generator of the other device, rows wider than the network reads. Some rows
