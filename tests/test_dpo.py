@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from helpers import (
     make_gpt,
     plain_sgd,
 )
-from stages import on_task, run
+from stages import on_task, run, steady_policy
 from torch import Tensor
 
 import dpo
@@ -436,6 +437,13 @@ def test_a_collapse_shows_without_held_out_data(tmp_path, capsys):
         assert f"EOS rate {results['eos_rate']:.2f}" in said
         assert f"KL to the reference {results['kl']:.1f} nats" in said
         assert ("WARNING: the policy has collapsed" in said) == collapsed
+
+
+def test_samples_are_as_long_as_asked(tmp_path, capsys):
+    """--max_new_tokens that is ignored: of a policy that never stops every sample is cut there."""
+    results = run("dpo", tmp_path, steady_policy([0.0] * 22 + [-30.0]), lr=0.0, max_new_tokens=9).results
+    samples = re.findall(r"^  '\w*' -> '(\w*)'$", capsys.readouterr().out, re.M)
+    assert [len(text) for text in samples] == [9, 9, 9] and results["eos_rate"] == 0
 
 
 def test_knowing_the_pairs_by_heart_is_said(capsys):
