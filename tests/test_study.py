@@ -283,6 +283,123 @@ def test_the_commands_in_docstrings_are_right():
             check_ranges(parse_config(module.Config, "", words[1:]))
 
 
+# What every result of the study is of, by its name: the script and those of its flags that are not its defaults. Of the
+# full study, in the folder of a seed S.
+JUDGED = "--policy sft --warmup 2 --held_out_data rankings_held_out.jsonl"
+RANK = "collect.py --prompts data/prompts.jsonl --policies"
+RM, DPO = f"reward_model.py {JUDGED} --prompts data/prompts.jsonl --data", f"dpo.py {JUDGED} --data"
+RUN = "--policy sft --prompts data/prompts.jsonl --rollouts 128 --minibatch 32 --lr 4e-4 --iterations 24 --reward"
+PPO, GRPO = f"ppo.py --value_lr 1e-3 {RUN}", f"grpo.py {RUN}"
+LONG, WEAK = "--iterations 40 --kl_coef 0", "weak_0 weak_1 weak_2 weak_3"
+TEST = "--prompts data/prompts_test.jsonl"
+AS_IT_IS = "sft.py --data data/demonstrations.jsonl --epochs 1"
+OF_EACH_SEED = {
+    "data": "data.tiny",
+    "sft": "sft.py --data data/demonstrations.jsonl",
+    "rankings_held_out": "collect.py --policies sft --prompts data/prompts_held_out.jsonl --n_prompts 400",
+    "rankings_weak": f"{RANK} sft --n_prompts 300",
+    "weak_0": f"{RM} rankings_weak.jsonl --expectation no --seed S0",
+    "over_weak_0": f"{PPO} weak_0 {LONG}",
+}
+OF_A_SEED = OF_EACH_SEED | {
+    "rankings": f"{RANK} sft --n_prompts 5000",
+    "reward_model": f"{RM} rankings.jsonl",
+    **{f"weak_{i}": f"{RM} rankings_weak.jsonl --expectation no --seed S{i}" for i in (1, 2, 3)},
+    "over_weak_0.1": f"{PPO} weak_0 {LONG} --kl_coef 0.1",
+    "over_strong_0": f"{PPO} reward_model {LONG}",
+    "over_strong_0.1": f"{PPO} reward_model {LONG} --kl_coef 0.1",
+    "over_min_0": f"{PPO} {WEAK} {LONG} --reward_combine min",
+    "over_mean-std_0": f"{PPO} {WEAK} {LONG} --reward_combine mean-std",
+    "best_of_n": f"study.best_of_n --policy sft {TEST} --n_prompts 64 --reward_models reward_model {WEAK}",
+    **{f"ppo_{c}": f"{PPO} reward_model --kl_coef {c}" for c in (0.8, 0.4, 0.2, 0.1, 0.05, 0.02)},
+    **{f"grpo_{c}": f"{GRPO} reward_model --kl_coef {c}" for c in (0.8, 0.4, 0.2, 0.1, 0.05, 0.02)},
+    **{f"rloo_{c}": f"{GRPO} reward_model --kl_coef {c} --kind rloo" for c in (0.8, 0.1)},
+    **{f"dpo_{b}": f"{DPO} rankings.jsonl --beta {b}" for b in (1.6, 0.8, 0.4, 0.2, 0.1, 0.05)},
+    **{f"ipo_{b}": f"{DPO} rankings.jsonl --beta {b} --kind ipo" for b in (0.4, 0.1, 0.025)},
+    "best_ranked": "study.rankings --rankings rankings.jsonl --best",
+    "sft_best": "sft.py --init sft --data best_ranked.jsonl --lr 5e-4 --warmup 2 --epochs 1",
+    "rankings_n300": f"{RANK} sft --n_prompts 300",
+    "rankings_n1200": f"{RANK} sft --n_prompts 1200",
+    **{f"rankings_noise{t}": f"{RANK} sft --n_prompts 5000 --annotator_temperature {t}" for t in (1.0, 2.0)},
+    **{f"rm_{x}": f"{RM} rankings_{x}.jsonl" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    **{f"ppo_{x}": f"{PPO} rm_{x}" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    **{f"dpo_{x}": f"{DPO} rankings_{x}.jsonl" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    "rankings_plain_once": f"{RANK} sft --n_prompts 5000",
+    "rankings_plain_1": f"{RANK} sft --n_prompts 2500",
+    "rankings_plain_new": f"{RANK} ppo_plain_1 --skip 2500 --n_prompts 2500",
+    "rankings_told_once": f"{RANK} sft --n_prompts 1200",
+    "rankings_told_1": f"{RANK} sft --n_prompts 600",
+    "rankings_told_new": f"{RANK} ppo_told_1 --skip 600 --n_prompts 600",
+    **{f"rm_plain_{x}": f"{RM} rankings_plain_{x}.jsonl --expectation no" for x in ("once", "1", "2")},
+    **{f"rm_told_{x}": f"{RM} rankings_told_{x}.jsonl --expectation yes" for x in ("once", "1", "2")},
+    **{f"ppo_{x}": f"{PPO} rm_{x}" for x in ("plain_once", "plain_1", "plain_2", "told_once", "told_1", "told_2")},
+    **{
+        f"rankings_{x}_2": f"study.rankings --rankings rankings_{x}_1.jsonl rankings_{x}_new.jsonl"
+        for x in ("plain", "told")
+    },
+    "implicit": "study.implicit --dpo dpo_0.2 --prompts data/prompts_held_out.jsonl",
+    "secret_plain": f"{PPO} rm_plain_once {LONG}",
+    "secret_gold": f"{PPO} data/tiny.py:gold_reward {LONG}",
+    "secret_implicit": f"IMPLICIT=dpo_0.2 {PPO} study/implicit.py:reward {LONG}",
+    "break_no_kl": f"{PPO} reward_model --kl_coef 0",
+    **{f"break_kl_{kind}": f"{PPO} reward_model --kl {kind}" for kind in ("k2", "k3", "exact")},
+    "break_no_value_clip": f"{PPO} reward_model --value_clip 0",
+    "break_no_whitening": f"{PPO} reward_model --no-whiten_advantages",
+    "break_no_eos_penalty": f"{PPO} reward_model --eos_penalty 0",
+    **{f"break_train_layers_{n}": f"{PPO} reward_model --train_layers {n}" for n in (1, 2)},
+    "break_ptx": f"{PPO} reward_model --ptx_coef 0.5",
+    **{
+        f"break_{mistake}": f"study.broken {mistake} {PPO} reward_model"
+        for mistake in ("score_late", "raw_reward", "other_temperature")
+    },
+    "break_dpo_mean": f"study.broken dpo_mean {DPO} rankings.jsonl",
+    "break_sft_as_it_is": AS_IT_IS,
+    **{f"break_{mistake}": f"study.broken {mistake} {AS_IT_IS}" for mistake in ("length_buckets", "prompt_loss")},
+}
+MEASURED = {  # the evaluations, of all runs whose names begin so, on all test prompts
+    "evaluate_frontier": r"(ppo|grpo|rloo|dpo|ipo)_[\d.]+|sft_best",
+    "evaluate_feedback": r"(ppo|dpo)_(n\d+|noise[\d.]+)",
+    "evaluate_iterated": r"ppo_(plain|told)_\w+",
+    "evaluate_breaks": r"break_\w+",
+}
+
+
+def told(words: list[str]) -> tuple[list[str], dict]:
+    """-> (what stands before the flags, all flags with their values but the output)."""
+    words = [word for word in words if word != "-m"]
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith(("data.", "study.")))
+    script += 2 if words[script] == "study.broken" else 0
+    module = importlib.import_module(words[script].removesuffix(".py"))
+    config = vars(parse_config(module.Config, "", words[script + 1 :]))
+    return words[: script + 1], {k: v for k, v in config.items() if k not in ("out", "out_dir")}
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_every_result_is_of_the_experiment_that_its_name_says(seed):
+    """Another reward, other data, another number of rankings, one seed for all members of an ensemble, or a seed that
+    two of them have in common: the study goes through, and a published figure is of another experiment."""
+    made = {}
+    for job in jobs.jobs(FULL, "o"):
+        if job.makes.startswith(f"o/{seed}/"):
+            made[Path(job.makes).name.removesuffix(".jsonl").removesuffix(".json")] = told(
+                [word.replace(f"o/{seed}/", "") for word in job.command]
+            )
+    expected = OF_A_SEED if seed in FULL.seeds else OF_EACH_SEED
+    measured = MEASURED if seed in FULL.seeds else {}
+    assert set(made) == {*expected, *measured}
+    for name, command in expected.items():
+        words = command.replace("--seed S", f"--seed {seed}").split()
+        seeded = "study.rankings" not in words and "study.implicit" not in words and "--seed" not in words
+        assert made[name] == told([*words, *(["--seed", str(seed)] if seeded else [])]), name
+    for name, pattern in measured.items():
+        policies = ["sft", *(run for run in made if re.fullmatch(pattern, run))]
+        loss = "--loss_data data/demonstrations_held_out.jsonl" if name == "evaluate_breaks" else ""
+        flags = f"--reward reward_model {TEST} --n_prompts 0 --rankings= --demonstrations= --best_of {loss}"
+        script, config = told(f"evaluate.py {flags} --seed {seed} --policies".split() + policies)
+        assert sorted(made[name][1].pop("policies")) == sorted(config.pop("policies")), name
+        assert made[name] == (script, config), name
+
+
 def skips(job: jobs.Job) -> range:
     """Which of the training prompts a job of collect.py asks."""
     told = vars(parse_config(importlib.import_module("collect").Config, "", job.command[1:]))
