@@ -4,6 +4,7 @@ a time. Its arithmetic is in test_study_math.py."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EOS, ITEMS, TOY, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
-from helpers import write_lines
+from helpers import task_rankings, write_lines
+from stages import asked, reward_file
 
 import lib.reward
 import dpo
@@ -28,11 +30,12 @@ import frame
 import ppo
 import sft
 from lib.cli import UserError, check_ranges, parse_config
-from lib.checkpoint import Checkpoint
+from lib.checkpoint import Checkpoint, save_model
 from lib.run import write_json
 from lib.train import generator_for
 from data import batches, tiny
 from data.batches import Example
+from data.tokenizer import load_tokenizer
 from evaluate import expected_best
 from sampling import generate
 from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
@@ -108,6 +111,51 @@ def test_samples_keep_their_own_figures():
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
 
 
+def test_best_of_n_measures_every_judge_by_its_own_scores(tmp_path, capsys):
+    """The whole script. Twice the largest n samples of each prompt; a judge under another's name; an ensemble with the
+    first reward model in it, which is not one of its members. For every judge the figures that a loop over the very
+    samples gives, which the true reward writes down."""
+    policy = make_gpt(4, block_size=24, vocab=23)
+    models = [make_scalar(seed, block_size=24) for seed in (5, 6, 7, 8)]
+    paths = [checkpoint(tmp_path / f"rm{i}", model) for i, model in enumerate(models)]
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in ("ab", "c", "de", "f")])
+    settings = {"policy": checkpoint(tmp_path / "policy", policy), "reward_models": paths, "prompts": prompts}
+    settings |= {"n_prompts": 3, "best_of": [4, 1], "max_new_tokens": 2, "device": "cpu", "seed": 3}
+    out = tmp_path / "best.json"
+    found = best_of_n.run(best_of_n.Config(**settings, gold=f"{reward_file(tmp_path)}:variety", out=str(out)))
+    said = capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8")) == found
+    assert list(found) == ["rm0", "rm1", "rm2", "rm3", "min", "mean-std"]
+    scores, golds = {name: [] for name in found}, []  # of each prompt, of its 8 samples
+    for number, prompt in enumerate(("ab", "c", "de")):
+        ids = TOY.encode(prompt)
+        rollout = generate(policy, [ids] * 8, 2, eos_id=EOS, generator=generator_for("cpu", 3, 7, number))
+        texts = [rollout.tokens[i, : int(rollout.lens[i])].tolist() for i in range(8)]
+        with torch.no_grad():
+            each = torch.tensor([[model(torch.tensor([text]))[0, -1].item() for text in texts] for model in models])
+        for i in range(4):
+            scores[f"rm{i}"].append(each[i].tolist())
+        scores["min"].append(each[1:].amin(0).tolist())
+        scores["mean-std"].append((each[1:].mean(0) - each[1:].std(0, correction=0)).tolist())
+        ended = rollout.ended.tolist()
+        golds.append([len(set(c)) + 0.5 * e for c, e in zip(rollout.completions(), ended, strict=True)])
+    assert {call.prompts[0] for call in asked(tmp_path, "variety")} == {"ab", "c", "de"}
+    for name, points in found.items():
+        assert [p["n"] for p in points] == [4, 1] and f"\n{name}\n" in f"\n{said}"
+        for p in points:
+            best = [
+                [max(choice, key=lambda i, row=row: row[i]) for choice in itertools.combinations(range(8), p["n"])]
+                for row in scores[name]
+            ]
+            gold, score = (
+                sum(sum(row[i] for i in chosen) / len(chosen) for row, chosen in zip(rows, best, strict=True)) / 3
+                for rows in (golds, scores[name])
+            )
+            assert (p["gold"], p["score"]) == pytest.approx((gold, score), abs=1e-4)
+            assert p["bound"] == pytest.approx(math.log(p["n"]) - (p["n"] - 1) / p["n"])
+            assert f"  n {p['n']:4}  score {p['score']:6.3f}  gold {p['gold']:6.3f}  KL {p['kl']:.3f} <= " in said
+
+
 # -------------------------------------------------------------------------------- intervals and fits
 
 
@@ -150,7 +198,7 @@ def test_a_curve_starts_where_sft_is():
 
 # -------------------------------------------------------------------------------- from what is made to what is read
 
-PARTS = ("right_vs_wrong", "polite_vs_plain")
+PARTS = tuple(tables.PARTS)
 
 
 def figure(name: str, key: str, seed: int) -> float:
@@ -547,6 +595,41 @@ def test_the_implicit_judge_counts_pairs(tmp_path):
     assert implicit.accuracy(policy, reference, ITEMS) == pytest.approx(right / pairs)
 
 
+def test_the_implicit_judge_is_asked_part_by_part(tmp_path, capsys):
+    """The whole script: of the first prompts of the file, pair by pair, the share of each part that the policy against
+    its reference has in the right order."""
+    tokenizer = load_tokenizer("tiny")
+    sizes = {"vocab": tokenizer.n_vocab, "block_size": 96, "n_embd": 16, "n_layer": 1}
+    reference, policy = make_gpt(0, **sizes), make_gpt(0, **sizes)
+    spread(policy, 3, scale=0.1)
+    for name, model in (("start", reference), ("dpo", policy)):
+        save_model(tmp_path / name, model, "tiny", "test", sft.Config())
+    write_json({"policy": str(tmp_path / "start"), "beta": 0.2}, tmp_path / "dpo" / "config.json")
+    implicit.load.cache_clear()
+    rows = task_rankings(12)
+    prompts, out = write_lines(tmp_path / "p.jsonl", [{"prompt": r["prompt"]} for r in rows]), tmp_path / "i.json"
+    config = implicit.Config(dpo=str(tmp_path / "dpo"), prompts=prompts, n_prompts=9, out=str(out))
+    found = implicit.run(config)["by_part"]
+    assert json.loads(out.read_text(encoding="utf-8")) == {"by_part": found}
+    contrasts = batches.contrast_rankings([r["prompt"] for r in rows[:9]], tokenizer, 96)
+    assert list(found) == list(contrasts) and len(set(found.values())) > 2
+    for name, items in contrasts.items():
+        right = []
+        for item in items:
+            with torch.no_grad():
+                better, worse = (
+                    (
+                        completion_logprobs(policy, e.prompt, e.completion)
+                        - completion_logprobs(reference, e.prompt, e.completion)
+                    ).sum()
+                    for e in item.examples
+                )
+            right.append(bool(better > worse))
+        assert found[name] == pytest.approx(sum(right) / len(right)), name
+    assert "accuracy by part: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()) in capsys.readouterr().out
+    implicit.load.cache_clear()
+
+
 def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path):
     """PPO's folder has a policy too: its KL coefficient is no beta. One line, no KeyError."""
     path = toy_dpo(tmp_path, kl_coef=0.1)
@@ -747,6 +830,36 @@ def test_a_job_sees_what_python_would_give_it(tmp_path):
             shown.append(process.stdout.read())
             process.communicate()
         assert shown[0] == shown[1] and "--x" in shown[0]
+
+
+def test_the_study_ends_with_its_results(tmp_path, monkeypatch, capsys):
+    """Whose jobs are done: the numbers, the tables and the figures of the very folder. A quick run leaves those of the
+    repository alone, and one of a single experiment, whose other results may be of another time, writes none."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(run, "run_jobs", lambda *arguments: ran.append(arguments))
+    for quick, only, folder in ((True, ["base"], None), (True, [], tmp_path / "q"), (False, [], tmp_path)):
+        size, out = (QUICK, "q") if quick else (FULL, "f")
+        if not only:
+            fabricate(size, out)
+            (tmp_path / "docs").mkdir(exist_ok=True)
+            page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+            (tmp_path / "docs" / "experiments.md").write_text(page, encoding="utf-8")
+        found = run.run(run.Config(quick=quick, only=only, out=out, jobs=3))
+        todo, everything, where, at_a_time = ran[-1]
+        assert everything == jobs.jobs(size, out) and (where, at_a_time) == (out, 3)
+        assert found == {"jobs": len(todo)} and (len(todo) < len(everything)) == bool(only)
+        if only:
+            assert not list(tmp_path.rglob("*.svg"))
+            continue
+        numbers = json.loads((folder / "study" / "results.json").read_text(encoding="utf-8"))
+        assert numbers == json.loads(json.dumps(results.gather(size, out)))
+        assert (folder / "docs" / "study.md").read_text(encoding="utf-8") == tables.document(numbers)
+        assert len(list((folder / "assets").glob("*.svg"))) == 9
+        assert f"{folder.relative_to(tmp_path) / 'study/results.json'}: the numbers" in capsys.readouterr().out
+        written = (tmp_path / "docs" / "experiments.md").read_text(encoding="utf-8")
+        assert (written == page) == quick
+        assert quick or tables.mistakes(numbers) in written
 
 
 def test_only_one_experiment_and_what_it_needs(capsys):
