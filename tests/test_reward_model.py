@@ -532,6 +532,16 @@ def test_the_normalisation_is_of_all_samples_at_the_temperature_of_ppo(tmp_path)
     assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
 
 
+def test_long_prompts_leave_room_for_the_samples(tmp_path):
+    """Cut for one token of an answer, the samples have no room: a traceback after the training."""
+    prompts = [TOY.decode([i] * 20 + [3, i]) for i in range(4)]
+    path = write_lines(tmp_path / "long.jsonl", [{"prompt": p} for p in prompts])
+    with watching() as watch:
+        run("reward_model", tmp_path, steady_policy([0.0] * 22 + [-30.0]), [RANKINGS[0]], prompts=path)
+    read = [p for p in watch.passes if not p.training and isinstance(p.network, ScalarModel)]
+    assert {text[:-6] for p in read for text in p.texts()} == {p[-18:] for p in prompts}
+
+
 def test_the_normalisation_is_that_of_the_raw_scores(float64):
     """A mean and a scale that it has already, or dropout, change it: normalised twice, a reward model would be another
     one."""
