@@ -268,6 +268,31 @@ def cells(table: str, label: str) -> dict[str, str]:
     return dict(zip(titles, row, strict=True))
 
 
+def test_tables_are_written_where_they_belong(tmp_path, capsys):
+    """The page keeps its text around the table; one without that table, or one that isn't there, is named before
+    anything is written."""
+    found = ROOT / "study" / "results.json"
+    page, document = tmp_path / "page.md", tmp_path / "new" / "study.md"
+    told = json.loads(found.read_text(encoding="utf-8"))
+    new = tables.mistakes(told)
+    head, line, *rows = new.splitlines()
+    page.write_text("\n".join(["before", "", head, line, rows[0], "", "behind", ""]), encoding="utf-8")
+    tables.run(tables.Config(results=str(found), document=str(document), page=str(page)))
+    assert page.read_text(encoding="utf-8") == f"before\n\n{new}\n\nbehind\n"
+    assert document.read_text(encoding="utf-8") == tables.document(told)
+    assert f"that of the mistakes in {page} is up to date" in capsys.readouterr().out
+    document.unlink()
+    tables.run(tables.Config(results=str(found), document=str(document), page=""))
+    assert document.exists() and "is up to date" not in capsys.readouterr().out
+    document.unlink()
+    with pytest.raises(UserError, match=f"--page {tmp_path / 'none.md'}: no such file"):
+        tables.run(tables.Config(results=str(found), document=str(document), page=str(tmp_path / "none.md")))
+    assert not document.exists()
+    page.write_text("no table\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--page has no table"):
+        tables.run(tables.Config(results=str(found), document=str(document), page=str(page)))
+
+
 def test_tables_say_what_the_results_say():
     """A cell under another title, or another run's, would be believed."""
     found = json.loads((ROOT / "study" / "results.json").read_text(encoding="utf-8"))
