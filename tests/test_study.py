@@ -233,8 +233,11 @@ def fabricate(size: jobs.Size, out: str) -> None:
             elif "ppo.py" in words or "grpo.py" in words:
                 made.mkdir(parents=True)
                 number = int(job.command[job.command.index("--iterations") + 1])
-                keys = {k: figure(name, k, seed) for k in ("score", "gold", "length")}
-                write_lines(made / "metrics.jsonl", [{"kl": float(i), **keys} for i in range(number)])
+                score, gold, length = (figure(name, k, seed) for k in ("score", "gold", "length"))
+                # it rises from the sixth iteration on, and the length is that of the last one
+                rows = [(float(i), max(0, i - 4), number - 1 - i) for i in range(number)]
+                rows = [{"kl": i, "score": score + up, "gold": gold + up, "length": length + n} for i, up, n in rows]
+                write_lines(made / "metrics.jsonl", rows)
             elif "reward_model.py" in words:
                 write_json({"accuracy": figure(name, "accuracy", seed), "by_part": by_part}, made / "results.json")
             elif "study.implicit" in words:
