@@ -71,6 +71,17 @@ def test_operations_are_those_that_bench_counts(c):
     assert found.calls < found.both_calls / 2
 
 
+@pytest.mark.parametrize("c", KINDS)
+def test_pairs_are_read_as_bench_counts_them(c):
+    """A row of a pair has both completions, and a reward model reads one score of each; a pass in the place of another
+    stage's gives a speed and a memory that look right."""
+    p, texts = plan.all_passes(c, SMALL), [(6, 5)] * 6  # three pairs
+    assert p.pairs.both_flops + p.pairs.flops == bench.needed_flops("dpo", texts, c)
+    assert p.scored_pairs.both_flops == bench.needed_flops("reward_model", texts, c)
+    assert p.policy == plan.one_pass(c, False, False, SMALL) and p.value == plan.one_pass(c, True, False, SMALL)
+    assert p.pairs.kept > 1.3 * p.policy.kept and p.value.flops < p.policy.flops
+
+
 def test_calls_are_counted_without_looks():
     """A view starts nothing on a GPU."""
     with plan.Calls() as calls:
