@@ -174,7 +174,8 @@ def test_results_are_those_of_the_samples(tmp_path, float64, temperature):
     ids = random_prompts([1 + (7 * i) % 11 for i in range(40)], 22, seed=4)
     prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
     results = run_evaluate(tmp_path, models, prompts=prompts, best_of=[], temperature=temperature, max_new_tokens=8)
-    _, *samples = asked(tmp_path, "variety")  # the first were the demonstrations
+    written, *samples = asked(tmp_path, "variety")
+    assert (written.prompts, written.completions) == (["a", "b"], ["bbc", "abcd"])  # the demonstrations
     assert list(results["policies"]) == list(models)
     scorer, first = scorer_of_texts(), None
     for (name, model), call in zip(models.items(), samples, strict=True):
