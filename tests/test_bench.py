@@ -125,15 +125,16 @@ def test_rates_and_shares(monkeypatch):
 
 
 def test_a_decode_step_is_what_the_prompts_leave(monkeypatch):
-    """The prompts' time in it, or one step too many: by a clock on which every pass of a network takes a second. Seven
-    new tokens are a pass over the prompts and six steps."""
+    """The prompts' time in it, or one step too many: by a clock on which every token that a network reads takes a
+    second. Seven new tokens of eight rows are a pass over the prompts, of six tokens each, and six steps."""
     config, ceilings = bench.Config(**SHORT, memory=False), {"matmul_gflops": 2.0, "copy_gb": 3.0}
     with watching() as watch:
-        monkeypatch.setattr(bench.time, "perf_counter", lambda: float(len(watch.passes)))
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: float(sum(p.tokens.numel() for p in watch.passes)))
         s = bench.measure(NET, config, "generate", ceilings)
-    assert (s["seconds"], s["tokens"], s["step_seconds"]) == (7.0, 8 * 7, 1.0) and s["tokens_per_s"] == 8.0
+    assert (s["seconds"], s["tokens"], s["step_seconds"]) == (8 * 6 + 6 * 8, 8 * 7, 8.0)
+    assert s["tokens_per_s"] == pytest.approx(56 / 96)
     needed = bench.decode_bytes(bench.make_start(NET, config, "generate").policy, config)
-    assert s["share_of_copy"] == pytest.approx(needed / 3e9)
+    assert s["share_of_copy"] == pytest.approx(needed / 8 / 3e9)
     assert "compile_seconds" not in s
 
 

@@ -202,6 +202,10 @@ def test_the_prompts_that_are_used(tmp_path, batch_size):
         out = tmp_path / f"{skip}.jsonl"
         written = collect.run(collect.Config(**settings | {"n_prompts": n}, skip=skip, out=str(out)))
         assert [r.prompt for r in read_rankings(out)] == used and written == {"written": len(used)}
+    rows = [{"prompt": p} for p in (prompts[0], prompts[1], prompts[0], prompts[2])]  # one of them twice
+    twice = {"prompts": write_lines(tmp_path / "twice.jsonl", rows), "out": str(tmp_path / "once.jsonl")}
+    assert collect.run(collect.Config(**settings | twice)) == {"written": 3}
+    assert [r.prompt for r in read_rankings(tmp_path / "once.jsonl")] == prompts[:3]
     for skip in (0, 4, 2):  # what stands there already is not asked again
         collect.run(collect.Config(**settings | {"n_prompts": 4}, skip=skip, out=str(tmp_path / "all.jsonl")))
     assert [r.prompt for r in read_rankings(tmp_path / "all.jsonl")] == prompts[:8]

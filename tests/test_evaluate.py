@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 import shutil
 from pathlib import Path
 

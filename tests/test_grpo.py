@@ -101,7 +101,16 @@ def test_two_updates_are_the_gradient_of_the_objective(tmp_path, monkeypatch, fl
     plain_sgd(monkeypatch)
     seed, lr = {"grpo": (4, 0.05), "dr_grpo": (1, 0.02), "rloo": (1, 0.007)}[kind]
     start = toy_policy(seed)
-    settings = {"kind": kind, "kl": kl, "iterations": 2, "minibatch": 12, "micro_batch": 5, "kl_coef": 0.3, "lr": lr, "clip": 0.15}
+    settings = {
+        "kind": kind,
+        "kl": kl,
+        "iterations": 2,
+        "minibatch": 12,
+        "micro_batch": 5,
+        "kl_coef": 0.3,
+        "lr": lr,
+        "clip": 0.15,
+    }
     with watching() as watch:
         results, policy, log = run("grpo", tmp_path, start, **settings)
     call = asked(tmp_path)[1]
@@ -155,7 +164,10 @@ def test_a_smaller_minibatch_counts_as_a_whole_one(float64, kind):
     drawn = list(minibatches(12, 5, 1, rng()))
     assert [len(rows) for rows in drawn] == [5, 5, 2] and len(watch.steps) == 3
     for step, rows in zip(watch.steps, drawn, strict=True):
-        alone, own = experience.rows(rows, False), replace(config, minibatch=len(rows), rollouts=len(rows), micro_batch=0)
+        alone, own = (
+            experience.rows(rows, False),
+            replace(config, minibatch=len(rows), rollouts=len(rows), micro_batch=0),
+        )
         norm = grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.0), alone, own, rng())["grad_norm"]
         assert step.norm == pytest.approx(norm, rel=1e-9) and norm > 1e-3
 

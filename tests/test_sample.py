@@ -37,7 +37,9 @@ def test_a_chat_has_new_luck_at_every_turn_and_repeats_with_its_seed(tmp_path, c
     assert said[0] == said[1] and len(set(said[0] + said[2])) == 12
 
 
-@pytest.mark.parametrize("option", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str
+)
 def test_options_hold_at_every_turn(tmp_path, capsys, person, option):
     """--temperature, --top_k or --top_p that are ignored: each of these settings leaves the likeliest token alone."""
     policy = make_gpt(10, block_size=24)

@@ -411,8 +411,8 @@ def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, fl
 
 
 def test_a_loss_that_rises_is_reported_as_it_ends(tmp_path):
-    """The best loss of the run in the place of the saved model's, or the highest in the place of the first: demonstrations
-    that say the contrary of what is held out."""
+    """The best loss of the run in the place of the saved model's, or the highest in the place of the first: texts that
+    say the contrary of what is held out."""
     rows, held_out = demonstrations([("ab", "ccc"), ("b", "cc")]), demonstrations([("ab", "ddd"), ("b", "dd")])
     results, _, log = run("sft", tmp_path, rows=rows, held_out=held_out, epochs=8, lr=0.01, eval_every=1)
     losses = [row["held_out_loss"] for row in log if "held_out_loss" in row]

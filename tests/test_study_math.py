@@ -82,8 +82,8 @@ def test_a_fit_finds_the_curve_that_it_is_given(form):
 
 
 def test_the_error_of_a_fit_is_the_root_of_the_mean_square():
-    """A mean absolute error, or the sum, under that name. What is left of the points is computed from the curve; a point
-    at distance 0 is the start itself and counts for nothing."""
+    """A mean absolute error, or the sum, under that name. What is left of the points is computed from the curve; a
+    point at distance 0 is the start itself and counts for nothing."""
     distances, values = [0.0, 1.0, 2.0, 3.0], [5.0, 1.0, 2.5, 0.5]
     found = results.fit(distances, values, 0.5, results.SHAPES["best_of_n"])
     left = [0.5 + d * (found["alpha"] - found["beta"] * d) - v for d, v in zip(distances[1:], values[1:], strict=True)]
