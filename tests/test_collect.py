@@ -235,12 +235,16 @@ def test_every_policy_and_temperature_has_its_turn(tmp_path):
     first, second = (steady_policy([float(i == n) for i in range(23)]) for n in (0, 1))
     policies = [checkpoint(tmp_path / name, model) for name, model in (("a", first), ("b", second))]
     settings = toy_policies(tmp_path, 6) | {"policies": policies, "temperatures": [calm, wild], "max_new_tokens": 8}
-    for K, of_first, of_second in ((3, 1, 1), (4, 1, 1), (5, 2, 1), (7, 2, 2)):
+    for K, of_first, of_second in ((4, 1, 1), (5, 2, 1), (7, 2, 2)):
         out = tmp_path / f"{K}.jsonl"
         collect.run(collect.Config(**settings | {"completions": K}, out=str(out)))
         for ranking in read_rankings(out):
             counts = [ranking.completions.count(letter * 8) for letter in "ab"]
             assert (len(ranking.completions), *counts) == (K, of_first, of_second)
+    few = settings | {"completions": 3, "out": str(tmp_path / "few.jsonl")}  # whose turn would never come
+    with pytest.raises(UserError, match="--completions 3 is less than the 4 pairs of --policies and --temperatures"):
+        collect.run(collect.Config(**few))
+    assert not (tmp_path / "few.jsonl").exists()
 
 
 def test_the_annotators_noise_is_new_for_every_chunk(tmp_path):
