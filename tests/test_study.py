@@ -156,6 +156,25 @@ def test_best_of_n_measures_every_judge_by_its_own_scores(tmp_path, capsys):
             assert f"  n {p['n']:4}  score {p['score']:6.3f}  gold {p['gold']:6.3f}  KL {p['kl']:.3f} <= " in said
 
 
+def test_judges_of_one_name_are_two(tmp_path):
+    """By the names of their folders alone two reward models of two runs were one row, the last one's, and one in a
+    folder named min was the ensemble's."""
+    paths = [
+        checkpoint(tmp_path / name, make_scalar(i, block_size=24))
+        for i, name in enumerate(("a/rm", "b/rm", "min", "x"))
+    ]
+    settings = {"policy": checkpoint(tmp_path / "policy", make_gpt(4, block_size=24)), "best_of": [1], "gold": ""}
+    settings |= {"prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": "ab"}]), "out": str(tmp_path / "out.json")}
+    settings |= {"max_new_tokens": 2, "device": "cpu"}
+    alone = {}
+    for path in paths[:2]:
+        (points,) = best_of_n.run(best_of_n.Config(**settings, reward_models=[path])).values()
+        alone[path] = points
+    assert best_of_n.run(best_of_n.Config(**settings, reward_models=paths[:2])) == {p: alone[p] for p in paths[:2]}
+    with pytest.raises(UserError, match="--reward_models: min is what the ensemble is called"):
+        best_of_n.run(best_of_n.Config(**settings, reward_models=paths[1:]))
+
+
 # -------------------------------------------------------------------------------- intervals and fits
 
 
