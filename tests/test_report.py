@@ -418,6 +418,19 @@ def test_tables_show_the_results(tmp_path):
     assert "ppo 81% (78% to 84%)" in said and "the true reward" in said and "ppo 1.6" in said
 
 
+def test_the_stages_stand_with_their_data_seed_and_steps(tmp_path):
+    """Lines of the log under the name of steps, another stage's seed or seconds, prompts that are called data."""
+    toy_run(tmp_path)
+    rows = [{"step": 20, "loss": 0.7}, {"step": 1250, "loss": 0.6}]
+    config = dpo.Config(policy=str(tmp_path / "sft"), data="mine.jsonl", seed=7)
+    write_stage(tmp_path / "dpo", config, rows, {"gates": [], "seconds": 62.4})
+    page, _, _ = make_report(tmp_path, rollouts=0)
+    head, *stages = rows_of(re.search(r"<table>.*?</table>", page, re.S)[0])
+    assert head == ["stage", "script", "learned from", "seed", "steps", "time"]
+    prompts = str(tmp_path / "data" / "prompts.jsonl")
+    assert stages == [["ppo", "ppo.py", prompts, "1", "3", "1 s"], ["dpo", "dpo.py", "mine.jsonl", "7", "1,250", "62 s"]]
+
+
 def test_the_reward_model_s_shares_stand_under_their_names():
     """The standard error as if it were a share, or the annotators' limit under the name of the accuracy."""
     found = {"accuracy": 0.76, "accuracy_se": 0.012, "accuracy_gap_1": 0.7, "bayes_accuracy": 0.81}
