@@ -135,6 +135,8 @@ def test_two_updates_are_the_gradient_of_the_objective(tmp_path, monkeypatch, fl
         now, ref = (completion_logprobs(model, ids[:P], ids[P:], 0.7) for model in (old, start))
         divergence += ESTIMATES[kl](now - ref).sum().item() / 12
     assert log[0]["kl"] == 0 and log[1]["kl"] == pytest.approx(divergence, abs=1e-6)
+    assert log[1]["kl_coef"] == 0.3
+    assert log[1]["objective"] == pytest.approx(scores.mean().item() - 0.3 * divergence, abs=1e-6)
 
 
 def test_a_ratio_that_starts_off_1_stops_the_run(float64):
