@@ -450,7 +450,8 @@ def test_knowing_the_pairs_by_heart_is_said(capsys):
     """Accuracy 1 on the training pairs and chance on others looks like a success in the progress bar."""
     results = {"accuracy": 0.6, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
     for train_accuracy, warned in ((1.0, True), (0.7, False)):
-        dpo.report(results, [{"loss": LN2, "accuracy": train_accuracy}], "")
+        logged = [{"loss": LN2, "accuracy": a} for a in (*[1.7 - train_accuracy] * 20, *[train_accuracy] * 10)]
+        dpo.report(results, logged, "")  # by the last ten steps, whatever the first ones were
         assert ("by heart" in capsys.readouterr().out) == warned
 
 
