@@ -441,9 +441,11 @@ def test_a_collapse_shows_without_held_out_data(tmp_path, capsys):
 
 def test_samples_are_as_long_as_asked(tmp_path, capsys):
     """--max_new_tokens that is ignored: of a policy that never stops every sample is cut there."""
-    results = run("dpo", tmp_path, steady_policy([0.0] * 22 + [-30.0]), lr=0.0, max_new_tokens=9).results
-    samples = re.findall(r"^  '\w*' -> '(\w*)'$", capsys.readouterr().out, re.M)
-    assert [len(text) for text in samples] == [9, 9, 9] and results["eos_rate"] == 0
+    for n in (9, 60):
+        policy = steady_policy([0.0] * 22 + [-30.0], block_size=96)
+        results = run("dpo", tmp_path, policy, lr=0.0, max_new_tokens=n).results
+        samples = re.findall(r"^  '\w*' -> '(\w*)'$", capsys.readouterr().out, re.M)
+        assert [len(text) for text in samples] == [n, n, n] and results["eos_rate"] == 0
 
 
 def test_knowing_the_pairs_by_heart_is_said(capsys):

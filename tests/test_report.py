@@ -428,7 +428,10 @@ def test_the_stages_stand_with_their_data_seed_and_steps(tmp_path):
     head, *stages = rows_of(re.search(r"<table>.*?</table>", page, re.S)[0])
     assert head == ["stage", "script", "learned from", "seed", "steps", "time"]
     prompts = str(tmp_path / "data" / "prompts.jsonl")
-    assert stages == [["ppo", "ppo.py", prompts, "1", "3", "1 s"], ["dpo", "dpo.py", "mine.jsonl", "7", "1,250", "62 s"]]
+    assert stages == [
+        ["ppo", "ppo.py", prompts, "1", "3", "1 s"],
+        ["dpo", "dpo.py", "mine.jsonl", "7", "1,250", "62 s"],
+    ]
 
 
 def test_the_reward_model_s_shares_stand_under_their_names():

@@ -420,6 +420,12 @@ def test_a_loss_that_rises_is_reported_as_it_ends(tmp_path):
     assert (results["first_loss"], results["held_out_loss"]) == (losses[0], losses[-1])
 
 
+def test_a_start_from_scratch_is_of_the_seed(tmp_path):
+    """The same weights whatever the seed is: runs that should be independent have a start in common."""
+    starts = [run("sft", tmp_path, lr=0.0, seed=seed, **SCRATCH).model.wte.weight for seed in (1, 1, 2)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
 def test_speed_counts_tokens(tmp_path, monkeypatch):
     """Demonstrations, or the tokens of the last step alone, under the name of tokens a second; by a clock that ticks
     once a look."""
