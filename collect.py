@@ -107,8 +107,6 @@ def sampled_chunks(
         samples: list[list[Sample]] = [[] for _ in chunk]
         for source, (model, temperature) in enumerate(sources):
             count = len(range(source, config.completions, len(sources)))
-            if not count:
-                continue
             repeated = [p for p in ids[first : first + len(chunk)] for _ in range(count)]
             options = {"eos_id": tokenizer.eos_id, "temperature": temperature}
             options["generator"] = generator_for(device, config.seed, first, source)
@@ -171,6 +169,8 @@ def run(config: Config) -> dict:
     block_size = min(c.model.config.block_size for c in loaded)
     ids = encode_prompts(prompts, tokenizer, block_size, config.max_new_tokens, config.prompts)
     sources = [(c.model, t) for c in loaded for t in config.temperatures]
+    few = f"--completions {config.completions} is less than the {len(sources)} pairs of --policies and --temperatures"
+    check(config.completions >= len(sources), f"{few}: some would never be sampled")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.batches import encode_prompts
 from data.files import read_prompts
 from data.tiny import task_of
-from evaluate import expected_best, mean
+from evaluate import expected_best, mean, unique_names
 from frame import token_logprobs
 from lib.checkpoint import load_model, load_scorer
 from lib.cli import Flags, check, flag, run_main
@@ -80,6 +80,9 @@ def unique_rows(rollout: Rollout) -> tuple[Rollout, Tensor]:
 
 def run(config: Config) -> dict:
     check(bool(config.reward_models) and bool(config.best_of), "--reward_models and --best_of need a value each")
+    names = unique_names(config.reward_models)
+    taken = [name for name in ("min", "mean-std") if name in names and len(names) > 2]
+    check(not taken, f"--reward_models: {' and '.join(taken)} is what the ensemble is called; rename the folder")
     device = pick_device(config.device)
     start = load_model(config.policy, device, made_by="python sft.py")
     policy, tokenizer, task = start.model, start.tokenizer, task_of(config.prompts)
@@ -94,7 +97,7 @@ def run(config: Config) -> dict:
     parts = (policy, scorers, gold, tokenizer, N, config)
     by_prompt = [sample(*parts, k, text, p) for k, (text, p) in enumerate(zip(prompts, ids, strict=True))]
     logprobs, golds, scores = (torch.stack(x) for x in zip(*by_prompt, strict=True))  # (P, N), (P, N), (P, models, N)
-    judges = {Path(path).name: scores[:, m] for m, path in enumerate(config.reward_models)}
+    judges = {name: scores[:, m] for m, name in enumerate(names)}
     if len(scorers) > 2:
         ensemble = scores[:, 1:]
         judges |= {"min": ensemble.amin(1), "mean-std": ensemble.mean(1) - ensemble.std(1, correction=0)}

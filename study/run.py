@@ -70,7 +70,8 @@ def start(job: Job, out: str) -> subprocess.Popen:
         environment[name] = value
     if Path(job.makes).suffix == ".jsonl":
         Path(job.makes).unlink(missing_ok=True)  # collect.py would append to what another command has left
-    (Path(job.makes) / "state.pt").unlink(missing_ok=True)  # a stage doesn't start over a job that was killed
+    if Path(job.makes).is_dir():
+        (Path(job.makes) / "state.pt").unlink(missing_ok=True)  # a stage doesn't start over a job that was killed
     log = log_file(out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:

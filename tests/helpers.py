@@ -231,10 +231,15 @@ NAMED.update(toy=lambda template: TOY, bytes=lambda template: ByteTokenizer())
 
 
 def plain_sgd(monkeypatch) -> None:
-    """Put plain SGD in the place of Adam: then the weights before minus after a step are the
-    gradient itself, times the learning rate."""
-    for name in ("AdamW", "Adam"):
-        monkeypatch.setattr(torch.optim, name, lambda params, lr=1.0, **_: torch.optim.SGD(params, lr=lr))
+    """Put plain SGD in the place of Adam: then the weights before minus after a step are the gradient itself, times the
+    learning rate. A weight decay acts as in the optimiser that it stands for, AdamW's own 0.01 too if none is given; an
+    argument that neither knows is an error. Betas and eps mean nothing to it: test_stages.py looks at those."""
+    for name, own_decay in (("AdamW", 0.01), ("Adam", 0.0)):
+
+        def stand_in(params, lr=1e-3, betas=None, eps=None, weight_decay=own_decay, fused=None):
+            return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
+
+        monkeypatch.setattr(torch.optim, name, stand_in)
 
 
 def write_lines(path: Path, rows: list[dict]) -> str:

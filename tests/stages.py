@@ -197,9 +197,9 @@ def toy_policy(seed: int = 1, **sizes) -> GPT:
     return policy
 
 
-def steady_policy(logits: list[float]) -> GPT:
+def steady_policy(logits: list[float], block_size: int = 24) -> GPT:
     """A policy whose next token has these logits, whatever was written before."""
-    policy = make_gpt(0, block_size=24)
+    policy = make_gpt(0, block_size=block_size)
     with torch.no_grad():
         policy.ln_f.weight.zero_()
         direction = policy.ln_f.bias / policy.ln_f.bias.norm() ** 2

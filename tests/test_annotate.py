@@ -517,6 +517,20 @@ def test_progress_is_right_with_skips_undo_and_restarts(tmp_path):
     assert {a.item.prompt for a in session.answers} == {f"p{i}" for i in range(25)} and skipped == 0
 
 
+def test_a_second_time_that_is_skipped_is_over(tmp_path):
+    """It was asked for ever: whoever can't say a second time what is better could say nothing more."""
+    session, again = session_of(tmp_path / "r.jsonl", 30, repeat=0.5), []
+    for _ in range(60):
+        item = session.current()
+        if item is None:
+            break
+        again += [item.prompt] * item.again
+        session.answer(None if item.again else [0, 1, 2])
+    assert session.current() is None and len(session.of_kind("ranking")) == 30
+    assert len(again) == len(set(again)) == len(session.of_kind("repeat_skip")) > 10
+    assert session_of(tmp_path / "r.jsonl", 30, repeat=0.5).current() is None  # nor after a restart
+
+
 # ------------------------------------------------------------------------------------------------ agreement
 
 A, B, C, D = (Sample(text, True) for text in "abcd")

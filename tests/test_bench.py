@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import ROOT, strict_json
+from stages import watching
 from lib.cli import UserError
 from model import LLAMA, GPTConfig
 from tools import bench
@@ -120,6 +122,35 @@ def test_rates_and_shares(monkeypatch):
     assert s["seconds"] == 1.0
     assert s["tokens"] == s["tokens_per_s"] == sum(p + c for t in texts for p, c in t) / 2
     assert s["share_of_matmul"] == pytest.approx(sum(bench.needed_flops("sft", t, NET) for t in texts) / 2 / 2e9)
+
+
+def test_a_decode_step_is_what_the_prompts_leave(monkeypatch):
+    """The prompts' time in it, or one step too many: by a clock on which every token that a network reads takes a
+    second. Seven new tokens of eight rows are a pass over the prompts, of six tokens each, and six steps."""
+    config, ceilings = bench.Config(**SHORT, memory=False), {"matmul_gflops": 2.0, "copy_gb": 3.0}
+    with watching() as watch:
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: float(sum(p.tokens.numel() for p in watch.passes)))
+        s = bench.measure(NET, config, "generate", ceilings)
+    assert (s["seconds"], s["tokens"], s["step_seconds"]) == (8 * 6 + 6 * 8, 8 * 7, 8.0)
+    assert s["tokens_per_s"] == pytest.approx(56 / 96)
+    needed = bench.decode_bytes(bench.make_start(NET, config, "generate").policy, config)
+    assert s["share_of_copy"] == pytest.approx(needed / 8 / 3e9)
+    assert "compile_seconds" not in s
+
+
+def test_the_table_has_each_figure_under_its_title(capsys):
+    """Milliseconds for seconds, one share under the other's title, or a figure that was not measured as 0."""
+    config = bench.Config(**SHORT, compile=True)
+    whole = {"tokens": 56.4, "seconds": 0.0123, "tokens_per_s": 4567.8, "share_of_matmul": 0.314, "peak_mb": 12.6}
+    told = {**whole, "share_of_copy": 0.27, "compile_seconds": 8.25, "step_seconds": 0.00204}
+    bench.print_table({"sft": {**whole, "peak_mb": None, "compile_seconds": 3.0}, "generate": told}, config)
+    head, sft, generate, _, last = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", head) == [
+        *("stage", "tokens", "ms", "tokens/s", "of matmul", "of copy", "peak MB", "compile s")
+    ]
+    assert sft.split() == ["sft", "56", "12.3", "4,568", "31%", "-", "-", "3.0"]
+    assert generate.split() == ["generate", "56", "12.3", "4,568", "31%", "27%", "13", "8.2"]
+    assert last == "generate: 2.04 ms a step of 8 rows"
 
 
 @pytest.mark.slow

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    TOY,
     make_gpt,
     make_scalar,
     make_told,
 )
 
 import lib.checkpoint
+from data.tokenizer import NAMED
 from lib.cli import UserError
 from model import GPTConfig
 from lib.checkpoint import load_model, load_scorer, save_model
+from lib.weights import save_pretrained
 
 CPU = torch.device("cpu")
 
@@ -65,6 +68,20 @@ def test_a_saved_reward_model_is_the_loaded_one(tmp_path, make):
     tokens = torch.randint(0, 23, (2, 9))
     assert task == "" and torch.equal(loaded(tokens), model(tokens)) and float(loaded.mean) == 1.25
     assert type(loaded) is type(model) and loaded.config == model.config
+
+
+def test_published_weights_are_a_policy_too(tmp_path, monkeypatch):
+    """A policy, for evaluate.py or sample.py, that no stage has made: in the vocabulary of its folder, whose table may
+    have more rows than tokens, without dropout, and of no task."""
+    folder, model = tmp_path / "published", make_gpt(9, vocab=30)
+    save_pretrained(model, folder)
+    monkeypatch.setitem(NAMED, str(folder), lambda template: TOY)
+    found = load_model(folder, CPU)
+    assert (found.vocabulary, found.tokenizer, found.task) == ("toy", TOY, "") and not found.model.training
+    tokens = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(found.model(tokens), model(tokens)[..., :23])
+    with pytest.raises(UserError):
+        load_model(folder, CPU, "scalar")
 
 
 @pytest.mark.parametrize("kind", ["gpt", "scalar"])

@@ -16,6 +16,8 @@ from helpers import (
     beside_a_demo,
     checkpoint,
     make_gpt,
+    random_prompts,
+    slow_generate,
     spread,
     write_lines,
 )
@@ -188,6 +190,61 @@ def first_policy_of(settings: dict, folder) -> dict[str, tuple[str, str]]:
         collect.run(collect.Config(**{**settings, "policies": [path], "out": str(out)}))
         alone.append({r.prompt: r.completions[0] for r in read_rankings(out)})
     return {p: (alone[0][p], alone[1][p]) for p in alone[0] if alone[0][p] != alone[1][p]}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_prompts_that_are_used(tmp_path, batch_size):
+    """--n_prompts counts from the first prompt that --skip leaves: a slice that ends at the N-th of the file has fewer,
+    or none. A second collection behind the first asks what the first has left."""
+    settings = toy_policies(tmp_path, 11) | {"batch_size": batch_size}
+    prompts = read_prompts(settings["prompts"])
+    for skip, n, used in ((0, 4, prompts[:4]), (3, 4, prompts[3:7]), (6, 0, prompts[6:]), (9, 5, prompts[9:])):
+        out = tmp_path / f"{skip}.jsonl"
+        written = collect.run(collect.Config(**settings | {"n_prompts": n}, skip=skip, out=str(out)))
+        assert [r.prompt for r in read_rankings(out)] == used and written == {"written": len(used)}
+    rows = [{"prompt": p} for p in (prompts[0], prompts[1], prompts[0], prompts[2])]  # one of them twice
+    twice = {"prompts": write_lines(tmp_path / "twice.jsonl", rows), "out": str(tmp_path / "once.jsonl")}
+    assert collect.run(collect.Config(**settings | twice)) == {"written": 3}
+    assert [r.prompt for r in read_rankings(tmp_path / "once.jsonl")] == prompts[:3]
+    for skip in (0, 4, 2):  # what stands there already is not asked again
+        collect.run(collect.Config(**settings | {"n_prompts": 4}, skip=skip, out=str(tmp_path / "all.jsonl")))
+    assert [r.prompt for r in read_rankings(tmp_path / "all.jsonl")] == prompts[:8]
+
+
+def test_prompts_fit_the_policy_with_the_shortest_context(tmp_path):
+    """Cut to another policy's block size they don't fit, or one policy is asked more than the other. Whichever is named
+    first."""
+    models = [make_gpt(3, block_size=24), make_gpt(4, block_size=12)]
+    policies = [checkpoint(tmp_path / f"block{m.config.block_size}", m) for m in models]
+    ids = random_prompts([3, 11, 17, 8, 7, 5], EOS, seed=2)
+    settings = toy_policies(tmp_path, 1) | {"max_new_tokens": 5, "policies": policies}
+    settings["prompts"] = write_lines(tmp_path / "long.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
+    for order in (1, -1):
+        out = tmp_path / f"{order}.jsonl"
+        collect.run(collect.Config(**settings | {"policies": policies[::order]}, out=str(out)))
+        for prompt, ranking in zip(ids, read_rankings(out), strict=True):
+            rollouts = [slow_generate(model, [prompt[-7:]], 5, eos_id=EOS, temperature=0) for model in models]
+            said = [(TOY.decode(r.completions()[0]), bool(r.ended[0])) for r in rollouts]
+            assert sorted(zip(ranking.completions, ranking.ended, strict=True)) == sorted(said)
+
+
+def test_every_policy_and_temperature_has_its_turn(tmp_path):
+    """Completion k comes from source k mod their number, of which each policy has one for every temperature. A source
+    that is left out, or one that has all the places."""
+    calm, wild = 1e-5, 1e5
+    first, second = (steady_policy([float(i == n) for i in range(23)]) for n in (0, 1))
+    policies = [checkpoint(tmp_path / name, model) for name, model in (("a", first), ("b", second))]
+    settings = toy_policies(tmp_path, 6) | {"policies": policies, "temperatures": [calm, wild], "max_new_tokens": 8}
+    for K, of_first, of_second in ((4, 1, 1), (5, 2, 1), (7, 2, 2)):
+        out = tmp_path / f"{K}.jsonl"
+        collect.run(collect.Config(**settings | {"completions": K}, out=str(out)))
+        for ranking in read_rankings(out):
+            counts = [ranking.completions.count(letter * 8) for letter in "ab"]
+            assert (len(ranking.completions), *counts) == (K, of_first, of_second)
+    few = settings | {"completions": 3, "out": str(tmp_path / "few.jsonl")}  # whose turn would never come
+    with pytest.raises(UserError, match="--completions 3 is less than the 4 pairs of --policies and --temperatures"):
+        collect.run(collect.Config(**few))
+    assert not (tmp_path / "few.jsonl").exists()
 
 
 def test_the_annotators_noise_is_new_for_every_chunk(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from helpers import (
     make_gpt,
     plain_sgd,
 )
-from stages import on_task, run
+from stages import on_task, run, steady_policy
 from torch import Tensor
 
 import dpo
@@ -438,11 +439,21 @@ def test_a_collapse_shows_without_held_out_data(tmp_path, capsys):
         assert ("WARNING: the policy has collapsed" in said) == collapsed
 
 
+def test_samples_are_as_long_as_asked(tmp_path, capsys):
+    """--max_new_tokens that is ignored: of a policy that never stops every sample is cut there."""
+    for n in (9, 60):
+        policy = steady_policy([0.0] * 22 + [-30.0], block_size=96)
+        results = run("dpo", tmp_path, policy, lr=0.0, max_new_tokens=n).results
+        samples = re.findall(r"^  '\w*' -> '(\w*)'$", capsys.readouterr().out, re.M)
+        assert [len(text) for text in samples] == [n, n, n] and results["eos_rate"] == 0
+
+
 def test_knowing_the_pairs_by_heart_is_said(capsys):
     """Accuracy 1 on the training pairs and chance on others looks like a success in the progress bar."""
     results = {"accuracy": 0.6, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
     for train_accuracy, warned in ((1.0, True), (0.7, False)):
-        dpo.report(results, [{"loss": LN2, "accuracy": train_accuracy}], "")
+        logged = [{"loss": LN2, "accuracy": a} for a in (*[1.7 - train_accuracy] * 20, *[train_accuracy] * 10)]
+        dpo.report(results, logged, "")  # by the last ten steps, whatever the first ones were
         assert ("by heart" in capsys.readouterr().out) == warned
 
 

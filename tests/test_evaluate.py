@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -30,10 +29,9 @@ from helpers import (
     write_lines,
 )
 
-from stages import asked, demonstrations, reward_file, run, watching
+from stages import asked, demonstrations, reward_file, run, steady_policy, watching
 
 import evaluate
-import sample
 import sft
 from data.batches import contrast_rankings
 from data.tiny import gold_parts
@@ -175,7 +173,8 @@ def test_results_are_those_of_the_samples(tmp_path, float64, temperature):
     ids = random_prompts([1 + (7 * i) % 11 for i in range(40)], 22, seed=4)
     prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": TOY.decode(p)} for p in ids])
     results = run_evaluate(tmp_path, models, prompts=prompts, best_of=[], temperature=temperature, max_new_tokens=8)
-    _, *samples = asked(tmp_path, "variety")  # the first were the demonstrations
+    written, *samples = asked(tmp_path, "variety")
+    assert (written.prompts, written.completions) == (["a", "b"], ["bbc", "abcd"])  # the demonstrations
     assert list(results["policies"]) == list(models)
     scorer, first = scorer_of_texts(), None
     for (name, model), call in zip(models.items(), samples, strict=True):
@@ -209,13 +208,37 @@ def test_results_are_those_of_the_samples(tmp_path, float64, temperature):
 def test_samples_are_drawn_at_the_temperature_without_truncation(tmp_path, float64):
     """A temperature that is not passed on: at 0.01 the samples must be the greedy ones."""
     policy, _ = relatives(8)
-    run_evaluate(tmp_path, {"a": policy}, temperature=0.01, best_of=[], demonstrations="")
-    (call,) = asked(tmp_path, "variety")
-    for prompt, text, ended in zip(call.prompts, call.completions, call.ended, strict=True):
-        row = TOY.encode(prompt)
-        for token in actions(text, ended):
-            assert policy(torch.tensor([row]))[0, -1].argmax().item() == token
-            row.append(token)
+    run_evaluate(tmp_path, {"a": policy}, temperature=0.01, best_of=[2, 1], demonstrations="")
+    calls = asked(tmp_path, "variety")
+    assert [sorted(call.prompts) for call in calls] == [sorted(PROMPTS), sorted(2 * PROMPTS)]
+    for call in calls:  # the policy's own samples, and those of best of n
+        for prompt, text, ended in zip(call.prompts, call.completions, call.ended, strict=True):
+            row = TOY.encode(prompt)
+            for token in actions(text, ended):
+                assert policy(torch.tensor([row]))[0, -1].argmax().item() == token
+                row.append(token)
+            assert ended or len(row) == len(prompt) + 6
+
+
+def test_every_sample_has_its_own_luck(tmp_path):
+    """Every 128 prompts with the same random numbers, in the samples or in best of n: standard errors are too small.
+    Or the second policy of a seed with those of the next seed's first: what looks like two runs is one. The same prompt
+    260 times, two policies that are one, two seeds."""
+    steady, written = steady_policy([0.0] * 22 + [-30.0]), []
+    prompts = write_lines(tmp_path / "same.jsonl", [{"prompt": "abc"}] * 260)
+    changes = {"prompts": prompts, "best_of": [1, 2], "max_new_tokens": 10, "demonstrations": "", "n_prompts": 0}
+    for seed in (1, 2):
+        run_evaluate(tmp_path, {"one": steady, "two": steady}, seed=seed, **changes)
+        written = [text for call in asked(tmp_path, "variety") for text in call.completions]
+        assert len(written) == seed * (2 * 260 + 2 * 260)
+    assert len(set(written)) == len(written)  # of 22^10
+
+
+def test_the_first_prompts_are_used(tmp_path):
+    """--n_prompts that is ignored, or means other prompts than the ceiling's and the table's."""
+    for n, used in ((4, PROMPTS[:4]), (0, PROMPTS), (99, PROMPTS)):
+        run_evaluate(tmp_path, {"a": make_gpt(22, block_size=24)}, n_prompts=n, best_of=[], demonstrations="")
+        assert asked(tmp_path, "variety")[-1].prompts == used
 
 
 def test_the_kl_goes_through_the_models_a_few_rows_at_a_time(float64):
@@ -445,35 +468,6 @@ def test_policies_that_can_not_be_compared_are_refused(tmp_path):
     for other, says in ((str(tmp_path / "b"), "b has the gpt2 vocabulary"), (small, "c: its block_size is smaller")):
         with pytest.raises(UserError, match=says):
             run_evaluate(tmp_path, {}, policies=[baseline, other])
-
-
-def test_a_reward_model_must_read_what_every_policy_writes(tmp_path):
-    """Of several that are put side by side, checked for the first one alone."""
-    policies = [checkpoint(tmp_path / name, make_gpt(22, block_size=n)) for name, n in (("a", 24), ("b", 30))]
-    settings = {"reward": checkpoint(tmp_path / "rm", make_scalar(16, block_size=24)), "prompt": "abc"}
-    settings |= {"max_new_tokens": 4, "device": "cpu"}
-    sample.run(sample.Config(**settings, compare=policies[:1]))
-    with pytest.raises(UserError, match="reads texts of 24 tokens"):
-        sample.run(sample.Config(**settings, compare=policies))
-
-
-def test_sample_shows_the_reward_model_s_score(tmp_path, capsys, float64):
-    """The score beside a text is that of this text alone, EOS included where it ended, and a cut one is marked."""
-    scorer = make_scalar(16, block_size=24)
-    policy = make_gpt(10, block_size=24)
-    policy.ln_f.bias.data += 0.5 * policy.wte.weight.data[EOS]  # towards EOS
-    settings = {"policy": checkpoint(tmp_path / "policy", policy), "prompt": "abc", "samples": 12}
-    settings |= {"reward": checkpoint(tmp_path / "good", scorer), "max_new_tokens": 5, "device": "cpu"}
-    sample.run(sample.Config(**settings))
-    found = re.findall(r"^policy > (\w*)   \[reward ([+-][\d.]+)(, cut)?\]$", capsys.readouterr().out, re.M)
-    assert len(found) == 12 and 0 < sum(cut == "" for _, _, cut in found) < 12
-    for text, score, cut in found:
-        ids = torch.tensor([TOY.encode("abc" + text) + ([] if cut else [EOS])])
-        with torch.no_grad():
-            assert float(score) == pytest.approx(scorer(ids)[0, -1].item(), abs=0.00501)
-
-
-# ------------------------------------------------------------------------------------------------ the embedded task
 
 
 # ------------------------------------------------------------------------------------------------ the embedded task

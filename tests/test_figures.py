@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
+from helpers import ROOT
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -18,10 +21,9 @@ from lib.cli import UserError
 from study import figures
 from study.figures import FIGURES, ppo_curves
 from study.metrics import METRICS
-from study.results import read
 from study.style import COLOURS, HEALTHY, HEALTHY_ALPHA, TEXT, line, save, style
 
-ROOT = Path(__file__).resolve().parent.parent
+FOUND = json.loads((ROOT / "study" / "results.json").read_text(encoding="utf-8"))
 CURVES = ("score", "gold", "kl", "entropy", "explained_variance", "clip_fraction")
 ROWS = [{"step": 3 * i + 1, **{name: n + 0.01 * i * i for n, name in enumerate(CURVES)}} for i in range(5)]
 
@@ -29,9 +31,8 @@ ROWS = [{"step": 3 * i + 1, **{name: n + 0.01 * i * i for n, name in enumerate(C
 @functools.cache
 def drawings() -> dict[str, Figure]:
     """Every figure of the project, drawn."""
-    results = read(str(ROOT / "study" / "results.json"))
     with style():
-        made = {name: make(results) for name, make in FIGURES.items()} | {"ppo_curves": ppo_curves(ROWS)}
+        made = {name: make(FOUND) for name, make in FIGURES.items()} | {"ppo_curves": ppo_curves(ROWS)}
         for figure in made.values():
             FigureCanvasAgg(figure).draw()
     return made
@@ -59,46 +60,173 @@ def test_the_curves_of_ppo_are_what_was_logged():
         assert written == [x for x in limits if x is not None]
 
 
-def points_of(axes) -> list[tuple[float, float]]:
-    """The points of all lines in the order in which they are drawn."""
-    return [tuple(xy) for drawn in axes.lines for xy in drawn.get_xydata()]
+# -------------------------------------------------------------------------------- the study
+
+OVER, MAXIMISED = FOUND["overoptimisation"], FOUND["secret"]["maximised"]
+METHODS = {"PPO": "ppo", "GRPO": "grpo", "RLOO": "rloo", "DPO": "dpo", "IPO": "ipo"}
+METHODS |= {"SFT on the best of 4": "sft_best", "SFT": "sft"}
 
 
-def test_the_frontier_has_a_point_for_each_coefficient():
-    """KL and gold exchanged, a method left out, points joined in the order of their names."""
-    results = read(str(ROOT / "study" / "results.json"))
-    (axes,) = figures.frontier(results).axes
-    drawn = points_of(axes)
-    for method in results["frontier"].values():
-        xy = sorted((p["kl"]["mean"], p["gold"]["mean"]) for p in method.values())
-        assert any(drawn[i : i + len(xy)] == xy for i in range(len(drawn))), method
+def means(points, key: str = "gold") -> list[float]:
+    return [p[key]["mean"] for p in points]
 
 
-def test_the_picture_of_readme_shows_every_seed_and_their_mean():
-    """Score and gold exchanged; a run under another's title; the seeds' lines in place of their mean."""
-    results = read(str(ROOT / "study" / "results.json"))
-    rl, plain = results["overoptimisation"]["rl"], results["secret"]["maximised"]["plain"]
-    panels = figures.three_reward_models(results).axes
-    for axes, run in zip(panels, (rl["weak_0"], plain, rl["strong_0"]), strict=True):
-        for key in ("score", "gold"):
-            title = "true reward (mean)" if key == "gold" else "reward model's opinion (mean)"
-            (thick,) = (drawn for drawn in axes.lines if drawn.get_label() == title)
-            assert thick.get_ydata() == pytest.approx([p[key]["mean"] for p in run["points"]])
-            thin = [d.get_ydata() for d in axes.lines if d.get_color() == thick.get_color() and d is not thick]
-            seeds = zip(*(p[key]["seeds"] for p in run["points"]), strict=True)
-            assert [list(y) for y in thin] == [list(y) for y in seeds]
+def panels(name: str) -> dict[str, Axes]:
+    """The panels of a figure by their titles; one without a title by its x label."""
+    return {axes.get_title() or axes.get_xlabel(): axes for axes in figures.FIGURES[name](FOUND).axes}
 
 
-def test_bars_are_the_intervals():
-    """Half a standard error, an interval of one seed, or bars along the wrong axis."""
-    wide, single = {"mean": 2.0, "low": 1.5, "high": 2.5}, {"mean": 1.0, "low": None, "high": None}
-    for across in (False, True):
-        axes = Figure().subplots()
-        figures.bars(axes, [10, 20], [wide, single], across=across)
-        ((_, _, (bars,)),) = axes.containers
-        ends = [[tuple(xy) for xy in segment] for segment in bars.get_segments()]
-        upright = [[(10, 1.5), (10, 2.5)], [(20, 1.0), (20, 1.0)]]
-        assert ends == [[(y, x) for x, y in pair] for pair in upright] if across else ends == upright
+def bars(axes: Axes) -> dict[str, tuple[list[float], list[float], list[tuple[float, float]]]]:
+    """{label: (x, y, ends of the intervals)}"""
+    found = {}
+    for container in axes.containers:
+        data, _, (segments,) = container.lines
+        along = 0 if container.has_xerr else 1
+        ends = [tuple(end[along] for end in segment) for segment in segments.get_segments()]
+        found[container.get_label()] = (list(data.get_xdata()), list(data.get_ydata()), ends)
+    return found
+
+
+def check(found, x: list[float], figures: list[dict]) -> None:
+    """Means and intervals of these figures at x."""
+    assert found[0] == pytest.approx(x) and found[1] == pytest.approx([f["mean"] for f in figures])
+    # drawn as far down as up: rounded to four digits a side may be longer by one
+    assert found[2] == [pytest.approx((f["low"], f["high"]), abs=2e-4) for f in figures]
+
+
+def distances(run: dict) -> list[float]:
+    return means(run["points"], "distance")
+
+
+def golds(points) -> list[dict]:
+    return [p["gold"] for p in points]
+
+
+def test_three_reward_models():
+    """The picture of README.md."""
+    shown = panels("three_reward_models")
+    runs = {
+        "300 rankings": OVER["rl"]["weak_0"],
+        "5,000 rankings": MAXIMISED["plain"],
+        "5,000, better head": OVER["rl"]["strong_0"],
+    }
+    assert list(shown) == list(runs)
+    for title, run in runs.items():
+        lines = shown[title].lines
+        named = {line.get_label(): line for line in lines}
+        for label, key in (("true reward (mean)", "gold"), ("reward model's opinion (mean)", "score")):
+            assert list(named[label].get_ydata()) == means(run["points"], key)
+            assert list(named[label].get_xdata()) == [5 * (k + 1) for k in range(len(run["points"]))]
+            thin = [line for line in lines if line.get_color() == named[label].get_color() and line != named[label]]
+            seeds = [list(seed) for seed in zip(*(p[key]["seeds"] for p in run["points"]), strict=True)]
+            assert [list(line.get_ydata()) for line in thin] == seeds
+        assert set(named["true reward before"].get_ydata()) == {FOUND["feedback"]["sft"]["gold"]["mean"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "runs"),
+    [("overoptimisation", "rl", ("weak_0", "strong_0")), ("best_of_n", "best_of_n", ("weak_0", "reward_model"))],
+)
+def test_over_optimisation(name, form, runs):
+    """Points, and the curves through them: value = start + d (alpha - beta shape(d))."""
+    for axes, run in zip(panels(name).values(), runs, strict=True):
+        found, drawn = OVER[form][run], bars(axes)
+        check(drawn["true reward"], distances(found), golds(found["points"]))
+        check(drawn["reward model's opinion"], distances(found), [p["score"] for p in found["points"]])
+        if form == "rl":
+            penalised = OVER["rl"][run.replace("_0", "_0.1")]
+            check(drawn["true reward, kl_coef 0.1"], distances(penalised), golds(penalised["points"]))
+        curves = [line for line in axes.lines if len(line.get_xdata()) == 80]
+        assert len(curves) == 2
+        for fitted, key in zip(curves, ("score", "gold"), strict=True):
+            fit, d = found[f"{key}_fit"], fitted.get_xdata()[-1]
+            shape = math.log(d) if form == "rl" else d
+            assert d == max(distances(found))
+            assert fitted.get_ydata()[-1] == pytest.approx(fit["start"] + d * (fit["alpha"] - fit["beta"] * shape))
+            assert fitted.get_ydata()[0] == fit["start"]
+
+
+def test_ensembles():
+    for title, form, runs in (
+        ("PPO, kl_coef 0", "rl", ("weak_0", "min_0", "mean-std_0")),
+        ("best of n", "best_of_n", ("weak_0", "min", "mean-std")),
+    ):
+        drawn = bars(panels("ensembles")[title])
+        for label, run in zip(("one model", "minimum", "mean - std"), runs, strict=True):
+            check(drawn[label], distances(OVER[form][run]), golds(OVER[form][run]["points"]))
+
+
+def test_frontier():
+    """A point for each coefficient, from the smallest KL to the largest, in whatever order the results have them."""
+    backwards = {method: dict(reversed(points.items())) for method, points in FOUND["frontier"].items()}
+    (axes,) = figures.frontier({**FOUND, "frontier": backwards}).axes
+    drawn = bars(axes)
+    assert set(drawn) == {*METHODS, "best of n"}
+    for label, method in METHODS.items():
+        points = sorted(backwards[method].values(), key=lambda p: p["kl"]["mean"])
+        check(drawn[label], means(points, "kl"), golds(points))
+    best = OVER["best_of_n"]["reward_model"]
+    check(drawn["best of n"], [d**2 for d in distances(best)], golds(best["points"]))
+
+
+def test_feedback():
+    axes = figures.FIGURES["feedback"](FOUND).axes
+    for row, group in ((axes[:2], "numbers"), (axes[2:], "noises")):
+        points, x = list(FOUND["feedback"][group].values()), [float(key) for key in FOUND["feedback"][group]]
+        accuracy, reward = map(bars, row)
+        for label in ("right vs wrong", "polite vs plain", "short vs rambling"):
+            check(accuracy[label], x, [p["by_part"][label.replace(" ", "_")] for p in points])
+        for label in ("PPO", "DPO"):
+            check(reward[label], x, golds(p[label.lower()] for p in points))
+        (sft,) = [line for line in row[1].lines if line.get_label() == "SFT"]
+        assert set(sft.get_ydata()) == {FOUND["feedback"]["sft"]["gold"]["mean"]}
+
+
+def test_iterated():
+    shown = {title: bars(axes) for title, axes in panels("iterated").items()}
+    for number, (label, head) in enumerate((("scalar head", "plain"), ("told expectations", "told"))):
+        rounds = [p for name, p in FOUND["iterated"][head].items() if name != "gain"]
+        x = [i + (-0.12, 0.12)[number] for i in range(3)]
+        check(shown["right against wrong"][label], x, [p["by_part"]["right_vs_wrong"] for p in rounds])
+        check(shown["true reward of PPO"][label], x, golds(rounds))
+
+
+def test_secret():
+    shown = panels("secret")
+    judged, maximised = bars(shown["pairs in the right order"]), bars(shown["true reward when maximised"])
+    names = ["DPO's implicit reward", "scalar head", "scalar head that is told expectations"]
+    assert list(FOUND["secret"]["judges"]) == names and len(judged) == 3
+    for accuracy, (x, _, ends) in zip(FOUND["secret"]["judges"].values(), judged.values(), strict=True):
+        assert x == pytest.approx([part["mean"] for part in accuracy.values()])
+        assert ends == [pytest.approx((part["low"], part["high"]), abs=2e-4) for part in accuracy.values()]
+    for (label, drawn), name in zip(maximised.items(), ("implicit", "plain", "told", "gold"), strict=True):
+        assert label == figures.MAXIMISED[name]
+        points = MAXIMISED[name]["points"]
+        check(drawn, [max(kl, 0.05) for kl in means(points, "kl")], golds(points))
+
+
+def test_breaks():
+    """Orange is what is clear: an interval that leaves 0 out. What is far beyond the edge is a number there."""
+    shown = panels("breaks")
+    assert list(shown) == ["true reward", "KL, nats", "length"]
+    labels = [label.get_text() for label in shown["true reward"].get_yticklabels()]
+    assert labels == [name.replace("_", " ") for name in FOUND["breaks"]]
+    for axes, key in zip(shown.values(), ("gold", "kl", "length"), strict=True):
+        drawn = {round(-c.lines[0].get_ydata()[0]): c for c in axes.containers}
+        texts = {round(-text.get_position()[1]): text for text in axes.texts}
+        assert sorted([*drawn, *texts]) == list(range(len(FOUND["breaks"])))
+        for i, (name, found) in enumerate(FOUND["breaks"].items()):
+            change = found["change"][key]
+            clear = change["low"] > 0 or change["high"] < 0
+            colour = texts[i].get_color() if i in texts else drawn[i].lines[0].get_color()
+            assert (colour == figures.COLOURS["orange"]) == clear, name
+            if i in texts:
+                assert texts[i].get_text().startswith(f"{change['mean']:+.1f}") and change["mean"] > axes.get_xlim()[1]
+            else:
+                assert drawn[i].lines[0].get_xdata()[0] == change["mean"]
+
+
+# -------------------------------------------------------------------------------- the file
 
 
 def test_the_first_20_runs_differ_and_four_in_a_row_in_grey_too():
@@ -107,9 +235,6 @@ def test_the_first_20_runs_differ_and_four_in_a_row_in_grey_too():
     assert len({(look["color"], str(look["linestyle"])) for look in looks}) == 20
     for i in range(17):
         assert len({str(look["linestyle"]) for look in looks[i : i + 4]}) == 4
-
-
-# -------------------------------------------------------------------------------- the file
 
 
 def test_a_rerun_gives_the_same_bytes(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from helpers import (
 from stages import asked, run, toy_policy, watching
 
 import grpo
+from data.batches import minibatches
 from grpo import Config, group_advantages, make_experience, token_weights
 from model import GPT, GPTConfig
 from sampling import generate
@@ -58,7 +59,7 @@ ESTIMATES = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: (-d).
 
 def slow_objective(policy, reference, old, rollout, scores, kind: str, kl: str):
     """The objective as the table in grpo.py has it, completion by completion and token by token; groups of four, at
-    most seven tokens, clip 0.2, a KL coefficient of 0.3, temperature 0.7."""
+    most seven tokens, clip 0.15, a KL coefficient of 0.3, temperature 0.7."""
     texts = []  # log-probs of the tokens of each: now, when they were written, of the reference
     for i, (P, n) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.lens.tolist(), strict=True)):
         ids = rollout.tokens[i, :n].tolist()
@@ -79,7 +80,7 @@ def slow_objective(policy, reference, old, rollout, scores, kind: str, kl: str):
         each = 0.0
         for t in range(len(now)):
             ratio = (now[t] - was[t].detach()).exp()
-            term = torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+            term = torch.minimum(ratio * A, ratio.clamp(0.85, 1.15) * A)
             if kind != "rloo":
                 term = term - 0.3 * ESTIMATES[kl](now[t] - ref[t].detach())
             each = each + term
@@ -99,7 +100,16 @@ def test_two_updates_are_the_gradient_of_the_objective(tmp_path, monkeypatch, fl
     plain_sgd(monkeypatch)
     seed, lr = {"grpo": (4, 0.05), "dr_grpo": (1, 0.02), "rloo": (1, 0.007)}[kind]
     start = toy_policy(seed)
-    settings = {"kind": kind, "kl": kl, "iterations": 2, "minibatch": 12, "micro_batch": 5, "kl_coef": 0.3, "lr": lr}
+    settings = {
+        "kind": kind,
+        "kl": kl,
+        "iterations": 2,
+        "minibatch": 12,
+        "micro_batch": 5,
+        "kl_coef": 0.3,
+        "lr": lr,
+        "clip": 0.15,
+    }
     with watching() as watch:
         results, policy, log = run("grpo", tmp_path, start, **settings)
     call = asked(tmp_path)[1]
@@ -124,6 +134,8 @@ def test_two_updates_are_the_gradient_of_the_objective(tmp_path, monkeypatch, fl
         now, ref = (completion_logprobs(model, ids[:P], ids[P:], 0.7) for model in (old, start))
         divergence += ESTIMATES[kl](now - ref).sum().item() / 12
     assert log[0]["kl"] == 0 and log[1]["kl"] == pytest.approx(divergence, abs=1e-6)
+    assert log[1]["kl_coef"] == 0.3
+    assert log[1]["objective"] == pytest.approx(scores.mean().item() - 0.3 * divergence, abs=1e-6)
 
 
 def test_a_ratio_that_starts_off_1_stops_the_run(float64):
@@ -136,6 +148,29 @@ def test_a_ratio_that_starts_off_1_stops_the_run(float64):
     wrong = replace(experience, logprobs=experience.logprobs + 0.01)
     with pytest.raises(RuntimeError, match=r"the first probability ratio is 1\.0100, not 1"):
         grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.1), wrong, config, rng())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_smaller_minibatch_counts_as_a_whole_one(float64, kind):
+    """The remainder of an epoch, two completions where a step has five, divided by five: its step is too small. Every
+    step has the gradient that its rows have by themselves."""
+    policy, reference = make_gpt(0), make_gpt(1)
+    prompts = [p for p in random_prompts([1, 6, 3], 23) for _ in range(4)]
+    rollout = generate(policy, prompts, 6, eos_id=EOS, temperature=0.7, generator=rng(1))
+    settings = {"kind": kind, "group": 4, "rollouts": 12, "max_new_tokens": 6, "temperature": 0.7, "grad_clip": 0.0}
+    config = Config(**settings, minibatch=5, micro_batch=2, device="cpu")
+    experience = make_experience(policy, reference, rollout, randn(12, seed=2), config)
+    with watching() as watch:
+        grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.0), experience, config, rng())
+    drawn = list(minibatches(12, 5, 1, rng()))
+    assert [len(rows) for rows in drawn] == [5, 5, 2] and len(watch.steps) == 3
+    for step, rows in zip(watch.steps, drawn, strict=True):
+        alone, own = (
+            experience.rows(rows, False),
+            replace(config, minibatch=len(rows), rollouts=len(rows), micro_batch=0),
+        )
+        norm = grpo.update(policy, torch.optim.SGD(policy.parameters(), 0.0), alone, own, rng())["grad_norm"]
+        assert step.norm == pytest.approx(norm, rel=1e-9) and norm > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -220,7 +220,7 @@ def test_without_fork(project, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["-h"], ["--list"], ["--check"], ["--unknown"], ["--jobs", "0"], ["999"], ["nowhere-to-be-found"]],
+    [["--help"], ["-h"], ["--list"], ["--check"], ["--unknown"], ["--jobs", "0"], ["999999"], ["nowhere-to-be-found"]],
 )
 def test_nothing_starts_unless_asked(argv, monkeypatch, capsys):
     """--check is also the test that every mutation fits the code."""

@@ -71,6 +71,17 @@ def test_operations_are_those_that_bench_counts(c):
     assert found.calls < found.both_calls / 2
 
 
+@pytest.mark.parametrize("c", KINDS)
+def test_pairs_are_read_as_bench_counts_them(c):
+    """A row of a pair has both completions, and a reward model reads one score of each; a pass in the place of another
+    stage's gives a speed and a memory that look right."""
+    p, texts = plan.all_passes(c, SMALL), [(6, 5)] * 6  # three pairs
+    assert p.pairs.both_flops + p.pairs.flops == bench.needed_flops("dpo", texts, c)
+    assert p.scored_pairs.both_flops == bench.needed_flops("reward_model", texts, c)
+    assert p.policy == plan.one_pass(c, False, False, SMALL) and p.value == plan.one_pass(c, True, False, SMALL)
+    assert p.pairs.kept > 1.3 * p.policy.kept and p.value.flops < p.policy.flops
+
+
 def test_calls_are_counted_without_looks():
     """A view starts nothing on a GPU, nor does memory that is taken, nor a question about types. What is computed in
     place, or written into memory that is there, does."""
@@ -128,6 +139,51 @@ def test_memory_by_hand():
     moving |= {"reward_model": max(cache, p.scored_pairs.kept), "ppo": max(cache, p.policy.kept + p.value.kept)}
     for stage in plan.STAGES:
         assert plan.memory(c, p, stage, config) == 1.25 * (static[stage] + moving[stage])
+
+
+def test_speed_by_hand():
+    """Epochs, the cache's bytes, the share of tokens that are sampled, or a network that only reads, left out: a speed
+    of the right order and wrong. On a GPU of 4e13 useful operations and 6e11 useful bytes a second."""
+    c, gpu = KINDS[0], plan.GPU(24, 100.0, 1000.0)
+    config = plan.Config(prompt=6, completion=5, micro_batch=3, rollouts=8, ppo_epochs=3, dtype="bfloat16")
+    policy, value = plan.Pass(0, int(4e12), int(12e12), 0, 0), plan.Pass(0, int(8e12), int(24e12), 0, 0)
+    pairs, scored = plan.Pass(0, int(16e12), int(48e12), 0, 0), plan.Pass(0, int(20e12), int(60e12), 0, 0)
+    p = plan.Passes(policy, value, pairs, scored, 500, 1000)
+    cache = 2 * (8 * 11 * 2 * 3 * 16)  # bytes: rollouts of 11 tokens, keys and values of 3 blocks of 16 channels
+    sampling = (2 * 1000 + 0.75 * cache) / 6e11 / 8
+    expected = {
+        "sft": 0.3 / 33,
+        "reward_model": 1.5 / 66,
+        "dpo": (0.4 + 1.2) / 66,  # the reference reads, the policy learns
+        # two policies and two scalar models read; policy and value model learn three times
+        "ppo": 5 / 11 * sampling + (2 * 0.1 + 2 * 0.2 + 3 * (0.3 + 0.6)) / 33,
+        "generate": sampling,
+    }
+    for stage, seconds in expected.items():
+        assert plan.seconds_a_token(c, p, stage, config, gpu) == pytest.approx(seconds, rel=1e-9), stage
+    # PPO without the passes is its sampling; in float32 every byte counts twice
+    idle = plan.Pass(0, 0, 0, 0, 0)
+    calm = plan.Passes(idle, idle, idle, idle, 500, 1000)
+    assert plan.seconds_a_token(c, calm, "ppo", config, gpu) == pytest.approx(5 / 11 * sampling, rel=1e-9)
+    wide = replace(config, dtype="float32")
+    assert plan.seconds_a_token(c, calm, "generate", wide, gpu) == pytest.approx(2 * sampling, rel=1e-9)
+
+
+def test_small_networks_wait_for_calls():
+    """5 microseconds each, however little they compute: of a pass, and of a step of sampling."""
+    few = plan.Pass(0, 1, 3, 1000, 3000)
+    p, gpu = plan.Passes(few, few, few, few, 500, 1000), plan.GPUS["H100 SXM"]
+    expected = {"sft": 0.015 / 33, "reward_model": 0.015 / 66, "dpo": 0.02 / 66, "generate": 0.005 / 8}
+    expected["ppo"] = 5 / 11 * expected["generate"] + (4 * 0.005 + 2 * 2 * 0.015) / 33
+    for stage, seconds in expected.items():
+        assert plan.seconds_a_token(KINDS[0], p, stage, SMALL, gpu) == pytest.approx(seconds, rel=1e-9), stage
+
+
+def test_a_cache_is_no_larger_than_generate_makes_it():
+    """More rollouts than that go in slices."""
+    many = replace(SMALL, rollouts=10**9)
+    assert plan.cache_bytes(KINDS[0], many) == 4 * plan.CACHE_NUMBERS
+    assert plan.cache_bytes(KINDS[0], replace(many, dtype="bfloat16")) == 2 * plan.CACHE_NUMBERS
 
 
 def test_the_known_sizes_are_those_networks():

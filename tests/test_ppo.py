@@ -137,6 +137,7 @@ def test_with_a_function_in_the_reward_values_start_at_0(tmp_path, rewards):
         ("mean-std", [], 1.0),
         ("min", [3.0], 3.0),
         ("min", [2.0, 5.0], 2.0),  # it starts as the first of them
+        ("min", [5.0, 2.0], 5.0),
         ("sum", [1.0, -1.0], 0.0),
     ],
     ids=str,
@@ -146,7 +147,8 @@ def test_the_value_model_starts_in_the_units_of_the_reward(tmp_path, float64, co
     scorer, frame = make_told(2, block_size=24), frame_batch(B=6, seed=49)
     scorer.mean.fill_(-0.4)
     scorer.std.fill_(1.7)
-    reward = [checkpoint(tmp_path / "scorer", scorer)] * max(1, len(weights))
+    others = [checkpoint(tmp_path / f"other{i}", make_told(3 + i, block_size=24)) for i in range(1, len(weights))]
+    reward = [checkpoint(tmp_path / "scorer", scorer), *others]
     with watching() as watch:
         changes = {"reward": reward, "reward_weights": weights, "reward_combine": combine}
         run("ppo", tmp_path, iterations=1, ppo_epochs=1, **changes)
@@ -258,6 +260,19 @@ def test_the_pretraining_term_reaches_the_training(tmp_path, monkeypatch, float6
         descend(expected, -0.5 * nats.mean(), 0.1 * (1 - step / 3))
     assert_same_weights(policy, expected, start)
     assert drawn[0] != drawn[1] and drawn[1] != drawn[2]
+
+
+def test_the_pretraining_term_draws_from_all_demonstrations(tmp_path):
+    """The first --minibatch of them alone, or the same ones whatever the seed is."""
+    rows = demonstrations([(TOY.decode([i, 1]), "v" * 9) for i in range(20)])
+    texts = {row["prompt"] + row["completion"] for row in rows}
+    mine, drawn = write_lines(tmp_path / "mine.jsonl", rows), []
+    for seed in (1, 2):
+        with watching() as watch:
+            few = {"iterations": 16, "ppo_epochs": 2, "rollouts": 4, "minibatch": 4, "max_new_tokens": 2, "lr": 0.0}
+            run("ppo", tmp_path, toy_policy(9), ptx_coef=0.5, ptx_data=mine, seed=seed, **few)
+        drawn.append([text for p in watch.training(GPT) for text in p.texts() if text in texts])
+    assert len(drawn[0]) == len(drawn[1]) == 16 * 2 * 4 and set(drawn[0]) == texts and drawn[0] != drawn[1]
 
 
 def test_prompts_that_are_cut_are_counted(tmp_path, capsys):

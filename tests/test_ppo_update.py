@@ -448,6 +448,17 @@ def test_early_stop_leaves_the_weights_unmoved():
             assert torch.equal(a, b)
 
 
+def test_early_stop_is_in_nats_a_token():
+    """Read in nats a sequence, or as another estimate, it stops at once or never: just above what the second step
+    logs it stops nothing, just below it does."""
+    for factor, stops in ((1.02, False), (0.98, True)):
+        first = prepared(ppo_epochs=2, micro_batch=2)
+        moved = 2 * update(*first[:2], sgd(*first[:2], 0.3), *first[2:], rng())["approx_kl"]  # the first step's is 0
+        policy, value_model, experience, config = prepared(ppo_epochs=2, micro_batch=2, stop_kl=factor * moved)
+        stats = update(policy, value_model, sgd(policy, value_model, 0.3), experience, config, rng())
+        assert moved > 1e-3 and (stats["stopped_early"], stats["updates"]) == (stops, 2 - stops)
+
+
 def test_early_stop_can_be_off_and_stays_out_of_the_way():
     """stop_kl 0 means never, not always; a large one stops nothing."""
     for target in (0.0, 1e6):

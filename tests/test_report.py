@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -210,6 +211,47 @@ def test_a_value_model_of_the_middle_of_a_run_is_not_shown(tmp_path):
     assert any("not that of the finished run" in note for note in found["notes"])
 
 
+def test_a_damaged_value_model_is_named_and_left_out(tmp_path):
+    """Half a file, as a full disk leaves it: a note, and the page without values; no traceback."""
+    toy_run(tmp_path)
+    state = tmp_path / "ppo" / "state.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    _, data, found = make_report(tmp_path)
+    assert "values" not in data["tokens"]["quantities"] and data["tokens"]["rows"]
+    (note,) = [note for note in found["notes"] if "state.pt" in note]
+    assert "not a checkpoint that can be loaded (" in note and "\n" not in note
+
+
+def test_a_reward_that_is_gone_is_named(tmp_path):
+    """No scores and no rollouts token by token then, but the answers; and it is said why."""
+    toy_run(tmp_path, reward=[f"{tmp_path}/mine.py:reward"])
+    _, data, found = make_report(tmp_path)
+    assert data["tokens"] == {} and data["samples"]["policies"] == ["sft", "ppo"]
+    assert any("mine.py" in note for note in found["notes"])
+    assert any("they need the reference, the trained policy and the reward" in note for note in found["notes"])
+
+
+def test_rewards_are_weighted_as_in_the_run(tmp_path):
+    """--reward_weights or --reward_combine of the run that are forgotten: the scores on the page are not its own."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def n(prompts, completions):\n    return [float(len(c)) for c in completions]\n", encoding="utf-8")
+    spec = f"{mine}:n"
+    toy_run(tmp_path, reward=[spec, spec], reward_weights=[5.0, 3.0], reward_combine="min")
+    samples = make_report(tmp_path)[1]["samples"]
+    for answers in samples["greedy"].values():
+        assert answers["score"] == [3.0 * len(text) for text in answers["text"]]
+
+
+def test_a_run_without_ppo_says_so(tmp_path):
+    toy_run(tmp_path)
+    shutil.rmtree(tmp_path / "ppo")
+    config = dpo.Config(policy=str(tmp_path / "sft"), data=str(tmp_path / "data" / "prompts.jsonl"))
+    write_stage(tmp_path / "dpo", config, [{"step": 1, "loss": 0.7}], {"gates": [], "seconds": 1.0})
+    checkpoint(tmp_path / "dpo", make_gpt(1))
+    _, data, found = make_report(tmp_path)
+    assert data["tokens"] == {} and "no rollouts token by token: there is no run of ppo.py" in found["notes"]
+
+
 def test_a_run_that_was_moved_finds_its_parts(tmp_path):
     """The paths in config.json are those of another folder, perhaps another machine."""
     toy_run(tmp_path / "here")
@@ -372,6 +414,40 @@ def test_tables_show_the_results(tmp_path):
         ["ppo", "PPO KL", "1.000", "at least 0.5", "OK"],
         ["evaluate", "headroom", "0.200", "0.55 to 1", "FAILED"],
     ]
+
+
+def test_the_stages_stand_with_their_data_seed_and_steps(tmp_path):
+    """Lines of the log under the name of steps, another stage's seed or seconds, prompts that are called data."""
+    toy_run(tmp_path)
+    rows = [{"step": 20, "loss": 0.7}, {"step": 1250, "loss": 0.6}]
+    config = dpo.Config(policy=str(tmp_path / "sft"), data="mine.jsonl", seed=7)
+    write_stage(tmp_path / "dpo", config, rows, {"gates": [], "seconds": 62.4})
+    page, _, _ = make_report(tmp_path, rollouts=0)
+    head, *stages = rows_of(re.search(r"<table>.*?</table>", page, re.S)[0])
+    assert head == ["stage", "script", "learned from", "seed", "steps", "time"]
+    prompts = str(tmp_path / "data" / "prompts.jsonl")
+    assert stages == [
+        ["ppo", "ppo.py", prompts, "1", "3", "1 s"],
+        ["dpo", "dpo.py", "mine.jsonl", "7", "1,250", "62 s"],
+    ]
+
+
+def test_the_reward_model_s_shares_stand_under_their_names():
+    """The standard error as if it were a share, or the annotators' limit under the name of the accuracy."""
+    found = {"accuracy": 0.76, "accuracy_se": 0.012, "accuracy_gap_1": 0.7, "bayes_accuracy": 0.81}
+    found |= {"length_alone": 0.6, "longer_wins": 0.41, "right_vs_wrong": 0.88, "loss": 0.5}
+    page = report.comparison({"policies": {"sft": {"kl": 0.0}}, "reward_model": found})
+    reader = Reader(page[page.index("How good the reward model is") :])
+    cells = [text.strip() for text in reader.text if text.strip()]
+    rows = dict(zip(cells[3::2], cells[4::2], strict=True))
+    assert rows == {
+        "accuracy": "0.76",
+        "accuracy gap 1": "0.70",
+        "the most that the annotators' noise allows": "0.81",
+        "by length alone": "0.60",
+        "right vs wrong": "0.88",
+    }
+    assert "How good" not in report.comparison({"policies": {"sft": {"kl": 0.0}}, "reward_model": {}})
 
 
 def test_failed_gates_are_named_last_and_end_strict_runs_alone(tmp_path, monkeypatch, capsys):

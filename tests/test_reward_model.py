@@ -18,6 +18,7 @@ from helpers import (
     GROUPS,
     ITEMS,
     MIXED_RANKS,
+    RANKINGS,
     TOY,
     assert_same_weights,
     descend,
@@ -35,7 +36,7 @@ from helpers import (
     slow_hidden,
     write_lines,
 )
-from stages import eos_lover, on_task, run, watching
+from stages import eos_lover, on_task, run, steady_policy, watching
 from torch import Tensor
 
 import reward_model
@@ -528,3 +529,55 @@ def test_parts_of_the_task_need_both_files_to_be_of_it(tmp_path, own):
     results = run("reward_model", tmp_path, **changes).results
     assert results["gates"] == [] and "by_part" not in results and 0 <= results["accuracy"] <= 1
     assert load_model(tmp_path / "out", CPU, "scalar").task == ("" if own == "data" else "tiny")
+
+
+def test_the_normalisation_is_of_all_samples_at_the_temperature_of_ppo(tmp_path):
+    """Of more prompts than go through the network at a time: some of them again and again, every batch with the same
+    luck, or the last batch alone setting mean and scale. Samples that are cut early, or of another temperature than
+    PPO's. The policy says every letter with a known probability, whatever was written before, and never stops."""
+    logits = [0.0, 0.8, *[-1.0] * 20, -30.0]
+    prompts = [TOY.decode([i // 20, i % 20] + [1] * (i % 5)) for i in range(300)]
+    path = write_lines(tmp_path / "many.jsonl", [{"prompt": p} for p in prompts])
+    changes = {"prompts": path, "normalise_samples": 280, "max_new_tokens": 8, "lr": 0.0}
+    with watching() as watch:
+        _, model, _ = run("reward_model", tmp_path, steady_policy(logits), [RANKINGS[0]], **changes)
+    read = [p for p in watch.passes if not p.training and isinstance(p.network, ScalarModel)]
+    texts = sorted(text for p in read for text in p.texts())
+    assert len({text[:-8] for text in texts}) == 280 and {text[:-8] for text in texts} == set(prompts[-280:])
+    written = [text[-8:] for text in texts]
+    assert len(set(written)) == 280  # 22^8 are possible
+    for letter, p in zip("abc", torch.tensor(logits).softmax(0).tolist(), strict=False):
+        share = "".join(written).count(letter) / (8 * 280)
+        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / (8 * 280)), letter
+    with torch.no_grad():
+        scores = torch.stack([model(torch.tensor([TOY.encode(text)]))[0, -1] for text in texts])
+    assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
+
+
+def test_long_prompts_leave_room_for_the_samples(tmp_path):
+    """Cut for one token of an answer, the samples have no room: a traceback after the training."""
+    prompts = [TOY.decode([i] * 20 + [3, i]) for i in range(4)]
+    path = write_lines(tmp_path / "long.jsonl", [{"prompt": p} for p in prompts])
+    with watching() as watch:
+        run("reward_model", tmp_path, steady_policy([0.0] * 22 + [-30.0]), [RANKINGS[0]], prompts=path)
+    read = [p for p in watch.passes if not p.training and isinstance(p.network, ScalarModel)]
+    assert {text[:-6] for p in read for text in p.texts()} == {p[-18:] for p in prompts}
+
+
+def test_the_normalisation_is_that_of_the_raw_scores(float64):
+    """A mean and a scale that it has already, or dropout, change it: normalised twice, a reward model would be another
+    one."""
+    policy, prompts = make_gpt(14, block_size=24), [[i, 3] for i in range(12)]
+    found = []
+    for dropout, mean, std in ((0.0, 0.0, 1.0), (0.5, 0.3, 2.0)):
+        model = make_told(3, block_size=24, dropout=dropout).train()
+        model.mean.fill_(mean), model.std.fill_(std)
+        reward_model.normalise(model, policy, prompts, 6, EOS, seed=1)
+        found.append((model.mean.item(), model.std.item()))
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+
+def test_members_of_an_ensemble_start_from_other_heads(tmp_path):
+    """One start for all seeds: the members of an ensemble agree where they shouldn't, and doubt nothing."""
+    heads = [run("reward_model", tmp_path, lr=0.0, seed=seed).model.head.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

@@ -6,7 +6,7 @@ import math
 import random
 
 import torch
-from helpers import checkpoint, make_gpt, make_scalar, write_lines
+from helpers import TOY, checkpoint, make_gpt, make_scalar, write_lines
 from stages import settings
 
 import ppo
@@ -38,6 +38,21 @@ def test_preferences_come_with_their_held_out_twin(tmp_path):
     noisy = {"prompt": "q", "completions": ["a", "b"], "gold": [1.0, 0.0], "annotator_temperature": 0.5}
     write_lines(tmp_path / "mine_held_out.jsonl", [noisy])
     assert load().bayes_accuracy == 1 / (1 + math.exp(-1 / 0.5))
+
+
+def test_a_judge_is_judged_on_held_out_prompts(tmp_path):
+    """Contrasts of the prompts that the reward model has learned from: it knows their answers by heart."""
+    policy = checkpoint(tmp_path / "policy", make_gpt(block_size=300))
+    learned, asked = (tiny.distinct_prompts(6, random.Random(1), split) for split in ("train", "dev"))
+    files = [
+        write_lines(tmp_path / f"rankings{suffix}.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in some])
+        for suffix, some in (("", learned), ("_held_out", asked))
+    ]
+    config = Config(policy=policy, data=files[0], device="cpu")
+    found = load_preferences(config, load_policy(config))
+    used = {tuple(item.examples[0].prompt) for items in found.contrasts.values() for item in items}
+    assert used == {tuple(TOY.encode(p)) for p in asked}
+    assert {tuple(item.examples[0].prompt) for item in found.items} == {tuple(TOY.encode(p)) for p in learned}
 
 
 def test_reward_models_share_the_frozen_blocks(tmp_path):

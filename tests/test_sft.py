@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from helpers import (
     plain_sgd,
     randn,
 )
-from stages import DEMONSTRATIONS, demonstrations, run
+from stages import DEMONSTRATIONS, demonstrations, run, watching
 from torch import Tensor
 
 import sft
@@ -407,6 +408,50 @@ def test_the_first_loss_is_that_before_training_also_after_a_resume(tmp_path, fl
     assert [row["step"] for row in log if "held_out_loss" in row] == [0, 2, 4]
     assert resumed["held_out_loss"] == pytest.approx(held_out_loss(after, held_out, Config()), abs=1e-6)
     assert abs(resumed["first_loss"] - first["held_out_loss"]) > 0.01
+
+
+def test_a_loss_that_rises_is_reported_as_it_ends(tmp_path):
+    """The best loss of the run in the place of the saved model's, or the highest in the place of the first: texts that
+    say the contrary of what is held out."""
+    rows, held_out = demonstrations([("ab", "ccc"), ("b", "cc")]), demonstrations([("ab", "ddd"), ("b", "dd")])
+    results, _, log = run("sft", tmp_path, rows=rows, held_out=held_out, epochs=8, lr=0.01, eval_every=1)
+    losses = [row["held_out_loss"] for row in log if "held_out_loss" in row]
+    assert min(losses) <= losses[0] < losses[-1] - 1 and len(losses) == 9
+    assert (results["first_loss"], results["held_out_loss"]) == (losses[0], losses[-1])
+
+
+def test_a_start_from_scratch_is_of_the_seed(tmp_path):
+    """The same weights whatever the seed is: runs that should be independent have a start in common."""
+    starts = [run("sft", tmp_path, lr=0.0, seed=seed, **SCRATCH).model.wte.weight for seed in (1, 1, 2)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_speed_counts_tokens(tmp_path, monkeypatch):
+    """Demonstrations, or the tokens of the last step alone, under the name of tokens a second; by a clock that ticks
+    once a look."""
+    ticks = itertools.count()
+    monkeypatch.setattr(sft, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    with watching() as watch:
+        log = run("sft", tmp_path, batch_size=1).log
+    sizes = [sum(p.tokens.numel() for p in watch.of_step(i)) for i in range(8)]  # one text each, so without filler
+    assert sum(sizes) == sum(len(p) + len(c) + 1 for p, c in DEMONSTRATIONS)  # and an EOS each
+    assert [row["tokens_per_s"] for row in log] == [round(sum(sizes[: i + 1]) / (i + 1)) for i in range(8)]
+
+
+def test_each_gate_can_fail(capsys):
+    """A gate that looks at another figure, or at none, passes whatever happened."""
+    good = {"held_out_loss": 0.7, "first_loss": 6.9, "eos_rate": 0.99}
+    for changes, failed in (
+        ({}, []),
+        ({"held_out_loss": 1.5}, ["SFT held-out loss"]),
+        ({"held_out_loss": 0.3}, ["SFT held-out loss"]),  # it has seen what is held out
+        ({"eos_rate": 0.5}, ["SFT EOS rate"]),
+    ):
+        gates = sft.report(good | changes, "tiny", 924)
+        assert len(gates) == 2 and [gate["name"] for gate in gates if not gate["ok"]] == failed
+        said = capsys.readouterr().out
+        assert f"loss {(good | changes)['held_out_loss']:.3f} (before training 6.900)" in said and "ln V = 6.83" in said
+    assert sft.report(good, "", 924) == []
 
 
 def test_after_training_the_model_stops(tmp_path):

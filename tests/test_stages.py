@@ -436,10 +436,12 @@ def test_micro_batches_change_memory_and_nothing_else(tmp_path, monkeypatch, flo
 @pytest.mark.parametrize("limit", [0.0, 0.01])
 def test_gradients_are_clipped_when_they_are_there_and_before_the_step(tmp_path, stage, limit):
     """Clipping before the backward pass or after the step, one norm for two networks, and a limit of 0, which is none:
-    taken for a largest norm it would train nothing. Of the gradients that the optimiser finds. What is logged is the
-    norm before clipping."""
+    taken for a largest norm it would train nothing. Of the gradients that the optimiser finds, PPO's pretraining term
+    among them. What is logged is the norm before clipping."""
+    changes = {"ptx_coef": 0.5} if stage == "ppo" else {}
+    write_lines(tmp_path / "demonstrations.jsonl", demonstrations(DEMONSTRATIONS))
     with watching() as watch:
-        log = run(stage, tmp_path, **one_step(stage, 2), grad_clip=limit, lr=1e-3).log
+        log = run(stage, tmp_path, **one_step(stage, 2), grad_clip=limit, lr=1e-3, **changes).log
     for step, row in zip(watch.steps, log, strict=True):
         networks = step.norms if len(STAGES[stage].rates) > 1 else [step.norm]
         assert row["grad_norm"] > 0.02
@@ -577,6 +579,19 @@ def test_samples_are_new_in_every_iteration_and_of_the_seed(tmp_path, stage):
         run(stage, tmp_path / folder, rows=[{"prompt": "abc"}], iterations=2, lr=0.0, seed=seed)
     a, b, c = ([call.completions for call in asked(tmp_path / folder)] for folder in "abc")
     assert a == b and a[0] != a[1] and a[0] != c[0]
+
+
+@samples
+def test_every_prompt_is_asked_in_time(tmp_path, stage):
+    """Prompts of the first --rollouts rows alone, the same ones in every iteration, or whatever the seed is."""
+    rows = [{"prompt": TOY.decode([i, i])} for i in range(12)]
+    few = {"rollouts": 4, "minibatch": 4, "ppo_epochs": 1, "iterations": 30, "max_new_tokens": 1}
+    few |= {"group": 2} if stage == "grpo" else {}
+    for folder, seed in (("a", 1), ("b", 2)):
+        run(stage, tmp_path / folder, toy_policy(n_layer=1), rows, lr=0.0, seed=seed, save_every=30, **few)
+    a, b = ([call.prompts for call in asked(tmp_path / folder)] for folder in "ab")
+    assert set(itertools.chain(*a)) == {row["prompt"] for row in rows}
+    assert a != b and len(set(map(tuple, a))) > 20
 
 
 @samples
@@ -743,6 +758,30 @@ def test_held_out_figures_are_those_of_the_held_out_data(tmp_path, float64, stag
     else:
         assert (same.results["accuracy"], contrary.results["accuracy"]) == (1.0, 0.0)
         assert contrary.results["loss"] > same.results["loss"]
+
+
+@learns_from_files
+def test_samples_are_of_the_held_out_prompts_and_of_the_seed(tmp_path, capsys, stage):
+    """Samples, EOS rates and KL of training prompts, which the policy may know by heart, of three prompts in the place
+    of all, or of one seed for ever. The reward model, which has no samples to show, is normalised on prompts of its
+    own."""
+    rows, held_out = numbered(stage, [2] * 12)[:4], numbered(stage, [2] * 12)[5:]
+    texts = []
+    for seed in (1, 2):
+        with watching() as watch:
+            run(stage, tmp_path, toy_policy(block_size=64), rows, held_out, seed=seed, lr=0.0)
+        said = capsys.readouterr().out
+        if stage == "reward_model":  # what it scores: held-out rankings, and behind them its own samples
+            scored = [p.texts() for p in watch.passes if not p.training and isinstance(p.network, ScalarModel)]
+            read = {text[0] for text in itertools.chain(*scored[:1])}
+            assert read == set("abcdefgh")
+            texts.append((scored[0],))
+        else:
+            prompts = [p for p in watch.passes if not p.training and p.tokens.size(1) == 2]  # what is sampled from
+            assert {text for p in prompts for text in p.texts()} == {row["prompt"] for row in held_out}
+            lines = [line for line in said.splitlines() if "' -> '" in line]
+            texts.append((lines[:3], lines[-3:]))  # those of the middle of a run, and of its end
+    assert all(a != b for a, b in zip(*texts, strict=True)) and len(texts[0][0]) >= 3
 
 
 @every_stage

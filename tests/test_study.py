@@ -4,6 +4,7 @@ a time. Its arithmetic is in test_study_math.py."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EOS, ITEMS, TOY, checkpoint, completion_logprobs, make_gpt, make_scalar, read_lines, spread
-from helpers import write_lines
+from helpers import task_rankings, write_lines
+from stages import asked, reward_file
 
 import lib.reward
 import dpo
@@ -28,11 +30,12 @@ import frame
 import ppo
 import sft
 from lib.cli import UserError, check_ranges, parse_config
-from lib.checkpoint import Checkpoint
+from lib.checkpoint import Checkpoint, save_model
 from lib.run import write_json
 from lib.train import generator_for
 from data import batches, tiny
 from data.batches import Example
+from data.tokenizer import load_tokenizer
 from evaluate import expected_best
 from sampling import generate
 from study import best_of_n, broken, implicit, jobs, rankings, results, run, tables
@@ -108,6 +111,70 @@ def test_samples_keep_their_own_figures():
                 assert scores[m, i].item() == pytest.approx(alone, abs=1e-4)
 
 
+def test_best_of_n_measures_every_judge_by_its_own_scores(tmp_path, capsys):
+    """The whole script. Twice the largest n samples of each prompt; a judge under another's name; an ensemble with the
+    first reward model in it, which is not one of its members. For every judge the figures that a loop over the very
+    samples gives, which the true reward writes down."""
+    policy = make_gpt(4, block_size=24, vocab=23)
+    models = [make_scalar(seed, block_size=24) for seed in (5, 6, 7, 8)]
+    paths = [checkpoint(tmp_path / f"rm{i}", model) for i, model in enumerate(models)]
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": p} for p in ("ab", "c", "de", "f")])
+    settings = {"policy": checkpoint(tmp_path / "policy", policy), "reward_models": paths, "prompts": prompts}
+    settings |= {"n_prompts": 3, "best_of": [4, 1], "max_new_tokens": 2, "device": "cpu", "seed": 3}
+    out = tmp_path / "best.json"
+    found = best_of_n.run(best_of_n.Config(**settings, gold=f"{reward_file(tmp_path)}:variety", out=str(out)))
+    said = capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8")) == found
+    assert list(found) == ["rm0", "rm1", "rm2", "rm3", "min", "mean-std"]
+    scores, golds = {name: [] for name in found}, []  # of each prompt, of its 8 samples
+    for number, prompt in enumerate(("ab", "c", "de")):
+        ids = TOY.encode(prompt)
+        rollout = generate(policy, [ids] * 8, 2, eos_id=EOS, generator=generator_for("cpu", 3, 7, number))
+        texts = [rollout.tokens[i, : int(rollout.lens[i])].tolist() for i in range(8)]
+        with torch.no_grad():
+            each = torch.tensor([[model(torch.tensor([text]))[0, -1].item() for text in texts] for model in models])
+        for i in range(4):
+            scores[f"rm{i}"].append(each[i].tolist())
+        scores["min"].append(each[1:].amin(0).tolist())
+        scores["mean-std"].append((each[1:].mean(0) - each[1:].std(0, correction=0)).tolist())
+        ended = rollout.ended.tolist()
+        golds.append([len(set(c)) + 0.5 * e for c, e in zip(rollout.completions(), ended, strict=True)])
+    assert {call.prompts[0] for call in asked(tmp_path, "variety")} == {"ab", "c", "de"}
+    for name, points in found.items():
+        assert [p["n"] for p in points] == [4, 1] and f"\n{name}\n" in f"\n{said}"
+        for p in points:
+            best = [
+                [max(choice, key=lambda i, row=row: row[i]) for choice in itertools.combinations(range(8), p["n"])]
+                for row in scores[name]
+            ]
+            gold, score = (
+                sum(sum(row[i] for i in chosen) / len(chosen) for row, chosen in zip(rows, best, strict=True)) / 3
+                for rows in (golds, scores[name])
+            )
+            assert (p["gold"], p["score"]) == pytest.approx((gold, score), abs=1e-4)
+            assert p["bound"] == pytest.approx(math.log(p["n"]) - (p["n"] - 1) / p["n"])
+            assert f"  n {p['n']:4}  score {p['score']:6.3f}  gold {p['gold']:6.3f}  KL {p['kl']:.3f} <= " in said
+
+
+def test_judges_of_one_name_are_two(tmp_path):
+    """By the names of their folders alone two reward models of two runs were one row, the last one's, and one in a
+    folder named min was the ensemble's."""
+    paths = [
+        checkpoint(tmp_path / name, make_scalar(i, block_size=24))
+        for i, name in enumerate(("a/rm", "b/rm", "min", "x"))
+    ]
+    settings = {"policy": checkpoint(tmp_path / "policy", make_gpt(4, block_size=24)), "best_of": [1], "gold": ""}
+    settings |= {"prompts": write_lines(tmp_path / "p.jsonl", [{"prompt": "ab"}]), "out": str(tmp_path / "out.json")}
+    settings |= {"max_new_tokens": 2, "device": "cpu"}
+    alone = {}
+    for path in paths[:2]:
+        (points,) = best_of_n.run(best_of_n.Config(**settings, reward_models=[path])).values()
+        alone[path] = points
+    assert best_of_n.run(best_of_n.Config(**settings, reward_models=paths[:2])) == {p: alone[p] for p in paths[:2]}
+    with pytest.raises(UserError, match="--reward_models: min is what the ensemble is called"):
+        best_of_n.run(best_of_n.Config(**settings, reward_models=paths[1:]))
+
+
 # -------------------------------------------------------------------------------- intervals and fits
 
 
@@ -150,7 +217,7 @@ def test_a_curve_starts_where_sft_is():
 
 # -------------------------------------------------------------------------------- from what is made to what is read
 
-PARTS = ("right_vs_wrong", "polite_vs_plain")
+PARTS = tuple(tables.PARTS)
 
 
 def figure(name: str, key: str, seed: int) -> float:
@@ -185,8 +252,11 @@ def fabricate(size: jobs.Size, out: str) -> None:
             elif "ppo.py" in words or "grpo.py" in words:
                 made.mkdir(parents=True)
                 number = int(job.command[job.command.index("--iterations") + 1])
-                keys = {k: figure(name, k, seed) for k in ("score", "gold", "length")}
-                write_lines(made / "metrics.jsonl", [{"kl": float(i), **keys} for i in range(number)])
+                score, gold, length = (figure(name, k, seed) for k in ("score", "gold", "length"))
+                # it rises from the sixth iteration on, and the length is that of the last one
+                rows = [(float(i), max(0, i - 4), number - 1 - i) for i in range(number)]
+                rows = [{"kl": i, "score": score + up, "gold": gold + up, "length": length + n} for i, up, n in rows]
+                write_lines(made / "metrics.jsonl", rows)
             elif "reward_model.py" in words:
                 write_json({"accuracy": figure(name, "accuracy", seed), "by_part": by_part}, made / "results.json")
             elif "study.implicit" in words:
@@ -281,6 +351,123 @@ def test_the_commands_in_docstrings_are_right():
         if words:
             module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
             check_ranges(parse_config(module.Config, "", words[1:]))
+
+
+# What every result of the study is of, by its name: the script and those of its flags that are not its defaults. Of the
+# full study, in the folder of a seed S.
+JUDGED = "--policy sft --warmup 2 --held_out_data rankings_held_out.jsonl"
+RANK = "collect.py --prompts data/prompts.jsonl --policies"
+RM, DPO = f"reward_model.py {JUDGED} --prompts data/prompts.jsonl --data", f"dpo.py {JUDGED} --data"
+RUN = "--policy sft --prompts data/prompts.jsonl --rollouts 128 --minibatch 32 --lr 4e-4 --iterations 24 --reward"
+PPO, GRPO = f"ppo.py --value_lr 1e-3 {RUN}", f"grpo.py {RUN}"
+LONG, WEAK = "--iterations 40 --kl_coef 0", "weak_0 weak_1 weak_2 weak_3"
+TEST = "--prompts data/prompts_test.jsonl"
+AS_IT_IS = "sft.py --data data/demonstrations.jsonl --epochs 1"
+OF_EACH_SEED = {
+    "data": "data.tiny",
+    "sft": "sft.py --data data/demonstrations.jsonl",
+    "rankings_held_out": "collect.py --policies sft --prompts data/prompts_held_out.jsonl --n_prompts 400",
+    "rankings_weak": f"{RANK} sft --n_prompts 300",
+    "weak_0": f"{RM} rankings_weak.jsonl --expectation no --seed S0",
+    "over_weak_0": f"{PPO} weak_0 {LONG}",
+}
+OF_A_SEED = OF_EACH_SEED | {
+    "rankings": f"{RANK} sft --n_prompts 5000",
+    "reward_model": f"{RM} rankings.jsonl",
+    **{f"weak_{i}": f"{RM} rankings_weak.jsonl --expectation no --seed S{i}" for i in (1, 2, 3)},
+    "over_weak_0.1": f"{PPO} weak_0 {LONG} --kl_coef 0.1",
+    "over_strong_0": f"{PPO} reward_model {LONG}",
+    "over_strong_0.1": f"{PPO} reward_model {LONG} --kl_coef 0.1",
+    "over_min_0": f"{PPO} {WEAK} {LONG} --reward_combine min",
+    "over_mean-std_0": f"{PPO} {WEAK} {LONG} --reward_combine mean-std",
+    "best_of_n": f"study.best_of_n --policy sft {TEST} --n_prompts 64 --reward_models reward_model {WEAK}",
+    **{f"ppo_{c}": f"{PPO} reward_model --kl_coef {c}" for c in (0.8, 0.4, 0.2, 0.1, 0.05, 0.02)},
+    **{f"grpo_{c}": f"{GRPO} reward_model --kl_coef {c}" for c in (0.8, 0.4, 0.2, 0.1, 0.05, 0.02)},
+    **{f"rloo_{c}": f"{GRPO} reward_model --kl_coef {c} --kind rloo" for c in (0.8, 0.1)},
+    **{f"dpo_{b}": f"{DPO} rankings.jsonl --beta {b}" for b in (1.6, 0.8, 0.4, 0.2, 0.1, 0.05)},
+    **{f"ipo_{b}": f"{DPO} rankings.jsonl --beta {b} --kind ipo" for b in (0.4, 0.1, 0.025)},
+    "best_ranked": "study.rankings --rankings rankings.jsonl --best",
+    "sft_best": "sft.py --init sft --data best_ranked.jsonl --lr 5e-4 --warmup 2 --epochs 1",
+    "rankings_n300": f"{RANK} sft --n_prompts 300",
+    "rankings_n1200": f"{RANK} sft --n_prompts 1200",
+    **{f"rankings_noise{t}": f"{RANK} sft --n_prompts 5000 --annotator_temperature {t}" for t in (1.0, 2.0)},
+    **{f"rm_{x}": f"{RM} rankings_{x}.jsonl" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    **{f"ppo_{x}": f"{PPO} rm_{x}" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    **{f"dpo_{x}": f"{DPO} rankings_{x}.jsonl" for x in ("n300", "n1200", "noise1.0", "noise2.0")},
+    "rankings_plain_once": f"{RANK} sft --n_prompts 5000",
+    "rankings_plain_1": f"{RANK} sft --n_prompts 2500",
+    "rankings_plain_new": f"{RANK} ppo_plain_1 --skip 2500 --n_prompts 2500",
+    "rankings_told_once": f"{RANK} sft --n_prompts 1200",
+    "rankings_told_1": f"{RANK} sft --n_prompts 600",
+    "rankings_told_new": f"{RANK} ppo_told_1 --skip 600 --n_prompts 600",
+    **{f"rm_plain_{x}": f"{RM} rankings_plain_{x}.jsonl --expectation no" for x in ("once", "1", "2")},
+    **{f"rm_told_{x}": f"{RM} rankings_told_{x}.jsonl --expectation yes" for x in ("once", "1", "2")},
+    **{f"ppo_{x}": f"{PPO} rm_{x}" for x in ("plain_once", "plain_1", "plain_2", "told_once", "told_1", "told_2")},
+    **{
+        f"rankings_{x}_2": f"study.rankings --rankings rankings_{x}_1.jsonl rankings_{x}_new.jsonl"
+        for x in ("plain", "told")
+    },
+    "implicit": "study.implicit --dpo dpo_0.2 --prompts data/prompts_held_out.jsonl",
+    "secret_plain": f"{PPO} rm_plain_once {LONG}",
+    "secret_gold": f"{PPO} data/tiny.py:gold_reward {LONG}",
+    "secret_implicit": f"IMPLICIT=dpo_0.2 {PPO} study/implicit.py:reward {LONG}",
+    "break_no_kl": f"{PPO} reward_model --kl_coef 0",
+    **{f"break_kl_{kind}": f"{PPO} reward_model --kl {kind}" for kind in ("k2", "k3", "exact")},
+    "break_no_value_clip": f"{PPO} reward_model --value_clip 0",
+    "break_no_whitening": f"{PPO} reward_model --no-whiten_advantages",
+    "break_no_eos_penalty": f"{PPO} reward_model --eos_penalty 0",
+    **{f"break_train_layers_{n}": f"{PPO} reward_model --train_layers {n}" for n in (1, 2)},
+    "break_ptx": f"{PPO} reward_model --ptx_coef 0.5",
+    **{
+        f"break_{mistake}": f"study.broken {mistake} {PPO} reward_model"
+        for mistake in ("score_late", "raw_reward", "other_temperature")
+    },
+    "break_dpo_mean": f"study.broken dpo_mean {DPO} rankings.jsonl",
+    "break_sft_as_it_is": AS_IT_IS,
+    **{f"break_{mistake}": f"study.broken {mistake} {AS_IT_IS}" for mistake in ("length_buckets", "prompt_loss")},
+}
+MEASURED = {  # the evaluations, of all runs whose names begin so, on all test prompts
+    "evaluate_frontier": r"(ppo|grpo|rloo|dpo|ipo)_[\d.]+|sft_best",
+    "evaluate_feedback": r"(ppo|dpo)_(n\d+|noise[\d.]+)",
+    "evaluate_iterated": r"ppo_(plain|told)_\w+",
+    "evaluate_breaks": r"break_\w+",
+}
+
+
+def told(words: list[str]) -> tuple[list[str], dict]:
+    """-> (what stands before the flags, all flags with their values but the output)."""
+    words = [word for word in words if word != "-m"]
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith(("data.", "study.")))
+    script += 2 if words[script] == "study.broken" else 0
+    module = importlib.import_module(words[script].removesuffix(".py"))
+    config = vars(parse_config(module.Config, "", words[script + 1 :]))
+    return words[: script + 1], {k: v for k, v in config.items() if k not in ("out", "out_dir")}
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_every_result_is_of_the_experiment_that_its_name_says(seed):
+    """Another reward, other data, another number of rankings, one seed for all members of an ensemble, or a seed that
+    two of them have in common: the study goes through, and a published figure is of another experiment."""
+    made = {}
+    for job in jobs.jobs(FULL, "o"):
+        if job.makes.startswith(f"o/{seed}/"):
+            made[Path(job.makes).name.removesuffix(".jsonl").removesuffix(".json")] = told(
+                [word.replace(f"o/{seed}/", "") for word in job.command]
+            )
+    expected = OF_A_SEED if seed in FULL.seeds else OF_EACH_SEED
+    measured = MEASURED if seed in FULL.seeds else {}
+    assert set(made) == {*expected, *measured}
+    for name, command in expected.items():
+        words = command.replace("--seed S", f"--seed {seed}").split()
+        seeded = "study.rankings" not in words and "study.implicit" not in words and "--seed" not in words
+        assert made[name] == told([*words, *(["--seed", str(seed)] if seeded else [])]), name
+    for name, pattern in measured.items():
+        policies = ["sft", *(run for run in made if re.fullmatch(pattern, run))]
+        loss = "--loss_data data/demonstrations_held_out.jsonl" if name == "evaluate_breaks" else ""
+        flags = f"--reward reward_model {TEST} --n_prompts 0 --rankings= --demonstrations= --best_of {loss}"
+        script, config = told(f"evaluate.py {flags} --seed {seed} --policies".split() + policies)
+        assert sorted(made[name][1].pop("policies")) == sorted(config.pop("policies")), name
+        assert made[name] == (script, config), name
 
 
 def skips(job: jobs.Job) -> range:
@@ -428,6 +615,41 @@ def test_the_implicit_judge_counts_pairs(tmp_path):
                     pairs, right, without = pairs + 1, right + (told[i] > told[j]), without + (plain[i] > plain[j])
     assert right != without, "the reference must matter here"
     assert implicit.accuracy(policy, reference, ITEMS) == pytest.approx(right / pairs)
+
+
+def test_the_implicit_judge_is_asked_part_by_part(tmp_path, capsys):
+    """The whole script: of the first prompts of the file, pair by pair, the share of each part that the policy against
+    its reference has in the right order."""
+    tokenizer = load_tokenizer("tiny")
+    sizes = {"vocab": tokenizer.n_vocab, "block_size": 96, "n_embd": 16, "n_layer": 1}
+    reference, policy = make_gpt(0, **sizes), make_gpt(0, **sizes)
+    spread(policy, 3, scale=0.1)
+    for name, model in (("start", reference), ("dpo", policy)):
+        save_model(tmp_path / name, model, "tiny", "test", sft.Config())
+    write_json({"policy": str(tmp_path / "start"), "beta": 0.2}, tmp_path / "dpo" / "config.json")
+    implicit.load.cache_clear()
+    rows = task_rankings(12)
+    prompts, out = write_lines(tmp_path / "p.jsonl", [{"prompt": r["prompt"]} for r in rows]), tmp_path / "i.json"
+    config = implicit.Config(dpo=str(tmp_path / "dpo"), prompts=prompts, n_prompts=9, out=str(out))
+    found = implicit.run(config)["by_part"]
+    assert json.loads(out.read_text(encoding="utf-8")) == {"by_part": found}
+    contrasts = batches.contrast_rankings([r["prompt"] for r in rows[:9]], tokenizer, 96)
+    assert list(found) == list(contrasts) and len(set(found.values())) > 2
+    for name, items in contrasts.items():
+        right = []
+        for item in items:
+            with torch.no_grad():
+                better, worse = (
+                    (
+                        completion_logprobs(policy, e.prompt, e.completion)
+                        - completion_logprobs(reference, e.prompt, e.completion)
+                    ).sum()
+                    for e in item.examples
+                )
+            right.append(bool(better > worse))
+        assert found[name] == pytest.approx(sum(right) / len(right)), name
+    assert "accuracy by part: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()) in capsys.readouterr().out
+    implicit.load.cache_clear()
 
 
 def test_only_a_run_of_dpo_has_an_implicit_reward(tmp_path):
@@ -630,6 +852,30 @@ def test_a_job_sees_what_python_would_give_it(tmp_path):
             shown.append(process.stdout.read())
             process.communicate()
         assert shown[0] == shown[1] and "--x" in shown[0]
+
+
+def test_the_study_ends_with_its_results(tmp_path, monkeypatch, capsys):
+    """Whose jobs are done: the numbers, the tables and the figures of the very folder. A quick run leaves those of the
+    repository alone, and one of a single experiment, whose other results may be of another time, writes none."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(run, "run_jobs", lambda *arguments: ran.append(arguments))
+    for quick, only, folder in ((True, ["base"], None), (True, [], tmp_path / "q"), (False, [], tmp_path)):
+        size, out = (QUICK, "q") if quick else (FULL, "f")
+        if not only:
+            fabricate(size, out)
+        found = run.run(run.Config(quick=quick, only=only, out=out, jobs=3))
+        todo, everything, where, at_a_time = ran[-1]
+        assert everything == jobs.jobs(size, out) and (where, at_a_time) == (out, 3)
+        assert found == {"jobs": len(todo)} and (len(todo) < len(everything)) == bool(only)
+        if only:
+            assert not list(tmp_path.rglob("*.svg"))
+            continue
+        numbers = json.loads((folder / "study" / "results.json").read_text(encoding="utf-8"))
+        assert numbers == json.loads(json.dumps(results.gather(size, out)))
+        assert (folder / "docs" / "study.md").read_text(encoding="utf-8") == tables.document(numbers)
+        assert len(list((folder / "assets").glob("*.svg"))) == 9
+        assert f"{folder.relative_to(tmp_path) / 'study/results.json'}: the numbers" in capsys.readouterr().out
 
 
 def test_only_one_experiment_and_what_it_needs(capsys):

@@ -81,6 +81,26 @@ def test_a_fit_finds_the_curve_that_it_is_given(form):
     assert [results.fitted(found, d, results.SHAPES[form]) for d in distances] == pytest.approx(values, abs=1e-9)
 
 
+def test_the_error_of_a_fit_is_the_root_of_the_mean_square():
+    """A mean absolute error, or the sum, under that name. What is left of the points is computed from the curve; a
+    point at distance 0 is the start itself and counts for nothing."""
+    distances, values = [0.0, 1.0, 2.0, 3.0], [5.0, 1.0, 2.5, 0.5]
+    found = results.fit(distances, values, 0.5, results.SHAPES["best_of_n"])
+    left = [0.5 + d * (found["alpha"] - found["beta"] * d) - v for d, v in zip(distances[1:], values[1:], strict=True)]
+    assert found["error"] == pytest.approx(math.sqrt(sum(x * x for x in left) / 3), rel=1e-9)
+    assert abs(found["error"] - sum(map(abs, left)) / 3) > 0.03
+    for alpha, beta in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.03), (0.0, -0.03)):  # no other curve is nearer
+        a, b = found["alpha"] + alpha, found["beta"] + beta
+        others = [0.5 + d * (a - b * d) - v for d, v in zip(distances[1:], values[1:], strict=True)]
+        assert sum(x * x for x in others) > sum(x * x for x in left)
+
+
+def test_one_point_gives_no_curve():
+    """Two unknowns of one equation: any curve would do."""
+    none = {"start": 0.7, "alpha": 0.0, "beta": 0.0, "error": 0.0}
+    assert results.fit([0.0, 1.0], [0.7, 3.0], 0.7, results.SHAPES["rl"]) == none
+
+
 def test_blocks_and_fall_by_hand():
     """Means over iterations; and from the block that is best on average, seed by seed: each seed's own best block would
     make a fall of mere noise."""
@@ -246,6 +266,12 @@ def cells(table: str, label: str) -> dict[str, str]:
     titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     (row,) = (row for row in rows if row[0] == label)
     return dict(zip(titles, row, strict=True))
+
+
+def test_tables_are_written_where_they_belong(tmp_path):
+    found, document = ROOT / "study" / "results.json", tmp_path / "new" / "study.md"
+    tables.run(tables.Config(results=str(found), document=str(document)))
+    assert document.read_text(encoding="utf-8") == tables.document(json.loads(found.read_text(encoding="utf-8")))
 
 
 def test_tables_say_what_the_results_say():
