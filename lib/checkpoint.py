@@ -152,9 +152,10 @@ def start_vocabulary(source: str) -> str:
     if is_published(source):
         return "gpt2" if str(source) in GPT2_NAMES and not Path(source).exists() else str(source)
     try:
-        saved = load_file(model_file(source))["tokenizer"] if source else "tiny"
-    except (UserError, LookupError, TypeError):
-        return "tiny"
+        content = load_file(model_file(source)) if source else {}
+    except UserError:
+        content = {}
+    saved = content.get("tokenizer") if isinstance(content, dict) else None
     return saved if isinstance(saved, str) else "tiny"
 
 
