@@ -86,8 +86,8 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
     content = load_file(file)
     check(isinstance(content, dict), f"{file}: not a checkpoint of this project ({type(content).__name__})")
     for key, expected in CONTENT.items():
-        fits = isinstance(content.get(key), expected)
-        check(fits, f"{file}: not a checkpoint of this project (its {key!r} is {content.get(key)!r:.40})")
+        kind_of = type(content.get(key)).__name__
+        check(isinstance(content.get(key), expected), f"{file}: not a checkpoint of this project ({key}: {kind_of})")
     found, tokenizer, made = content["kind"], content["tokenizer"], content["made"]
     kind = found if kind == "any" and found in KINDS else kind
     check(found == kind, f"{file}: holds {KINDS.get(found, found)}; here {KINDS.get(kind, 'a model')} is needed")
@@ -102,10 +102,8 @@ def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_b
         raise UserError(f"{file}: not a checkpoint of this project ({one_line(error)})") from None
     check_finite(model.state_dict(), file)
     mark = content.get("fingerprint") or ""  # earlier versions had none
-    same = mark in ("", fingerprint(tokenizer))
-    check(
-        same, f"{file}: made with another {tokenizer} vocabulary than data/{tokenizer}.tiktoken is now; train it again"
-    )
+    now = f"data/{tokenizer}.tiktoken is now; train it again"
+    check(mark in ("", fingerprint(tokenizer)), f"{file}: made with another {tokenizer} vocabulary than {now}")
     print(told)
     return Checkpoint(model.to(device).eval(), tokenizer, made.get("task") or "")
 
