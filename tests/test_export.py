@@ -129,6 +129,15 @@ def test_the_exported_tokenizer_json_gives_our_ids(vocabulary, tmp_path):
             assert after[part] == before[part], part
 
 
+def test_the_end_of_a_turn_is_the_end(vocabulary, tmp_path):
+    """By name and by id, whatever else the vocabulary calls its EOS: chatml's is <|im_end|>, Llama 3's <|eot_id|>."""
+    folder = export(tmp_path, make_gpt(3, vocab=vocabulary.n_vocab, n_layer=1), vocabulary.saved)
+    ends = {"plain": "<|endoftext|>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+    assert read(folder, "tokenizer_config")["eos_token"] == ends[vocabulary.template]
+    ids = {token["content"]: token["id"] for token in read(folder, "tokenizer")["added_tokens"]}
+    assert read(folder, "generation_config")["eos_token_id"] == ids[ends[vocabulary.template]] == vocabulary.eos_id
+
+
 def test_tokens_that_merging_does_not_reach():
     """Llama 3 has some: abcd is taken whole, but bc is merged first and never leads to it."""
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"d": 3, b"bc": 4, b"ab": 5, b"cd": 6, b"abcd": 7, b"abc": 8}
