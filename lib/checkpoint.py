@@ -45,11 +45,11 @@ def save_model(
         "kind": "scalar" if isinstance(model, ScalarModel) else "gpt",
         "config": dataclasses.asdict(model.config),
         "tokenizer": tokenizer,
-        "fingerprint": fingerprint(tokenizer),
         "made": {"script": script, "config": dataclasses.asdict(config), "task": task},
         "weights": weights,
     }
-    atomic_save(content, Path(folder) / "model.pt")
+    mark = fingerprint(tokenizer)
+    atomic_save(content | ({"fingerprint": mark} if mark else {}), Path(folder) / "model.pt")
 
 
 class Checkpoint(NamedTuple):

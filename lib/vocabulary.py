@@ -13,7 +13,6 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from data.files import replacing
 from lib.cli import UserError, check
 
 ONLY = "only byte-level BPE is read, as GPT-2, SmolLM2, Llama 3 and Qwen2 have it"
@@ -248,11 +247,6 @@ assistant<|end_header_id|>
 }
 
 
-def write_json(path: Path, content: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def merges_of(ranks: dict[bytes, int]) -> tuple[list[list[bytes]], bool]:
     """{bytes of a token: its id} -> the list of merges by which `tokenizers` merges all texts as tiktoken does, and
     whether a piece that is a token must be taken whole. The inverse of ranks_of, where the conditions are."""
@@ -273,7 +267,7 @@ def merges_of(ranks: dict[bytes, int]) -> tuple[list[list[bytes]], bool]:
     return merges, whole_first
 
 
-def write_tokenizer(folder: Path, tokenizer, longest: int, pad_id: int, padding_side: str) -> None:
+def tokenizer_files(tokenizer, longest: int, pad_id: int, padding_side: str) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of a Tokenizer of data/tokenizer.py. longest: of the model's texts.
     pad_id: that of a special token; one that there isn't yet is PAD.
 
@@ -322,5 +316,4 @@ def write_tokenizer(folder: Path, tokenizer, longest: int, pad_id: int, padding_
         "chat_template": written + JINJA[template].replace("SYSTEM", system),
     }
     config |= {"bos_token": tokenizer.first[0]} if tokenizer.first else {}
-    write_json(folder / "tokenizer.json", whole)
-    write_json(folder / "tokenizer_config.json", config)
+    return {"tokenizer.json": whole, "tokenizer_config.json": config}

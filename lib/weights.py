@@ -17,6 +17,7 @@ Tensors get other names, and three differences of layout are resolved:
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from data.files import read_json, replacing
 from data.tokenizer import Tokenizer, load_tokenizer
 from lib.cli import Flags, UserError, check, flag, one_line, run_main
-from lib.vocabulary import PAD, PATTERNS, write_json, write_tokenizer
+from lib.vocabulary import PAD, PATTERNS, tokenizer_files
 from model import GPT, LLAMA, GPTConfig, ScalarModel
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -379,11 +380,14 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path, tokenizer: Tok
     if scalar:
         weights.pop("lm_head.weight", None)
         weights["score.weight"] = head
-    write_json(folder / "config.json", config)
+    files = {"config.json": config}
     if tokenizer is not None:
-        write_tokenizer(folder, tokenizer, c.block_size, config["pad_token_id"], "right" if scalar else "left")
+        files |= tokenizer_files(tokenizer, c.block_size, config["pad_token_id"], "right" if scalar else "left")
         if not scalar:
-            write_json(folder / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
+            files["generation_config.json"] = {k: v for k, v in config.items() if k.endswith("_token_id")}
+    for name, content in files.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with replacing(folder / "model.safetensors") as temporary:
         save_file({name: value.contiguous().clone() for name, value in weights.items()}, temporary, {"format": "pt"})
     return shift
