@@ -14,7 +14,6 @@ templates put it in, by its id, and in a user's text it is spelt in ordinary tok
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import unicodedata
@@ -22,11 +21,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import regex  # comes with tiktoken
 import tiktoken
 
 from lib.cli import UserError, check, one_line
 from data.files import turns_of
-from lib.vocabulary import read_folder, read_gguf
+from lib.vocabulary import GPT2, describe, parse_ranks, read_folder, read_gguf
 
 TINY_RANKS = Path(__file__).with_name("tiny.tiktoken")
 # How tiny text is cut before merging: a word or a number of up to two digits with its leading space, or one other
@@ -67,15 +67,16 @@ def chatml(prompt: str, system: str = "") -> list[Piece]:
 
 def llama3(prompt: str) -> list[Piece]:
     """Llama 3's, which takes away the white space around a text."""
-    pieces = [("<|begin_of_text|>", "")]
+    pieces = []
     for role, text in (*turns_of(prompt), ("assistant", "")):
         pieces += [("<|start_header_id|>", role), ("<|end_header_id|>", f"\n\n{text.strip()}"), ("<|eot_id|>", "")]
     return pieces[:-1]  # the assistant's turn is open
 
 
 class Tokenizer:
-    """name, n_vocab, eos_id (it ends a completion), template; encode and decode. `saved` is what a checkpoint keeps,
-    and load_tokenizer takes: two vocabularies are the same, template included, if it is the same text."""
+    """name, n_vocab, eos_id (it ends a completion), template, first (the special tokens at the start of a prompt);
+    encode and decode. `saved` is what a checkpoint keeps, and load_tokenizer takes: two vocabularies are the same,
+    template included, if it is the same text."""
 
     def __init__(
         self,
@@ -86,11 +87,16 @@ class Tokenizer:
         system: str = "",
         nfc: bool = False,
         n_vocab: int | None = None,
+        bos: dict[str, list[str]] | None = None,
+        where: str = "",
     ):
+        where = where or encoding.name
         missing = [mark for mark in TEMPLATES[template] if mark not in encoding.special_tokens_set]
-        check(not missing, f"template {template}: {encoding.name} has no special token {', '.join(missing)}")
+        check(not missing, f"template {template}: {where} has no special token {', '.join(missing)}")
         eos = (TEMPLATES[template] or (eos,))[-1]
-        check(eos in encoding.special_tokens_set, f"template {template}: {encoding.name} has no token that ends a text")
+        known = eos in encoding.special_tokens_set
+        check(known, f"{where}: no token that ends a text; name it as eos_token in tokenizer_config.json")
+        self.first: list[str] = TEMPLATES[template][:1] if template == "llama3" else (bos or {}).get(template, [])
         self.saved, self.name, self.template = saved, encoding.name, template
         self._encoding, self._system, self._nfc = encoding, system, nfc
         self.n_vocab: int = n_vocab or encoding.n_vocab
@@ -98,10 +104,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ordinary text only: "<|endoftext|>" typed by a user becomes several ordinary tokens, never the EOS token.
-        A byte that a published vocabulary lacks is left out, as its own tokenizer does."""
+        A byte that a published vocabulary lacks is left out before merging, as its own tokenizer does."""
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         ids = self._encoding.encode_ordinary(text)
-        return ids if self.n_vocab == self._encoding.n_vocab else [i for i in ids if i < self.n_vocab]
+        if max(ids, default=0) < self.n_vocab:
+            return ids
+        known = {b for b in range(256) if self._encoding.encode_single_token(bytes([b])) < self.n_vocab}
+        pieces = (piece.group().encode() for piece in regex.finditer(self._encoding._pat_str, text))
+        pieces = (bytes(b for b in piece if b in known) for piece in pieces)
+        return [i for piece in pieces if piece for i in self._encoding._encode_single_piece(piece)]
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are no valid UTF-8 (a character cut in half) become U+FFFD. Special tokens are shown: completions
@@ -110,9 +121,10 @@ class Tokenizer:
 
     def pieces(self, prompt: str) -> list[Piece]:
         """A prompt, a string or a files.Prompt, in its template, open for the completion."""
+        first = [(token, "") for token in self.first]
         if self.template == "plain":
-            return [("", format_prompt(prompt))]
-        return chatml(prompt, self._system) if self.template == "chatml" else llama3(prompt)
+            return [*first, ("", format_prompt(prompt))]
+        return first + (chatml(prompt, self._system) if self.template == "chatml" else llama3(prompt))
 
     def encode_prompt(self, prompt: str) -> list[int]:
         ids = []
@@ -120,6 +132,24 @@ class Tokenizer:
             ids += [self._encoding.encode_single_token(mark)] if mark else []
             ids += self.encode(text)
         return ids
+
+    def description(self) -> dict:
+        """What `build` takes, of a vocabulary that has a name, too."""
+        if self.saved.startswith("{"):
+            return json.loads(self.saved)
+        ids = (i for i in range(self.n_vocab) if i != self.eos_id)
+        ranks = {self._encoding.decode_single_token_bytes(i): i for i in ids}
+        pattern = {"tiny": TINY_PATTERN, "gpt2": GPT2}[self.saved]
+        return describe(ranks, {EOS_TEXT: self.eos_id}, pattern, False, EOS_TEXT, {}, "", self.saved)
+
+
+def fingerprint(saved: str) -> str:
+    """What a checkpoint keeps of a vocabulary that has only a name there, and can be made anew: a hash of it. "" for
+    all others: a checkpoint holds a published vocabulary as it is, and GPT-2's never changes."""
+    if saved != "tiny":
+        return ""
+    d = load_tokenizer(saved).description()
+    return hashlib.sha256(json.dumps([d[key] for key in ("ranks", "special", "pattern")]).encode()).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------- loading
@@ -182,16 +212,11 @@ def gpt2_encoding() -> tiktoken.Encoding:
         ) from None
 
 
-def parse_ranks(text: str) -> dict[bytes, int]:
-    """A .tiktoken file: each line holds a token's bytes in base64 and its rank, which is its id too."""
-    lines = [line.split() for line in text.splitlines()]
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
-
-
 def build(d: dict, template: str, where: str) -> Tokenizer:
     """The vocabulary of a description, which is plain JSON: "ranks", as in a .tiktoken file; "special" {token: id};
     "pattern", how text is cut before merging; "nfc", whether it is normalised before; "eos"; "template", and its
-    "system" turn for a conversation that has none; "name", made here, for messages."""
+    "system" turn for a conversation that has none; perhaps "bos" {template: tokens at the start of a prompt}; "name",
+    made here, for messages."""
     d = {k: v for k, v in d.items() if k != "name"} | ({} if template == "auto" else {"template": template})
     check(d["template"] in TEMPLATES, f"{where}: its template {d['template']!r} is unknown here")
     ranks, special = parse_ranks(d["ranks"]), dict(d["special"])
@@ -206,7 +231,9 @@ def build(d: dict, template: str, where: str) -> Tokenizer:
     special |= {f"<|unused {i}|>": i for i in range(n_vocab) if i not in used}
     encoding = tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
     saved = json.dumps(d, sort_keys=True)
-    return Tokenizer(saved, encoding, d["eos"], d["template"], d["system"], d["nfc"], n_vocab)
+    return Tokenizer(
+        saved, encoding, d["eos"], d["template"], d["system"], d["nfc"], n_vocab, bos=d.get("bos"), where=where
+    )
 
 
 def vocabulary_name(saved: str) -> str:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from data.files import replacing
-from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_name
+from data.tokenizer import Tokenizer, fingerprint, load_tokenizer, vocabulary_name
 from lib.cli import UserError, check, one_line
-from lib.weights import GPT2_NAMES, load_pretrained, local_path
+from lib.weights import GPT2_NAMES, check_finite, load_pretrained, local_path
 from model import GPT, GPTConfig, ScalarModel
 
 
@@ -52,7 +52,8 @@ def save_model(
         "made": {"script": script, "config": dataclasses.asdict(config), "task": task},
         "weights": weights,
     }
-    atomic_save(content, Path(folder) / "model.pt")
+    mark = fingerprint(tokenizer)
+    atomic_save(content | ({"fingerprint": mark} if mark else {}), Path(folder) / "model.pt")
 
 
 class Checkpoint(NamedTuple):
@@ -75,29 +76,40 @@ def model_file(path: str | Path, made_by: str = "") -> Path:
     return file
 
 
+KINDS = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
+CONTENT = {"kind": str, "config": dict, "tokenizer": str, "made": dict, "weights": dict}  # of model.pt
+
+
 def load_model(path: str | Path, device: torch.device, kind: str = "gpt", made_by: str = "") -> Checkpoint:
-    """A stage's folder, or its model.pt; as a policy also published weights. kind: "gpt" (a policy) or "scalar" (a
-    reward model). Prints what it has read."""
-    if kind == "gpt" and is_published(path):
+    """A stage's folder, or its model.pt; as a policy also published weights. kind: "gpt" (a policy), "scalar" (a
+    reward model) or "any". Prints what it has read."""
+    if kind != "scalar" and is_published(path):
         tokenizer = load_tokenizer(start_vocabulary(path))
         return Checkpoint(load_published(path, tokenizer.n_vocab).to(device).eval(), tokenizer.saved, "")
     file = model_file(path, made_by)
     content = load_file(file)
+    check(isinstance(content, dict), f"{file}: not a checkpoint of this project ({type(content).__name__})")
+    for key, expected in CONTENT.items():
+        kind_of = type(content.get(key)).__name__
+        check(isinstance(content.get(key), expected), f"{file}: not a checkpoint of this project ({key}: {kind_of})")
+    found, tokenizer, made = content["kind"], content["tokenizer"], content["made"]
+    kind = found if kind == "any" and found in KINDS else kind
+    check(found == kind, f"{file}: holds {KINDS.get(found, found)}; here {KINDS.get(kind, 'a model')} is needed")
     try:
-        content = dict(content)
         fields = {k: v for k, v in content["config"].items() if k != "expectation"}  # earlier versions kept it there
-        found, tokenizer, config = content["kind"], content["tokenizer"], GPTConfig(**fields)
-        made = content["made"]
-        if found == kind:
-            expectation = "direction" in content["weights"]
-            model = GPT(config) if kind == "gpt" else ScalarModel(config, expectation)
-            model.load_state_dict(content["weights"])
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        config, expectation = GPTConfig(**fields), "direction" in content["weights"]
+        model = GPT(config) if kind == "gpt" else ScalarModel(config, expectation)
+        model.load_state_dict(content["weights"])
+        source = made["config"].get("data")
+        told = f"{file}: made by {made['script']}" + (f" from {source}" if source is not None else "")
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project ({one_line(error)})") from None
-    names = {"gpt": "a policy (sft.py, ppo.py, dpo.py)", "scalar": "a reward model (reward_model.py)"}
-    check(found == kind, f"{file}: holds {names.get(found, found)}; here {names[kind]} is needed")
-    print(f"{file}: made by {made['script']}" + (f" from {made['config']['data']}" if "data" in made["config"] else ""))
-    return Checkpoint(model.to(device).eval(), tokenizer, made.get("task", ""))
+    check_finite(model.state_dict(), file)
+    mark = content.get("fingerprint") or ""  # earlier versions had none
+    now = f"data/{tokenizer}.tiktoken is now; train it again"
+    check(mark in ("", fingerprint(tokenizer)), f"{file}: made with another {tokenizer} vocabulary than {now}")
+    print(told)
+    return Checkpoint(model.to(device).eval(), tokenizer, made.get("task") or "")
 
 
 def is_published(source: str | Path) -> bool:
@@ -122,7 +134,9 @@ def load_published(source: str | Path, n_vocab: int, block_size: int = 0) -> GPT
     """Published weights, for a vocabulary of n_vocab tokens."""
     try:
         model = load_pretrained(source, block_size=block_size)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except UserError as error:  # it names the file
+        raise UserError(f"{source}: can't be loaded ({error})") from None
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source}: can't be loaded ({one_line(error)})") from None
     rows = model.config.vocab_size
     print(f"{source}: published weights, {rows:,} token ids, block size {model.config.block_size}")
@@ -140,9 +154,11 @@ def start_vocabulary(source: str) -> str:
     if is_published(source):
         return "gpt2" if str(source) in GPT2_NAMES and not Path(source).exists() else str(source)
     try:
-        return load_file(model_file(source))["tokenizer"] if source else "tiny"
-    except (UserError, LookupError, TypeError):
-        return "tiny"
+        content = load_file(model_file(source)) if source else {}
+    except UserError:
+        content = {}
+    saved = content.get("tokenizer") if isinstance(content, dict) else None
+    return saved if isinstance(saved, str) else "tiny"
 
 
 def load_scorer(path: str | Path, policy: Checkpoint, device: torch.device) -> Checkpoint:

@@ -1,8 +1,8 @@
-"""Reads the vocabulary of a published model. The result is a description in plain JSON, which a checkpoint can keep and
-`build` in data/tokenizer.py takes.
+"""The vocabulary of a published model, in and out. In between it is a description in plain JSON, which a checkpoint can
+keep and `build` in data/tokenizer.py takes.
 
-It comes from a folder with Hugging Face's tokenizer.json, or from the metadata of a .gguf file. Only byte-level BPE is
-read.
+It comes from a folder with Hugging Face's tokenizer.json, or from the metadata of a .gguf file, and goes out as such a
+folder's files. Only byte-level BPE is read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from pathlib import Path
 from lib.cli import UserError, check
 
 ONLY = "only byte-level BPE is read, as GPT-2, SmolLM2, Llama 3 and Qwen2 have it"
+
+
+def parse_ranks(text: str) -> dict[bytes, int]:
+    """A .tiktoken file: each line holds a token's bytes in base64 and its rank, which is its id too."""
+    lines = [line.split() for line in text.splitlines()]
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def keeping_the_rest(pattern: str) -> str:
@@ -32,6 +38,13 @@ LLAMA3 = keeping_the_rest(
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": LLAMA3.replace("{1,3}", "")}
+
+# GPT-2's published vocabulary writes bytes as characters: a printable byte is itself, the others follow from 256
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+CHAR_OF = {b: chr(b) for b in PRINTABLE}
+CHAR_OF |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+
+# -------------------------------------------------------------------------------- in
 
 
 def read_json(path: Path) -> dict:
@@ -66,7 +79,37 @@ def read_folder(folder: Path) -> dict:
     ids = {token: i for token, i in bpe["vocab"].items() if token not in special}
     ranks = ranks_of(ids, merges, bool(bpe.get("ignore_merges")), str(file))
     pattern = pattern_of(whole.get("pre_tokenizer") or {"type": "nothing"}, str(file))
-    return describe(ranks, special, pattern, normalizer is not None, named[0], chat, str(folder))
+    first = first_tokens(whole.get("post_processor") or {"type": "nothing"}, str(file))
+    bos = config.get("bos_token") or ""
+    bos = {"plain": first, "chatml": first_of_chat(chat, first, bos["content"] if isinstance(bos, dict) else bos)}
+    return describe(ranks, special, pattern, normalizer is not None, named[0], bos, chat, str(folder))
+
+
+def first_tokens(processor: dict, file: str) -> list[str]:
+    """The special tokens, usually one or none, that a tokenizer.json's post_processor puts before every text. (What it
+    puts behind a text is left out: a completion follows there.)"""
+    kind = processor["type"]
+    if kind == "Sequence":
+        return [token for step in processor["processors"] for token in first_tokens(step, file)]
+    if kind in ("RobertaProcessing", "BertProcessing"):
+        return [processor["cls"][0]]
+    check(kind in ("TemplateProcessing", "ByteLevel", "nothing"), f"{file}: its post_processor is {kind}; {ONLY}")
+    names = []
+    for part in processor.get("single", []):
+        if "Sequence" in part:
+            break
+        names.append(part["SpecialToken"]["id"])
+    return [token for name in names for token in processor["special_tokens"][name]["tokens"]]
+
+
+def first_of_chat(chat: str, first: list[str], bos: str) -> list[str]:
+    """The tokens before a conversation. A chat template writes them itself, by the name bos_token or spelt out; where
+    there is no template they are those before every text."""
+    if not chat:
+        return first
+    if "bos_token" in chat:
+        return [bos] if bos else first
+    return [token for token in first if token in chat]
 
 
 def pattern_of(cut: dict, file: str) -> str:
@@ -105,7 +148,10 @@ def read_gguf(path: str) -> dict:
     special = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t in (2, 3, 4)}
     ranks = ranks_of(ids, [tuple(merge.split(" ")) for merge in found["merges"]], pre == "llama-bpe", path)
     eos, chat = tokens[found["eos_token_id"]], found.get("tokenizer.chat_template", "")
-    return describe(ranks, special, PATTERNS[pre], pre == "qwen2", eos, chat, path)
+    named = [tokens[found["bos_token_id"]]] if "bos_token_id" in found else []
+    first = named if found.get("add_bos_token", pre == "llama-bpe") else []
+    bos = {"plain": first, "chatml": first_of_chat(chat, first, "".join(named))}
+    return describe(ranks, special, PATTERNS[pre], pre == "qwen2", eos, bos, chat, path)
 
 
 def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bool, where: str) -> dict[bytes, int]:
@@ -116,10 +162,7 @@ def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bo
     that token, and the ids grow in the order of the merges that do so. whole_first: a piece of text that is a token is
     not merged at all (tiktoken always does so). Then merging need not reach a token, if all pairs that make the token
     are in the list."""
-    # GPT-2's published vocabulary writes bytes as characters: a printable byte is itself, the others follow from 256
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    byte_of = {c: b for b, c in CHAR_OF.items()}
     strange = [token for token in ids if not byte_of.keys() >= set(token)]
     check(not strange, f"{where}: the token {''.join(strange[:1])!r} is not spelt in bytes; {ONLY}")
     lost = [a + b for a, b in merges if a + b not in ids]
@@ -148,19 +191,28 @@ def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bo
 
 
 def describe(
-    ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, eos: str, chat_template: str, where: str
+    ranks: dict[bytes, int],
+    special: dict[str, int],
+    pattern: str,
+    nfc: bool,
+    eos: str,
+    bos: dict,
+    chat: str,
+    where: str,
 ) -> dict:
     """The description that `build` takes. The model's own chat template, or else its special tokens, name the
-    template."""
+    template. bos: {template: tokens at the start of a prompt}. chat: the text of that chat template, if any."""
     blank = [token for token in special if not token.strip()]
     check(not blank, f"{where}: adds the token {''.join(blank[:1])!r}, white space that any text may hold; {ONLY}")
-    evidence = chat_template or " ".join(special)
+    evidence = chat or " ".join(special)
     template = "chatml" if "<|im_start|>" in evidence else "llama3" if "<|start_header_id|>" in evidence else "plain"
-    if chat_template and template == "plain":
+    if chat and template == "plain" and not chat.endswith(JINJA["plain"]):
         print(f"NOTE: {where} has a chat template that is neither chatml nor Llama 3's; prompts get the plain one")
-    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat_template)
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat)
     lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
-    return {
+    unknown = [token for tokens in bos.values() for token in tokens if token not in special]
+    check(not unknown, f"{where}: {''.join(unknown[:1])!r}, which it puts first, is no added token")
+    found = {
         "ranks": "\n".join(lines),
         "special": special,
         "pattern": pattern,
@@ -169,3 +221,99 @@ def describe(
         "template": template,
         "system": system[1].replace("\\n", "\n") if system else "",
     }
+    return found | ({"bos": bos} if any(bos.values()) else {})  # only there: checkpoints of before have none
+
+
+# -------------------------------------------------------------------------------- out
+
+PAD = "<|pad|>"  # pads the batches that a reward model reads
+# The templates of data/tokenizer.py as Hugging Face's chat templates. BOS and SYSTEM are put in below.
+JINJA = {
+    "plain": """{% for message in messages %}{% if message['role'] == 'assistant' %}Assistant:
+{{ message['content'] }}
+{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:
+{% endif %}""",
+    "chatml": """SYSTEM{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+    "llama3": """{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+
+{{ message['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>\
+assistant<|end_header_id|>
+
+{% endif %}""",
+}
+
+
+def merges_of(ranks: dict[bytes, int]) -> tuple[list[list[bytes]], bool]:
+    """{bytes of a token: its id} -> the list of merges by which `tokenizers` merges all texts as tiktoken does, and
+    whether a piece that is a token must be taken whole. The inverse of ranks_of, where the conditions are."""
+    merges, whole_first = [], False
+    for token, i in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[n : n + 1] for n in range(len(token))]
+        while len(parts) > 2:
+            rank, at = min((ranks.get(a + b, i), at) for at, (a, b) in enumerate(pairwise(parts)))
+            if rank >= i:  # no earlier token
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+        elif len(parts) > 2:  # merging doesn't reach it
+            splits = [[token[:n], token[n:]] for n in range(1, len(token))]
+            merges += [split for split in splits if ranks.keys() >= set(split)]
+            whole_first = True
+    return merges, whole_first
+
+
+def tokenizer_files(tokenizer, longest: int, pad_id: int, padding_side: str) -> dict[str, dict]:
+    """tokenizer.json and tokenizer_config.json of a Tokenizer of data/tokenizer.py. longest: of the model's texts.
+    pad_id: that of a special token; one that there isn't yet is PAD.
+
+    In a prompt of the plain template there are no special tokens, so those that a text spells out stay text, as here
+    (split_special_tokens). The other templates need them, and there other tools also find them in the user's text."""
+    d, template = tokenizer.description(), tokenizer.template
+    special = {PAD: pad_id} | d["special"] if pad_id not in d["special"].values() else d["special"]
+    token_of = {i: token for token, i in special.items()}
+    ranks = parse_ranks(d["ranks"])
+    spelt = {token: "".join(CHAR_OF[b] for b in token) for token in ranks}
+    merges, whole_first = merges_of(ranks)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    cut = {"type": "Split", "pattern": {"Regex": d["pattern"]}, "behavior": "Removed", "invert": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole_first}
+    model["vocab"] = {spelt[token]: i for token, i in ranks.items()} | special
+    model["merges"] = [[spelt[a], spelt[b]] for a, b in merges]
+    first = d.get("bos", {}).get("plain", [])  # before every text; what is before a conversation is in its template
+    start = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
+    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    known = {token: {"id": token, "ids": [special[token]], "tokens": [token]} for token in first}
+    processor = {"type": "TemplateProcessing", "single": [*start, one], "pair": [*start, one, two]}
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for i, token in sorted(token_of.items())],
+        "normalizer": {"type": "NFC"} if d["nfc"] else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
+        "post_processor": processor | {"special_tokens": known} if first else None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": model,
+    }
+    system = f"<|im_start|>system\n{d['system']}<|im_end|>\n"
+    system = f"{{% if messages[0]['role'] != 'system' %}}{system}{{% endif %}}" if d["system"] else ""
+    written = "{{ bos_token }}" if len(tokenizer.first) == 1 else "".join(tokenizer.first)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        "eos_token": token_of[tokenizer.eos_id],
+        "pad_token": token_of[pad_id],
+        "padding_side": padding_side,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": template == "plain" and not first,
+        "chat_template": written + JINJA[template].replace("SYSTEM", system),
+    }
+    config |= {"bos_token": tokenizer.first[0]} if tokenizer.first else {}
+    return {"tokenizer.json": whole, "tokenizer_config.json": config}

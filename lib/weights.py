@@ -1,8 +1,11 @@
-"""Loads and saves published weights: Hugging Face folders of GPT-2 and Llama-like models, and GGUF files (only loaded).
+"""Published weights, in and out: Hugging Face folders of GPT-2 and Llama-like models, and GGUF files (only in).
 
-from lib.weights import load_pretrained, save_pretrained
-model = load_pretrained("SmolLM2-135M.gguf")   # or a folder with config.json and *.safetensors, or a name on the hub
-save_pretrained(model, "out/exported")         # for other tools
+    python -m lib.weights export out/ppo FOLDER             # a policy, for AutoModelForCausalLM of transformers
+    python -m lib.weights export out/reward_model FOLDER    # a reward model, for AutoModelForSequenceClassification
+
+FOLDER gets the weights, config.json, and the tokenizer with its chat template, for AutoTokenizer. Nothing has to be
+done for the way in: wherever a policy is named (sft.py --init, --policy, --policies) it may be a folder, a .gguf file
+or hf: and a name on the hub. In Python the two ways are load_pretrained and save_pretrained.
 
 Tensors get other names, and three differences of layout are resolved:
 - GPT-2 stores its dense layers as (in, out), nn.Linear as (out, in);
@@ -15,22 +18,59 @@ Tensors get other names, and three differences of layout are resolved:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
-from data.files import replacing
-from model import GPT, GPTConfig, ScalarModel
+from data.files import read_json, replacing
+from data.tokenizer import Tokenizer, load_tokenizer
+from lib.cli import Flags, UserError, check, flag, one_line, run_main
+from lib.vocabulary import PAD, PATTERNS, tokenizer_files
+from model import GPT, LLAMA, GPTConfig, ScalarModel
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 LLAMA_TYPES = ("llama", "qwen2")  # model_type in config.json; SmolLM2 is a llama
 # GPT-2's layers that are stored as (in, out)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# The only values that model.py has for these entries of Hugging Face's config.json. An n_inner of null is 4 * n_embd.
-FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True}
-FIXED_LLAMA = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "partial_rotary_factor": 1.0}
+# Fields of config.json. One that is neither used nor in these lists is refused: it may change the computation. First
+# those that don't: names, training, sampling, and ways of transformers to compute the same.
+HARMLESS = set(
+    """_name_or_path _commit_hash architectures model_type transformers_version transformers.js_config is_llama_config
+    torch_dtype dtype use_bfloat16 torchscript tf_legacy_loss unsloth_fixed unsloth_version tokenizer_class prefix
+    task_specific_params finetuning_task problem_type num_labels _num_labels id2label label2id classifier_dropout
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id n_ctx n_special predict_special_tokens
+    max_sequence_length initializer_range attn_pdrop embd_pdrop resid_pdrop attention_dropout hidden_dropout
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj is_decoder
+    use_cache gradient_checkpointing chunk_size_feed_forward reorder_and_upcast_attn pretraining_tp max_window_layers
+    attn_implementation _attn_implementation _attn_implementation_autoset output_attentions output_hidden_states
+    output_past return_dict use_return_dict max_length do_sample temperature top_k top_p repetition_penalty""".split()
+)
+# Then those that have the only values that model.py knows, the usual one first.
+FIXED = {"is_encoder_decoder": (False,), "tie_encoder_decoder": (False,), "pruned_heads": ({}, None)}
+FIXED_GPT2 = {"activation_function": ("gelu_new",), "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,)}
+FIXED_GPT2 |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
+FIXED_GPT2 |= {"add_cross_attention": (False,), "cross_attention_hidden_size": (None,)}
+FIXED_LLAMA = {"hidden_act": ("silu",), "sliding_window": (None,), "partial_rotary_factor": (1.0, None)}
+OFF = ("mlp_bias", "attention_bias", "use_sliding_window", "use_mrope", "rope_interleaved")
+FIXED_LLAMA |= dict.fromkeys(OFF, (False, None))
+PLAIN_ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None)}
+# GPTConfig's fields and their names in a published file: of a GPT-2; of a Llama, in config.json and in GGUF's metadata.
+GPT2_FIELDS = {"vocab_size": "vocab_size", "block_size": "n_positions"}
+GPT2_FIELDS |= {field: field for field in ("n_layer", "n_head", "n_embd")}
+LLAMA_FIELDS = {
+    "n_head": ("num_attention_heads", "attention.head_count"),
+    "block_size": ("max_position_embeddings", "context_length"),
+    "n_layer": ("num_hidden_layers", "block_count"),
+    "n_kv_head": ("num_key_value_heads", "attention.head_count_kv"),
+    "n_embd": ("hidden_size", "embedding_length"),
+    "n_inner": ("intermediate_size", "feed_forward_length"),
+    "norm_eps": ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    "rope_base": ("rope_theta", "rope.freq_base"),
+}
 # The parts of a Llama-like model: {our name: (Hugging Face's name, GGUF's name)}, outside of the blocks and inside. Of
 # several names the tensors are joined here, row after row.
 OUTSIDE = {
@@ -64,6 +104,7 @@ def local_path(name: str | Path) -> Path:
     except ImportError:
         raise ValueError(f"{known} (those need `pip install huggingface_hub`)") from None
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.json", "merges.txt"]
+    wanted.append("chat_template.jinja")
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
@@ -82,7 +123,7 @@ def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0)
     if path.suffix == ".gguf":
         config, state = from_gguf(path)
     else:
-        shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        shape = read_json(path / "config.json")
         kind = shape.get("model_type", "gpt2")
         if kind != "gpt2" and kind not in LLAMA_TYPES:
             raise ValueError(f"{path}/config.json: model_type is {kind!r}; known are gpt2, {', '.join(LLAMA_TYPES)}")
@@ -114,21 +155,38 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face folder, in float32."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        parts = [load_file(folder / file) for file in files]
-    elif (folder / "model.safetensors").exists():
-        parts = [load_file(folder / "model.safetensors")]
+        files = sorted(set(read_json(index)["weight_map"].values()))
     else:
-        parts = [torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)]
-    return {name: value.float() for part in parts for name, value in part.items()}
+        files = ["model.safetensors" if (folder / "model.safetensors").exists() else "pytorch_model.bin"]
+    return {name: value for file in files for name, value in file_weights(folder / file).items()}
 
 
-def check_fixed(shape: dict, fixed: dict, path: Path, n_inner: int) -> None:
-    """ValueError if config.json has another value than one of the fixed ones."""
-    for key, value in fixed.items():
-        found = shape.get(key, value)
-        if found != value and not (key == "n_inner" and found == n_inner):
-            raise ValueError(f"{path}: {key} is {found!r}; this model has {value!r}")
+def file_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in float32. UserError for a file that is damaged."""
+    check(file.exists(), f"{file}: no such file")
+    try:
+        old = file.suffix == ".bin"
+        weights = torch.load(file, map_location="cpu", weights_only=True) if old else load_file(file)
+        weights = {name: value.float() for name, value in weights.items()}
+    except Exception as error:  # of many kinds, from two packages
+        raise UserError(f"{file}: can't be read ({one_line(error)})") from None
+    check_finite(weights, file)
+    return weights
+
+
+def check_finite(weights: dict[str, Tensor], file: Path) -> None:
+    """UserError names a tensor that holds nan or inf: all that is computed with it would be nan."""
+    for name, value in weights.items():
+        check(bool(value.isfinite().all()), f"{file}: {name} holds values that are not finite (nan or inf)")
+
+
+def check_fields(shape: dict, used: set[str], fixed: dict[str, tuple], path: Path | str) -> None:
+    """UserError names a field that has another value than the fixed ones, or that is not known."""
+    for key, value in shape.items():
+        if key in fixed:
+            check(value in fixed[key], f"{path}: {key} is {value!r}; this model has {fixed[key][0]!r}")
+        elif key not in used | HARMLESS:
+            raise UserError(f"{path}: {key} is not known here, so it may change the computation (its value: {value!r})")
 
 
 # -------------------------------------------------------------------------------- GPT-2
@@ -136,8 +194,9 @@ def check_fixed(shape: dict, fixed: dict, path: Path, n_inner: int) -> None:
 
 def gpt2_config(shape: dict, path: Path) -> GPTConfig:
     """The shape of a GPT-2, from its config.json."""
-    check_fixed(shape, FIXED, path, 4 * shape["n_embd"])
-    return GPTConfig(*(shape[k] for k in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
+    fixed = FIXED | FIXED_GPT2 | {"n_inner": (None, 4 * shape["n_embd"])}
+    check_fields(shape, set(GPT2_FIELDS.values()), fixed, path)
+    return GPTConfig(**{own: shape[there] for own, there in GPT2_FIELDS.items()})
 
 
 def from_gpt2(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -160,27 +219,34 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def llama_config(shape: dict, path: Path) -> GPTConfig:
     """The shape of a Llama or Qwen2, from its config.json."""
     C, H, qwen = shape["hidden_size"], shape["num_attention_heads"], shape["model_type"] == "qwen2"
-    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}  # since transformers 5, and before it
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: rotary positions of type {kind!r}; this model has the plain ones")
-    head_dim = {"head_dim": C // H}
-    check_fixed(shape, FIXED_LLAMA | ({} if shape.get("head_dim") is None else head_dim), path, 0)
-    if not qwen and shape.get("attention_bias"):
-        raise ValueError(f"{path}: attention_bias is True; this model has such biases in Qwen2's places only")
+    layers = ["full_attention"] * shape["num_hidden_layers"]
+    fixed = FIXED | FIXED_LLAMA | {"head_dim": (C // H, None), "layer_types": (layers, None)}
+    names = {own: there for own, (there, _) in LLAMA_FIELDS.items()}
+    used = {"vocab_size", "tie_word_embeddings", "rope_parameters", "rope_scaling", *names.values()}
+    if qwen:  # it has its biases whatever is said of them, and no window unless use_sliding_window
+        used |= {"attention_bias", "sliding_window"}
+    check_fields(shape, used, {k: v for k, v in fixed.items() if k not in used}, path)
+    shape = shape | {"rope_theta": plain_rope_base(shape, path)}
+    shape["num_key_value_heads"] = shape.get("num_key_value_heads") or H
     return GPTConfig(
-        *(shape[k] for k in ("vocab_size", "max_position_embeddings", "num_hidden_layers")),
-        n_head=H,
-        n_embd=C,
-        rope_base=float(rope.get("rope_theta", shape.get("rope_theta", 10000.0))),
-        norm="rms",
-        norm_eps=shape["rms_norm_eps"],
-        n_kv_head=shape.get("num_key_value_heads") or H,
-        mlp="swiglu",
-        n_inner=shape["intermediate_size"],
-        bias="qkv" if qwen else "none",
+        shape["vocab_size"],
+        **LLAMA | {"bias": "qkv" if qwen else "none"},
+        **{own: shape[there] for own, there in names.items()},
         tied=shape.get("tie_word_embeddings", False),
     )
+
+
+def plain_rope_base(shape: dict, path: Path) -> float:
+    """The base of plain rotary positions, which may stand in several places of config.json. UserError if any of them
+    says that the positions are not plain, or if two differ."""
+    bases = [shape.get("rope_theta")]
+    for place in ("rope_parameters", "rope_scaling"):  # since transformers 5, and before it
+        rope = shape.get(place) or {}
+        check_fields(rope, {"rope_theta"}, PLAIN_ROPE, f"{path}: {place}")
+        bases.append(rope.get("rope_theta"))
+    found = {float(base) for base in bases if base is not None}
+    check(len(found) < 2, f"{path}: rope_theta is {' and '.join(map(str, sorted(found)))}, in two places")
+    return found.pop() if found else 10000.0
 
 
 def neighbours(rows: Tensor, n_head: int) -> Tensor:
@@ -212,9 +278,7 @@ def from_llama(weights: dict[str, Tensor], config: GPTConfig, gguf: bool = False
     names, state = llama_names(config, gguf), {}
     known = {part for parts in names.values() for part in parts}
     known |= {"lm_head.weight", "output.weight"}  # written out although tied
-    left = {
-        key for key in weights if key not in known and not key.endswith(("rotary_emb.inv_freq", "rope_freqs.weight"))
-    }
+    left = {key for key in weights if key not in known and not key.endswith("rotary_emb.inv_freq")}
     if left:
         raise ValueError(f"{min(left)} is not a part of a Llama-like network as this project has it")
     for own, parts in names.items():
@@ -252,32 +316,28 @@ def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if kind not in LLAMA_TYPES:
         raise ValueError(f"{path}: general.architecture is {kind!r}; known are {', '.join(LLAMA_TYPES)}")
 
-    def entry(key: str, default=None):
-        """A field of the file's metadata."""
-        field = reader.get_field(f"{kind}.{key}")
-        if field is None and default is None:
-            raise ValueError(f"{path}: no {kind}.{key}")
-        return default if field is None else field.contents()
-
-    if entry("rope.scaling.type", "none") != "none":
-        raise ValueError(f"{path}: {kind}.rope.scaling.type is {entry('rope.scaling.type')!r}; this model has none")
+    shape = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{kind}.")}
+    names = {own: f"{kind}.{there}" for own, (_, there) in LLAMA_FIELDS.items()}
+    H, D = shape.get(names["n_head"]), shape.get(names["n_embd"], 0) // (shape.get(names["n_head"]) or 1)
+    fixed = {"rope.dimension_count": (D,), "attention.key_length": (D,), "attention.value_length": (D,)}
+    fixed |= {"rope.scaling.type": ("none",), "expert_count": (0,), "expert_used_count": (0,)}
+    harmless = {f"{kind}.{key}" for key in ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")}
+    check_fields(shape, {*names.values(), *harmless}, {f"{kind}.{key}": v for key, v in fixed.items()}, path)
+    shape = {names["n_kv_head"]: H, names["rope_base"]: 10000.0} | shape
+    for name in names.values():
+        check(name in shape, f"{path}: no {name}")
     weights = {}
     for tensor in reader.tensors:
         weights[tensor.name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-    H, C = entry("attention.head_count"), entry("embedding_length")
+    check_finite(weights, path)
+    stretched = weights.pop("rope_freqs.weight", torch.ones(1))  # Llama 3.1's, by which the angles are divided
+    check(bool((stretched == 1).all()), f"{path}: rope_freqs.weight is not 1; this model has plain rotary positions")
+    numbers = {own: shape[there] for own, there in names.items()}
+    numbers["norm_eps"] = float(f"{numbers['norm_eps']:.6g}")  # kept in float32: 1e-5 is 9.99999975e-06
     config = GPTConfig(
         len(weights["token_embd.weight"]),
-        entry("context_length"),
-        entry("block_count"),
-        n_head=H,
-        n_embd=C,
-        rope_base=float(entry("rope.freq_base", 10000.0)),
-        norm="rms",
-        norm_eps=float(f"{entry('attention.layer_norm_rms_epsilon'):.6g}"),  # kept in float32: 1e-5 is 9.99999975e-06
-        n_kv_head=entry("attention.head_count_kv", H),
-        mlp="swiglu",
-        n_inner=entry("feed_forward_length"),
-        bias="qkv" if kind == "qwen2" else "none",
+        **LLAMA | {"bias": "qkv" if kind == "qwen2" else "none"},
+        **numbers,
         tied="output.weight" not in weights,
     )
     # in GGUF's llama files neighbours are turned together, as here; in its qwen2 files channels that are D/2 apart
@@ -287,73 +347,132 @@ def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 # -------------------------------------------------------------------------------- out
 
 
-def save_pretrained(model: GPT | ScalarModel, folder: str | Path) -> None:
-    """Write config.json and model.safetensors in Hugging Face's layout of GPT-2, Llama or Qwen2.
+def save_pretrained(model: GPT | ScalarModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> float:
+    """Write config.json and model.safetensors in Hugging Face's layout of GPT-2, Llama or Qwen2; with a tokenizer also
+    its files, and in config.json which tokens begin, end and pad a text.
 
-    A reward model becomes ...ForSequenceClassification with one label. Its head there has no bias, so the scores differ
-    from ours by a constant, which no ranking determines; config.json keeps it as "reward_shift", to be added.
+    A reward model becomes ...ForSequenceClassification with one label. Its head there has no bias. GPT-2's final norm
+    has one, which takes the constant. Llama's has none, so there the scores differ from ours by a constant, which no
+    ranking determines: config.json keeps it as "reward_shift", to be added. It is returned (0 if there is none).
 
-    Raises ValueError for a network that none of these layouts can hold."""
-    gpt = model.gpt if isinstance(model, ScalarModel) else model
-    folder, c, state = Path(folder), gpt.config, dict(gpt.state_dict())
-    if getattr(model, "expectation", False):
-        raise ValueError("a reward model with --expectation has no published layout")
-    llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
-    if not llama:
-        state = check_gpt2(state, c)
-    vocab_size = c.real_vocab or c.vocab_size  # rows that are no tokens are left out
-    for name in ("wte.weight", "unembedding.weight"):
-        if name in state:
-            state[name] = state[name][:vocab_size]
-    weights = to_llama(state, c) if llama else to_gpt2(state)
-    config = (llama_json if llama else gpt2_json)(c, vocab_size)
-    if isinstance(model, ScalarModel):
-        weights.pop("lm_head.weight", None)
-        weights["score.weight"] = model.head.weight / model.std
+    UserError for a network that none of these layouts can hold."""
+    scalar = isinstance(model, ScalarModel)
+    gpt, folder, shift = model.gpt if scalar else model, Path(folder), 0.0
+    llama = check_exportable(model)
+    c, state = gpt.config, {name: value.detach().cpu().float() for name, value in gpt.state_dict().items()}
+    config = llama_json(c) if llama else gpt2_json(c)
+    for name in {"wte.weight", "unembedding.weight"} & state.keys():  # rows that are no tokens are left out
+        state[name] = state[name][: config["vocab_size"]]  # (V, C)
+    if tokenizer is not None:
+        config |= special_ids(tokenizer, config["vocab_size"], scalar)
+        if scalar and config["pad_token_id"] == config["vocab_size"]:
+            state["wte.weight"] = F.pad(state["wte.weight"], (0, 0, 0, 1))  # (V + 1, C)
+            config["vocab_size"] += 1
+    if scalar:
+        head = (model.head.weight / model.std).detach().cpu().float()  # (1, C)
+        shift = ((model.head.bias - model.mean) / model.std).item()
+        if not llama:
+            state["ln_f.bias"], shift = state["ln_f.bias"] + shift * head[0] / head.square().sum(), 0.0
         name = config["architectures"][0].replace("ForCausalLM", "").replace("LMHeadModel", "")
         config |= {"architectures": [f"{name}ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "reward"}}
-        config["reward_shift"] = ((model.head.bias - model.mean) / model.std).item()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    plain = {name: value.detach().cpu().float().contiguous().clone() for name, value in weights.items()}
+        config |= {"reward_shift": shift} if llama else {}
+    weights = to_llama(state, c) if llama else to_gpt2(state)
+    if scalar:
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = head
+    files = {"config.json": config}
+    if tokenizer is not None:
+        files |= tokenizer_files(tokenizer, c.block_size, config["pad_token_id"], "right" if scalar else "left")
+        if not scalar:
+            files["generation_config.json"] = {k: v for k, v in config.items() if k.endswith("_token_id")}
+    for name, content in files.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(plain, temporary, metadata={"format": "pt"})
+        save_file({name: value.contiguous().clone() for name, value in weights.items()}, temporary, {"format": "pt"})
+    return shift
 
 
-def check_gpt2(state: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """The weights, if the network is GPT-2's. ValueError if somebody has changed it."""
+def special_ids(tokenizer: Tokenizer, n_vocab: int, scalar: bool) -> dict:
+    """The ids in config.json. A policy's batches may be padded with EOS: what stands behind it is not read. A reward
+    model is read at the last token that is no padding, which is an EOS as often as not. So its padding is a token of
+    its own, behind the vocabulary if that has none."""
+    special = tokenizer.description()["special"]
+    pad = special.get(PAD, n_vocab) if scalar else tokenizer.eos_id
+    bos = special[tokenizer.first[0]] if tokenizer.first else None
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+
+
+def check_exportable(model: GPT | ScalarModel) -> bool:
+    """True if the layout is Llama's (or Qwen2's), False if it is GPT-2's. UserError if it is neither."""
+    gpt, lacking = getattr(model, "gpt", model), []
+    c, state = gpt.config, set(gpt.state_dict())
+    llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
     block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     layers = [f"h.{i}.{name}" for i in range(c.n_layer) for name in block] + ["ln_f"]
     gpt2 = {"wte.weight", "wpe.weight", *(f"{name}.{kind}" for name in layers for kind in ("weight", "bias"))}
-    if set(state) != gpt2 or c.n_kv_head != c.n_head or c.n_inner != 4 * c.n_embd or c.norm_eps != 1e-5:
-        changed = ", ".join(sorted(gpt2 ^ set(state))[:3]) or "their sizes or norm_eps"
-        raise ValueError(f"this network's parameters are not GPT-2's ({changed}, ...), so its layout can't hold them")
-    return state
+    changed = state ^ (set(llama_names(c, gguf=False)) if llama else gpt2)
+    own_sizes = llama or (c.n_kv_head, c.n_inner, c.norm_eps) == (c.n_head, 4 * c.n_embd, 1e-5)
+    if changed or not own_sizes:
+        names = ", ".join(sorted(changed)[:3]) or "their sizes or norm_eps"
+        lacking.append(
+            f"this network's parameters are not {'Llama' if llama else 'GPT-2'}'s ({names}, ...); those of"
+            " `sft.py --rope_base 0` (GPT-2's block, learned positions) or `sft.py --block llama` can be"
+        )
+    if getattr(model, "expectation", False):
+        lacking.append("its head reads expectations; that of `reward_model.py --expectation no` can be")
+    check(not lacking, f"can't be exported, no published layout holds it: {'; and '.join(lacking)}")
+    return llama
 
 
-def gpt2_json(c: GPTConfig, vocab_size: int) -> dict:
-    sizes = {"vocab_size": vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size}
-    sizes |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+def gpt2_json(c: GPTConfig) -> dict:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_inner": None, "n_ctx": c.block_size}
+    config |= {key: values[0] for key, values in FIXED_GPT2.items()}
+    config |= {there: getattr(c, own) for own, there in GPT2_FIELDS.items()}
     dropout = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **FIXED, **sizes, **dropout}
+    return config | dropout | {"vocab_size": c.real_vocab or c.vocab_size}
 
 
-def llama_json(c: GPTConfig, vocab_size: int) -> dict:
+def llama_json(c: GPTConfig) -> dict:
     kind = "qwen2" if c.bias == "qkv" else "llama"
-    return {
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "hidden_act": "silu",
-        "vocab_size": vocab_size,
-        "max_position_embeddings": c.block_size,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "hidden_size": c.n_embd,
-        "intermediate_size": c.n_inner,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-        "attention_dropout": c.dropout,
-        "tie_word_embeddings": c.tied,
-    }
+    config = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+    config |= {there: getattr(c, own) for own, (there, _) in LLAMA_FIELDS.items()}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "tie_word_embeddings": c.tied}
+    return config | {"attention_dropout": c.dropout, "vocab_size": c.real_vocab or c.vocab_size}
+
+
+# -------------------------------------------------------------------------------- the command
+
+EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@dataclass
+class Config(Flags):
+    words: list[str] = flag([], "export, a checkpoint, and the folder to write", positional=True)
+
+
+def run(config: Config) -> dict:
+    from lib.checkpoint import load_model  # it imports this file
+
+    usage = "say `python -m lib.weights export CHECKPOINT FOLDER`; --help tells more"
+    check(len(config.words) == 3 and config.words[0] == "export", usage)
+    _, source, folder = config.words
+    others = sorted({path.name for path in Path(folder).glob("*")} - EXPORTED)
+    check(not others, f"{folder}: holds other files too ({', '.join(others[:3])}); name a folder of its own")
+    model, vocabulary, _ = load_model(source, torch.device("cpu"), kind="any")
+    tokenizer = load_tokenizer(vocabulary)
+    shift = save_pretrained(model, folder, tokenizer)
+    name = "SequenceClassification" if isinstance(model, ScalarModel) else "CausalLM"
+    print(f"wrote {folder}: for AutoModelFor{name} and AutoTokenizer; prompts by tokenizer.apply_chat_template")
+    if shift:
+        print(f"NOTE: add {shift:.6f} to its scores: this layout has no place for it (reward_shift in config.json)")
+    if tokenizer.template != "plain" or tokenizer.first:
+        print("NOTE: other tools take a special token that a text spells out for that token; here it stays text")
+    cut = tokenizer.description()["pattern"]
+    if model.config.bias == "qkv" and cut != PATTERNS["qwen2"]:
+        print("NOTE: AutoTokenizer cuts text as Qwen2's does, for all qwen2; here PreTrainedTokenizerFast is right")
+    return {}
+
+
+if __name__ == "__main__":
+    run_main(run, Config, __doc__)

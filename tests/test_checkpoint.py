@@ -18,9 +18,11 @@ from helpers import (
     make_told,
 )
 
+import data.tokenizer
 import lib.checkpoint
 from data.tokenizer import NAMED
 from lib.cli import UserError
+from data.tokenizer import load_tokenizer
 from model import GPTConfig
 from lib.checkpoint import load_model, load_scorer, save_model
 from lib.weights import save_pretrained
@@ -145,6 +147,15 @@ def without(key: str) -> dict:
         without("config"),
         without("weights"),
         without("tokenizer"),
+        without("made"),
+        *(
+            {**good_content(), key: value}
+            for key in ("tokenizer", "made", "config", "kind")
+            for value in (None, 3, [1])
+        ),
+        {**good_content(), "weights": None},
+        {**good_content(), "weights": {"wte.weight": "text"}},
+        *({**good_content(), "made": made} for made in ({}, {"script": "sft.py"}, {"script": "a", "config": None})),
         {**good_content(), "config": {"vocab_size": 3}},
         {**good_content(), "config": {**good_content()["config"], "n_head": 3}},
         {**good_content(), "config": {**good_content()["config"], "future": 1}},
@@ -164,6 +175,51 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
     with pytest.raises(UserError) as error:
         load_model(tmp_path, CPU)
     assert str(tmp_path / "model.pt") in str(error.value) and "\n" not in str(error.value)
+    assert lib.checkpoint.start_vocabulary(str(tmp_path)) in ("tiny", "gpt2")  # sft.py asks this first
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["gpt.wte.weight", "head.weight", "mean"])
+def test_a_checkpoint_that_is_not_finite_is_not_loaded(tmp_path, name, value):
+    """As one that another program wrote, or a damaged disk: every number that comes of it would be nan."""
+    save_model(tmp_path, make_scalar(1), "tiny", "reward_model.py", Made())
+    content = content_of(tmp_path / "model.pt")
+    content["weights"][name].view(-1)[-1] = value
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=rf"model\.pt: {name} holds values that are not finite") as error:
+        load_model(tmp_path, CPU, "scalar")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_knows_its_vocabulary(tmp_path, monkeypatch):
+    """`python -m data.make_vocab` has made another data/tiny.tiktoken since: the ids mean other words now, and the old
+    checkpoint would speak nonsense. One of before the mark loads as ever, and so does one of the vocabulary of now."""
+    save_model(tmp_path / "before", make_gpt(vocab=924), "tiny", "sft.py", Made())
+    save_model(tmp_path / "gpt2", make_gpt(vocab=924), "gpt2", "sft.py", Made())
+    content = content_of(tmp_path / "before" / "model.pt")
+    (tmp_path / "old").mkdir()
+    torch.save({k: v for k, v in content.items() if k != "fingerprint"}, tmp_path / "old" / "model.pt")
+    load_model(tmp_path / "before", CPU)
+    lines = data.tokenizer.TINY_RANKS.read_text(encoding="ascii").splitlines()
+    changed = tmp_path / "tiny.tiktoken"
+    (a, i), (b, j) = lines[-2].split(), lines[-1].split()
+    for new in (lines[:-1], [*lines[:-2], f"{b} {i}", f"{a} {j}"]):  # a token less; two exchanged
+        changed.write_text("\n".join(new) + "\n", encoding="ascii")
+        monkeypatch.setattr(data.tokenizer, "TINY_RANKS", changed)
+        load_tokenizer.cache_clear()
+        for kind in ("gpt", "any"):
+            with pytest.raises(UserError, match=r"before.model\.pt: made with another tiny vocabulary .* train it"):
+                load_model(tmp_path / "before", CPU, kind)
+        load_model(tmp_path / "old", CPU)
+        load_model(tmp_path / "gpt2", CPU)
+        save_model(tmp_path / "after", make_gpt(vocab=924), "tiny", "sft.py", Made())
+        load_model(tmp_path / "after", CPU)
+    changed.write_bytes(("\r\n".join(lines) + "\r\n").encode())  # other line ends are no other vocabulary
+    load_tokenizer.cache_clear()
+    load_model(tmp_path / "before", CPU)
+    monkeypatch.undo()
+    load_tokenizer.cache_clear()
+    load_model(tmp_path / "before", CPU)
 
 
 def test_damaged_files(tmp_path):

@@ -158,6 +158,8 @@ def test_bytes_and_ids_that_the_vocabulary_lacks(tmp_path):
     tokenizer = load_tokenizer(write_folder(tmp_path, content))
     assert tokenizer.n_vocab == 61
     assert tokenizer.encode("he\x04東Zo") == [HE, O_]
+    # left out before merging, not after: the two newlines are one piece of white space, as they are for `tokenizers`
+    assert tokenizer.encode("\n\r\n") == [LINES] and tokenizer.encode("heZllo hé") == [HELL, O_, SPACE, 14, E_ACUTE]
     assert tokenizer.decode([HE, 57, 60]) == "he<|unused 57|><|last|>"
     assert all(isinstance(tokenizer.decode([i]), str) for i in range(61))
 
@@ -269,6 +271,92 @@ def test_templates_are_found_and_overridden(tmp_path, capsys):
 )
 def test_the_eos_is_found_where_it_stands(tmp_path, beside):
     assert load_tokenizer(write_folder(tmp_path, by_hand(["<|endoftext|>", "</s>"]), **beside)).eos_id == 1
+
+
+def processor(kind: str, *first: str, last: str = "") -> dict:
+    """A post_processor of tokenizer.json that puts tokens before every text, and one behind it."""
+    if kind == "RobertaProcessing":
+        return {"type": kind, "sep": [last, 2], "cls": [first[0], 1], "trim_offsets": True, "add_prefix_space": False}
+    ids = {token: i for i, token in enumerate(SPECIAL)}
+    marks = [{"SpecialToken": {"id": token, "type_id": 0}} for token in (*first, *([last] if last else []))]
+    single = [*marks[: len(first)], {"Sequence": {"id": "A", "type_id": 0}}, *marks[len(first) :]]
+    known = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*first, last) if token}
+    whole = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": known}
+    return whole if kind == "TemplateProcessing" else {"type": kind, "processors": [BYTE_LEVEL, whole]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (processor("TemplateProcessing", SPECIAL[1]), [1]),
+        (processor("Sequence", SPECIAL[1]), [1]),
+        (processor("TemplateProcessing", SPECIAL[1], SPECIAL[2]), [1, 2]),
+        (processor("TemplateProcessing", SPECIAL[1], last=SPECIAL[0]), [1]),
+        (processor("RobertaProcessing", SPECIAL[1], last=SPECIAL[2]), [1]),
+        (processor("TemplateProcessing", last=SPECIAL[0]), []),
+        (BYTE_LEVEL, []),
+        (None, []),
+    ],
+    ids=["template", "sequence", "two", "and EOS", "roberta", "EOS alone", "byte level", "nothing"],
+)
+def test_a_tokenizer_s_first_token_comes_first(tmp_path, content, expected):
+    """Its post-processor puts BOS before every text. Here that is the start of the prompt and no other place: not the
+    completion, nor a later turn; and no EOS behind a prompt that goes on."""
+    folder = write_folder(tmp_path, by_hand(post_processor=content))
+    plain, without = load_tokenizer(folder, "plain"), load_tokenizer(write_folder(tmp_path / "b", by_hand()), "plain")
+    for prompt in ("hello", "", TALK):
+        assert plain.encode_prompt(prompt) == expected + without.encode_prompt(prompt)
+        assert load_tokenizer(plain.saved).encode_prompt(prompt) == plain.encode_prompt(
+            prompt
+        )  # as a checkpoint keeps it
+    assert plain.encode("hello") == [HELL, O_]
+    assert (plain.saved == without.saved) == (
+        not expected
+    )  # checkpoints of before go together with vocabularies of before
+    try:
+        import tokenizers
+    except ImportError:
+        return
+    if not (content and content["type"] == "RobertaProcessing") and SPECIAL[0] not in str(content):
+        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+        assert theirs.encode(rendered(without, "hello")).ids == plain.encode_prompt("hello")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, [0]),  # no template of its own: a conversation is a text as any other
+        ("{{ bos_token }}" + DEFAULT, [0]),
+        ("<|endoftext|>" + DEFAULT, [0]),
+        (DEFAULT, []),  # apply_chat_template puts nothing before what the template says
+    ],
+)
+def test_before_a_conversation_stands_what_its_template_says(tmp_path, template, expected):
+    config = {"bos_token": {"content": SPECIAL[0]}} | ({"chat_template": template} if template else {})
+    content = by_hand(post_processor=processor("TemplateProcessing", SPECIAL[0]))
+    tokenizer = load_tokenizer(write_folder(tmp_path / "a", content, tokenizer_config=config))
+    without = config | {"chat_template": DEFAULT if template else "<|im_start|>"}
+    without = load_tokenizer(write_folder(tmp_path / "b", by_hand(), tokenizer_config=without))
+    assert tokenizer.template == without.template == "chatml"
+    assert tokenizer.encode_prompt(TALK) == expected + without.encode_prompt(TALK)
+
+
+def test_a_first_token_that_is_none_is_refused(tmp_path):
+    content = processor("TemplateProcessing", SPECIAL[0])
+    content["special_tokens"][SPECIAL[0]]["tokens"] = ["<s>"]
+    with pytest.raises(UserError, match="'<s>', which it puts first, is no added token"):
+        load_tokenizer(write_folder(tmp_path, by_hand(post_processor=content)))
+    with pytest.raises(UserError, match="its post_processor is Strange"):
+        load_tokenizer(write_folder(tmp_path, by_hand(post_processor={"type": "Strange"})))
+
+
+def test_no_token_that_ends_a_text(tmp_path):
+    """The folder is named, and what would mend it."""
+    folder = write_folder(tmp_path / "mine", by_hand(["<s>"]))
+    with pytest.raises(UserError, match=r"mine: no token that ends a text; name it as eos_token in tokenizer_config"):
+        load_tokenizer(folder)
+    with pytest.raises(UserError, match=r"template chatml: .*mine has no special token"):
+        load_tokenizer(folder, "chatml")
 
 
 # ------------------------------------------------------------------------------------------------ what can't be read

@@ -175,6 +175,145 @@ def test_load_pretrained_takes_an_inner_size_that_is_spelt_out(tmp_path):
     assert torch.equal(load_pretrained(str(tmp_path)).wte.weight, make_gpt(seed=7).wte.weight)
 
 
+GPT2_SHAPE = {"model_type": "gpt2", "vocab_size": V, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
+# What published GPT-2s say besides: gpt2, distilgpt2, gpt2-xl, and what transformers 4 and 5 write
+GPT2_BESIDES = {
+    "architectures": ["GPT2LMHeadModel"],
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "n_ctx": 1024,
+    "attn_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "eos_token_id": [50256],
+    "pad_token_id": None,
+    "initializer_range": 0.02,
+    "output_past": True,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "_num_labels": 1,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": True,
+    "add_cross_attention": False,
+    "torch_dtype": "float32",
+    "dtype": "float32",
+    "transformers_version": "4.57.0",
+    "use_cache": True,
+    "gradient_checkpointing": False,
+    "_name_or_path": "gpt2",
+    "is_encoder_decoder": False,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "chunk_size_feed_forward": 0,
+    "problem_type": None,
+    "tie_word_embeddings": True,
+}
+
+
+def with_fields(folder, **fields):
+    """A folder with GPT-2's weights, whose config.json says this too."""
+    save_pretrained(make_gpt(seed=7), folder)
+    (folder / "config.json").write_text(json.dumps(GPT2_SHAPE | fields), encoding="utf-8")
+    return folder
+
+
+def test_what_published_gpt2s_say_besides_is_no_harm(tmp_path):
+    plain, whole = with_fields(tmp_path / "a"), with_fields(tmp_path / "b", **GPT2_BESIDES)
+    tokens = random_tokens()
+    assert torch.equal(load_pretrained(plain).eval()(tokens), load_pretrained(whole).eval()(tokens))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"add_cross_attention": True},
+        {"is_encoder_decoder": True},
+        {"pruned_heads": {"0": [1]}},
+        {"rope_theta": 10000.0},
+        {"rotary_dim": 64},
+        {"parallel_attn": True},
+        {"attention_layers": ["global", "local"]},
+        {"logit_scale": 0.5},
+        {"quantization_config": {"bits": 4}},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
+        {"something_of_next_year": 1},
+    ],
+    ids=str,
+)
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, field):
+    """By what is understood, not by what is known to be foreign: any other field may change every logit."""
+    folder = with_fields(tmp_path / "hf", **GPT2_BESIDES | field)
+    with pytest.raises(UserError, match=rf"config\.json: {next(iter(field))} is ") as error:
+        lib.checkpoint.load_published(folder, V)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "sharded"])
+def test_published_weights_that_are_not_finite_are_refused(tmp_path, kind, value):
+    """By the file and the tensor. A run that starts from them would compute nan, and only say so at its end."""
+    folder = with_fields(tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.bias"][5] = value
+    file = {"sharded": "model-00002-of-00002.safetensors"}.get(kind, kind)
+    (folder / "model.safetensors").unlink()
+    if kind == "sharded":
+        first = {name: weights.pop(name) for name in list(weights)[:3]}
+        save_file(first, folder / "model-00001-of-00002.safetensors")
+        places = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(weights, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    (torch.save if kind == "pytorch_model.bin" else save_file)(weights, folder / file)
+    with pytest.raises(UserError, match=rf"{file}: transformer.h.1.mlp.c_fc.bias holds .* not finite"):
+        lib.checkpoint.load_published(folder, V)
+
+
+@pytest.mark.parametrize(
+    "kind", ["model.safetensors", "pytorch_model.bin", "config.json", "missing shard", "no weights"]
+)
+@pytest.mark.parametrize("part", [0, 7, 0.5, -1])
+def test_a_damaged_folder_is_one_line_that_names_the_file(tmp_path, kind, part):
+    """A download that broke off, at its start, in the header, in the middle, or one byte too early."""
+    folder = with_fields(tmp_path / "hf")
+    file = folder / kind
+    if kind == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), file)
+        (folder / "model.safetensors").unlink()
+    if kind == "no weights":
+        (folder / "model.safetensors").unlink()
+        file = folder / "pytorch_model.bin"
+    elif kind == "missing shard":
+        file = folder / "model-00001-of-00001.safetensors"
+        index = json.dumps({"weight_map": {"transformer.wte.weight": file.name}})
+        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    else:
+        content = file.read_bytes()
+        cut = {0.5: len(content) // 2, -1: len(content) - (1 if kind != "config.json" else 2)}.get(part, part)
+        file.write_bytes(content[:cut])
+    with pytest.raises(UserError) as error:
+        lib.checkpoint.load_published(folder, V)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field", [{"n_layer": "2"}, {"n_head": 0}, {"n_embd": None}, {"n_positions": -1}, {"n_head": 5}], ids=str
+)
+def test_a_shape_that_is_none_is_one_line(tmp_path, field):
+    with pytest.raises(UserError, match="can't be loaded"):
+        lib.checkpoint.load_published(with_fields(tmp_path / "hf", **field), V)
+
+
 def with_rms_norm(model: GPT) -> None:
     model.ln_f = nn.RMSNorm(32)
 
@@ -433,10 +572,14 @@ def test_a_reward_model_goes_out_as_a_classifier(tmp_path, kind):
     assert config["architectures"] == [f"{'GPT2' if kind == 'gpt2' else 'Llama'}ForSequenceClassification"]
     assert config["num_labels"] == 1 and "lm_head.weight" not in tensors
     tokens = random_tokens()
-    found = gpt.hidden(tokens)[:, -1] @ tensors["score.weight"][0] + config["reward_shift"]
+    if kind == "gpt2":  # the constant is in the final norm's bias
+        assert "reward_shift" not in config
+        gpt.ln_f.bias.data = tensors["transformer.ln_f.bias"]
+    found = gpt.hidden(tokens)[:, -1] @ tensors["score.weight"][0] + config.get("reward_shift", 0.0)
     torch.testing.assert_close(found, model(tokens)[:, -1])
-    with pytest.raises(ValueError, match="expectation"):
+    with pytest.raises(UserError, match=r"reward_model\.py --expectation no"):
         save_pretrained(ScalarModel.from_gpt(gpt, expectation=True), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -460,6 +603,107 @@ def test_another_network_than_llama_is_refused(tmp_path, changes, says):
     folder = write_folder(tmp_path / "hf", SHAPE | changes, llama_tensors(SHAPE))
     with pytest.raises(ValueError, match=says):
         load_pretrained(folder)
+
+
+# What published Llamas and Qwen2s say besides: SmolLM2, TinyLlama, Qwen2.5, and what transformers 4 and 5 write
+LLAMA_BESIDES = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "head_dim": 8,
+    "initializer_range": 0.041666666666666664,
+    "is_llama_config": True,
+    "mlp_bias": False,
+    "pretraining_tp": 2,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "transformers.js_config": {"dtype": "q4"},
+    "use_cache": True,
+    "partial_rotary_factor": 1.0,
+    "layer_types": ["full_attention", "full_attention"],
+}
+QWEN_BESIDES = {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False}
+
+
+@pytest.mark.parametrize("qwen", [False, True])
+def test_what_published_llamas_say_besides_is_no_harm(tmp_path, qwen):
+    shape = SHAPE | ({"model_type": "qwen2"} if qwen else {})
+    tensors, more = llama_tensors(shape), LLAMA_BESIDES | (QWEN_BESIDES if qwen else {})
+    one, two = (load_pretrained(write_folder(tmp_path / n, shape | m, tensors)) for n, m in (("a", {}), ("b", more)))
+    assert one.config == two.config and torch.equal(one.eval()(random_tokens()), two.eval()(random_tokens()))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"attention_multiplier": 0.0078125},
+        {"logits_scaling": 8.0},
+        {"embedding_multiplier": 12.0},
+        {"residual_multiplier": 0.22},
+        {"final_logit_softcapping": 30.0},
+        {"partial_rotary_factor": 0.5},
+        {"sliding_window": 4096},
+        {"rope_interleaved": True},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"no_rope_layers": [1, 0]},
+        {"num_local_experts": 8},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"use_qk_norm": True},
+        {"something_of_next_year": 1},
+        {"model_type": "qwen2", "use_mrope": True},
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+    ],
+    ids=str,
+)
+def test_a_llama_that_computes_something_else_is_refused(tmp_path, field):
+    shape = SHAPE | LLAMA_BESIDES | field
+    name = next(key for key in field if key != "model_type")
+    with pytest.raises(UserError, match=rf"config\.json: {name} is "):
+        load_pretrained(write_folder(tmp_path / "hf", shape, llama_tensors(SHAPE | field)))
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"rope_parameters": PLAIN, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling: type is 'linear'",
+        ),
+        (
+            {"rope_scaling": PLAIN, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_parameters: rope_type",
+        ),
+        ({"rope_scaling": {"rope_type": "default", "type": "dynamic"}}, "rope_scaling: type is 'dynamic'"),
+        ({"rope_parameters": {"type": "default", "rope_type": "linear"}}, "rope_parameters: rope_type is 'linear'"),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": PLAIN | {"factor": 2.0}}, "rope_parameters: factor is not known"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor is not known"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters: full_attention is not known"),
+        ({"rope_parameters": PLAIN | {"rope_theta": 300.0}}, "rope_theta is 50.0 and 300.0, in two places"),
+        ({"rope_parameters": PLAIN, "rope_scaling": PLAIN | {"rope_theta": 9.0}}, "rope_theta is 9.0 and 50.0"),
+        ({"rope_parameters": PLAIN, "rope_scaling": None}, ""),
+        ({"rope_parameters": PLAIN, "rope_scaling": {"type": "default"}}, ""),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}, "rope_scaling": {}}, ""),
+    ],
+    ids=str,
+)
+def test_two_rotary_settings_in_one_configuration(tmp_path, fields, says):
+    """Where both are plain and agree, they are one; where either is not plain, or says another base, none is chosen."""
+    tensors = llama_tensors(SHAPE)
+    folder = write_folder(tmp_path / "two", SHAPE | fields, tensors)
+    if says:
+        with pytest.raises(UserError, match=says):
+            load_pretrained(folder)
+    else:
+        assert load_pretrained(folder).config == load_pretrained(write_folder(tmp_path / "one", SHAPE, tensors)).config
 
 
 def test_a_name_on_the_hub_without_the_package(monkeypatch):
@@ -526,6 +770,9 @@ def test_transformers_agrees(tmp_path, changes):
         ("gemma", {}, "general.architecture is 'gemma'; known are llama, qwen2"),
         ("llama", {"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
         ("llama", {"llama.rope.scaling.type": "none"}, "no llama.attention.head_count"),
+        ("llama", {"llama.logit_scale": "0.5"}, "llama.logit_scale is not known here"),
+        ("qwen2", {"qwen2.attention.sliding_window": "8"}, "qwen2.attention.sliding_window is not known here"),
+        ("llama", {"llama.rope.dimension_count": "8"}, "llama.rope.dimension_count is '8'"),
     ],
 )
 def test_a_gguf_file_of_another_network_is_refused(tmp_path, monkeypatch, kind, strings, says):
@@ -542,10 +789,13 @@ def test_a_gguf_file_of_another_network_is_refused(tmp_path, monkeypatch, kind, 
         load_pretrained(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"rope_freqs.weight": 1.0}, {"rope_freqs.weight": 8.0}, {"output_norm.weight": math.nan}], ids=str
+)
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", True)])
-def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, monkeypatch, kind, tied):
+def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, monkeypatch, kind, tied, more):
     """GGUF keeps a llama's query and key rows as neighbours, a qwen2's as halves; norms and names are its own, and an
-    output layer of its own is there or not."""
+    output layer of its own is there or not. Llama 3.1's stretched positions stand in a tensor, rope_freqs."""
     gguf = gguf_package(monkeypatch)
     shape = SHAPE | {"model_type": kind, "intermediate_size": 64, "hidden_size": 96, "tie_word_embeddings": tied}
     tensors = llama_tensors(shape)
@@ -572,11 +822,20 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path, monkeypatch, kind,
             value = torch.stack(rows)
         for there, here in names.items():
             name = name.replace(there, here)
-        writer.add_tensor(name, value.numpy())
+        if name not in more:
+            writer.add_tensor(name, value.numpy())
+    for name, number in more.items():
+        writer.add_tensor(name, torch.full((4 if "rope" in name else 96,), number).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    wrong = {"rope_freqs.weight": "is not 1", "output_norm.weight": "holds .* not finite"}
+    for name, number in more.items():
+        if number != 1:
+            with pytest.raises(UserError, match=rf"m\.gguf: {name} {wrong[name]}"):
+                load_pretrained(tmp_path / "m.gguf")
+            return
     model = load_pretrained(tmp_path / "m.gguf")
     assert model.config == folder.config
     for name, value in folder.state_dict().items():
