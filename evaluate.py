@@ -201,10 +201,10 @@ COLUMNS = (
 
 
 def print_table(results: dict) -> None:
-    shown = [c for c in COLUMNS if any(c[0] in p for p in results["policies"].values())]
+    shown = [c for c in COLUMNS if any(p[c[0]] is not None for p in results["policies"].values())]
     rows = [["policy", *(title for _, title, _ in shown)]]
     for name, figures in results["policies"].items():
-        cells = {key: template.format(figures[key]) for key, _, template in shown if key in figures}
+        cells = {key: template.format(figures[key]) for key, _, template in shown if figures[key] is not None}
         for key in ("win", "rm_win"):
             if f"{key}_rate" in cells:
                 cells[f"{key}_rate"] += f" [{figures[f'{key}_low']:.3f}, {figures[f'{key}_high']:.3f}]"
@@ -256,8 +256,9 @@ def judge_reward_model(model: ScalarModel, prompts: list[str], tokenizer: Tokeni
 
 def figures_of(samples: dict, baseline: dict) -> dict:
     """A policy's row of the table: means over the prompts, and how often it wins over the baseline by the truth and by
-    the reward model ("rm_win"). Where only one of the two judges, its verdict is the win rate."""
-    figures = {
+    the reward model ("rm_win"). Where only one of the two judges, its verdict is the win rate. None: not known."""
+    figures = dict.fromkeys([*(key for key, _, _ in COLUMNS), "win_low", "win_high", "rm_win_low", "rm_win_high"])
+    figures |= {
         "kl": mean(samples["kl"]),
         "eos_rate": mean([float(e) for e in samples["ended"]]),
         "length": mean(samples["length"]),
