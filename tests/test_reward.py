@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import importlib
 import sys
 from dataclasses import dataclass
@@ -121,6 +123,112 @@ def test_a_reward_function_is_told_what_was_cut_if_it_asks():
         assert call_reward(function, ["p", "q"], ["a", "b"]) == [1.0, 1.0]
     assert told == [[True, False], [True, True]] * 2
     assert call_reward(lambda prompts, completions: [2.0, 3.0], ["p", "q"], ["a", "b"], [True, False]) == [2.0, 3.0]
+
+
+def by_place(p, c):
+    return p, c, None
+
+
+def exchanged(completions, prompts):
+    return prompts, completions, None
+
+
+def only_completions(completions, **others):
+    return others["prompts"], completions, others["ended"]
+
+
+def by_place_and_more(p, c, **others):
+    assert set(others) == {"ended"}
+    return p, c, others["ended"]
+
+
+def anything(*args, **kwargs):  # what a decorator makes of by_place
+    return by_place(*args, **kwargs)
+
+
+def positional_only(prompts, completions, /):
+    return prompts, completions, None
+
+
+def one_by_name(completions, asked):
+    return asked, completions, None
+
+
+def with_a_setting(p, c, scale=2.0):
+    assert scale == 2.0
+    return p, c, None
+
+
+def by_name_only(*, completions, ended, prompts):
+    return prompts, completions, ended
+
+
+class Object:
+    def __call__(self, prompts, completions):
+        return prompts, completions, None
+
+
+FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, one_by_name]
+FORMS += [with_a_setting, by_name_only, Object(), functools.partial(with_a_setting, scale=2.0)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: getattr(form, "__name__", type(form).__name__))
+def test_a_reward_function_gets_what_its_parameters_are_called(form):
+    """`def f(completions, prompts)` scored prompts, and TRL's `def f(completions, **kwargs)` ended in a traceback."""
+    seen = []
+
+    @functools.wraps(form)
+    def spy(*args, **kwargs):
+        seen.append(form(*args, **kwargs))
+        return [1.0, 2.0]
+
+    if not hasattr(form, "__name__"):  # functools.wraps has taken the signature along for functions alone
+        spy.__signature__ = inspect.signature(form)
+    assert call_reward(spy, ["p", "q"], ["a", "b"], [True, False]) == [1.0, 2.0]
+    ((prompts, completions, ended),) = seen
+    assert (prompts, completions) == (["p", "q"], ["a", "b"]) and ended in (None, [True, False])
+
+
+def test_a_reward_function_may_change_its_arguments():
+    """One that strips its list in place changed what the next one saw, and the log."""
+
+    def strips(prompts, completions, ended):
+        prompts.clear(), ended.clear()
+        completions[:] = [c.strip() for c in completions]
+        return [float(len(c)) for c in completions]
+
+    prompts, completions, ended = ["p", "q"], [" a ", "bc "], [True, False]
+    assert call_reward(strips, prompts, completions, ended) == [1.0, 2.0]
+    assert (prompts, completions, ended) == (["p", "q"], [" a ", "bc "], [True, False])
+
+
+@pytest.mark.parametrize("bad", [0, 3, 8, 11])
+def test_the_sample_that_a_function_fails_on_is_named(bad, capsys):
+    """Of hundreds of samples one makes it raise. A function that asks a service is not called for each of them."""
+    completions, calls = [f"answer {i}" for i in range(12)], []
+
+    def fails(prompts, completions):
+        calls.append(len(completions))
+        if f"answer {bad}" in completions:
+            raise KeyError("two\nlines")
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError) as error:
+        call_reward(fails, [f"question {i}" for i in range(12)], completions)
+    said = str(error.value)
+    assert f"'answer {bad}' of the prompt 'question {bad}'" in said and "KeyError" in said and "\n" not in said
+    assert len(calls) <= 9 and "in fails" in capsys.readouterr().err  # where in the user's file it was
+
+
+def test_a_failure_of_all_together_names_no_sample():
+    """A service that takes ten texts at most: no single sample is to blame."""
+
+    def at_most_ten(prompts, completions):
+        assert len(completions) <= 10, "at most ten"
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"on 12 samples, and on neither half of them .*at most ten"):
+        call_reward(at_most_ten, ["p"] * 12, ["c"] * 12)
 
 
 def test_a_wrong_reward_names_the_function():
