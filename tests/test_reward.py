@@ -154,6 +154,10 @@ def one_by_name(completions, asked):
     return asked, completions, None
 
 
+def prompts_last(answers, prompts):
+    return prompts, answers, None
+
+
 def with_a_setting(p, c, scale=2.0):
     assert scale == 2.0
     return p, c, None
@@ -168,7 +172,7 @@ class Object:
         return prompts, completions, None
 
 
-FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, one_by_name]
+FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, one_by_name, prompts_last]
 FORMS += [with_a_setting, by_name_only, Object(), functools.partial(with_a_setting, scale=2.0)]
 
 
