@@ -27,7 +27,7 @@ from data.tiny import annotator_ranking, annotators_agreement, task_of
 from lib.checkpoint import load_model, note_task
 from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
 from lib.reward import gold_function
-from lib.run import hold, release
+from lib.run import hold
 from lib.train import autocast, generator_for, pick_device
 from sampling import generate
 from tools.annotate import Sample, Session, in_browser, in_terminal
@@ -176,21 +176,21 @@ def run(config: Config) -> dict:
     except OSError as error:
         raise UserError(f"--out {path}: {path.parent} can't be made a folder ({error.strerror})") from None
 
-    lock = hold(path.with_name(path.name + ".lock"))  # two that write to one file would rank everything twice
-    done = already_ranked(path)
-    stood_already = len(done)
-    sampling = (config, prompts, ids, sources, tokenizer, device)
-    if config.annotator == "simulated":
-        written = simulate(config, sampled_chunks(*sampling, done), gold, path, done)
-    else:
-        session = Session(path, prompts, config.annotator_name, config.repeat)
-        items = shuffled_items(sampled_chunks(*sampling, session.done))
-        if config.annotator == "human":
-            in_terminal(session, items)
+    # two processes that write to one file would rank everything twice
+    with hold(path.with_name(path.name + ".lock")):
+        done = already_ranked(path)
+        stood_already = len(done)
+        sampling = (config, prompts, ids, sources, tokenizer, device)
+        if config.annotator == "simulated":
+            written = simulate(config, sampled_chunks(*sampling, done), gold, path, done)
         else:
-            in_browser(session, items, config.port)
-        written = session.written
-    release(lock)
+            session = Session(path, prompts, config.annotator_name, config.repeat)
+            items = shuffled_items(sampled_chunks(*sampling, session.done))
+            if config.annotator == "human":
+                in_terminal(session, items)
+            else:
+                in_browser(session, items, config.port)
+            written = session.written
     already = f" ({stood_already} stood there already)" if stood_already else ""
     print(f"wrote {written} rankings of {config.completions} completions to {path}{already}")
     if config.annotator == "simulated":

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import torch
 from tqdm import tqdm
@@ -81,11 +80,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out_dir {self.path}: can't be made a folder ({error.strerror})") from None
-        self.lock = hold(self.path / "lock")
+        self.at_the_end = contextlib.ExitStack()  # what is to be undone then: the lock, the handlers of signals
+        self.at_the_end.enter_context(hold(self.path / "lock"))
         try:
-            self.resume() if config.resume else self.start_afresh()
+            if config.resume:
+                self.resume()
+            else:
+                self.start_afresh()
         except BaseException:
-            release(self.lock)
+            self.at_the_end.close()
             raise
         self.step_is_whole()
         self.saved_at = time.monotonic()
@@ -113,7 +116,7 @@ class RunFolder:
         print(f"{file}: {self.first} of {self.total} steps are done")
         if self.first >= self.total and self.results.exists():
             self.done = json.loads(self.results.read_text(encoding="utf-8"))
-            release(self.lock)
+            self.at_the_end.close()
             return
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -129,9 +132,9 @@ class RunFolder:
     # ---------------------------------------------------------------------------- the loop, and what stops it
 
     def __enter__(self) -> RunFolder:
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.at_the_end.callback(signal.signal, number, signal.signal(number, self.interrupt))
         return self
 
     def interrupt(self, signum: int, frame) -> None:
@@ -144,15 +147,13 @@ class RunFolder:
     def __exit__(self, kind, error, traceback) -> None:
         """After an error, or a signal, the state is that of the last whole step. It can be saved unless a step has been
         left with weights that are half updated; then what was saved last stays."""
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        if error is not None and self.saved < self.whole and not self.moved:
-            with contextlib.suppress(Exception):  # the error that is told is the first; the earlier state stays
-                self.save_state()
-        if error is not None and self.saved:
-            saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
-            error.last_words = f"{saved}; go on with: {command('--resume')}"
-        release(self.lock)
+        with self.at_the_end:
+            if error is not None and self.saved < self.whole and not self.moved:
+                with contextlib.suppress(Exception):  # the error that is told is the first; the earlier state stays
+                    self.save_state()
+            if error is not None and self.saved:
+                saved = f"{self.saved} of {self.total} steps are saved in {self.state}"
+                error.last_words = f"{saved}; go on with: {command('--resume')}"
 
     def step_is_whole(self) -> None:
         """From here on a state can be saved, until `weights_move`: torch's generators are kept as they are now."""
@@ -241,8 +242,9 @@ def can_be_written(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
 
 
-def hold(path: Path) -> IO:
-    """A file that one process at a time can hold: until it is closed, or the process ends, however that ends."""
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a file that one process at a time can hold, until the end or until the process ends, however that ends."""
     with can_be_written(path):
         file = open(path, "a")
     try:
@@ -260,14 +262,12 @@ def hold(path: Path) -> IO:
                 f"{path}: held by another process, which writes here; wait for it, or name another place"
             ) from None
         # a file system that has no locks: without
-    return file
-
-
-def release(file: IO) -> None:
-    """The end of `hold`."""
-    with contextlib.suppress(OSError):  # Windows doesn't remove an open file; an empty one does no harm
-        os.unlink(file.name)
-    file.close()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows doesn't remove an open file; an empty one does no harm
+            path.unlink()
+        file.close()
 
 
 def command(*flags: str) -> str:

@@ -338,7 +338,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, stage):
 def test_one_job_a_folder(tmp_path, stage):
     """Two jobs whose logs and states are mixed, both with status 0. One that is dead holds nothing."""
     (tmp_path / "out").mkdir()
-    held = "import sys, lib.run, pathlib; file = lib.run.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    held = "import sys, lib.run, pathlib\nwith lib.run.hold(pathlib.Path(sys.argv[1])): print(1, flush=True), input()"
     command = [sys.executable, "-c", held, str(tmp_path / "out" / "lock")]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline().strip() == b"1"
