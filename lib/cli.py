@@ -176,8 +176,8 @@ def run_main(run: Callable, config_class, description: str) -> None:
         if isinstance(error, UserError):
             status = 2
             print(f"{script}: error: {error}", file=sys.stderr)
-        elif isinstance(error, KeyboardInterrupt):
-            status = 130
+        elif isinstance(error, KeyboardInterrupt):  # Ctrl-C, or the second signal of RunFolder.interrupt
+            status = error.args[0] if error.args else 130
             print(f"{script}: interrupted", file=sys.stderr)
         elif isinstance(error, SystemExit):  # argparse, or a signal
             status = error.code

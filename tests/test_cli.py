@@ -489,7 +489,11 @@ def test_exit_statuses(monkeypatch, capsys):
     def bug(config):
         raise KeyError("bug")
 
+    def stopped_at_once(config):
+        raise KeyboardInterrupt(128 + 15)
+
     assert run_main_with(monkeypatch, interrupted) == 130
+    assert run_main_with(monkeypatch, stopped_at_once) == 143
     with pytest.raises(KeyError):
         run_main_with(monkeypatch, bug)
 
