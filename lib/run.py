@@ -101,8 +101,7 @@ class RunFolder:
         what = f"{self.path} holds an unfinished run. Go on with it by --resume, or start anew by --overwrite"
         check(not unfinished or self.config.overwrite, what)
         with can_be_written(self.path):
-            halves = (self.path / f"{name}.tmp" for name in ("model.pt", "state.pt", "results.json", "config.json"))
-            for old in (self.state, self.results, *halves):  # and nothing that is not ours
+            for old in (self.state, self.results):  # a .tmp of ours is written over, others' are none of our business
                 old.unlink(missing_ok=True)
             self.metrics.write_text("", encoding="utf-8")
         write_json(dataclasses.asdict(self.config), self.path / "config.json")

@@ -146,6 +146,10 @@ def of_one_of_each(completion, prompt):
     return lengths(completion) if prompt == ["p", "q"] else []
 
 
+def with_a_default_first(scale=1.0, *, completions):
+    return lengths(completions) if scale == 1.0 else []
+
+
 def of_other_names(question, answer, scale=1.0, *, bias=0.0):
     return lengths(answer) if (question, scale, bias) == (["p", "q"], 1.0, 0.0) else []
 
@@ -160,7 +164,15 @@ def by_place_alone(prompts, completions, /):
 
 @pytest.mark.parametrize(
     "function",
-    [of_the_usual_names, with_more_places, of_one_of_each, of_other_names, with_the_first_by_place, by_place_alone],
+    [
+        of_the_usual_names,
+        with_more_places,
+        of_one_of_each,
+        with_a_default_first,
+        of_other_names,
+        with_the_first_by_place,
+        by_place_alone,
+    ],
 )
 def test_a_reward_function_s_parameters_get_what_their_names_say(function):
     """A parameter with a default keeps it: `min_length=5` got the prompts. And `completions` are these, wherever they

@@ -250,13 +250,15 @@ def state_of(folder) -> int | None:
 
 @every_stage
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name):
+def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name, request):
     """Ctrl-C, a cluster that takes its machine back, or a connection that is lost, with default flags: nothing that was
     done is lost, and the run goes on as if nothing had been. The second signal doesn't wait: amid a step the state is
     that of the one before."""
     if not hasattr(signal, name):
         pytest.skip("Windows")
     number, changes = signal.Signals[name], {**one_step(stage, 5), "model": toy_policy(dropout=0.1)}
+    before = signal.signal(number, lambda *_: None)  # a run that doesn't mind it must not end the tests
+    request.addfinalizer(lambda: signal.signal(number, before))
     whole = run(stage, tmp_path / "whole", **changes)
     stop = functools.partial(os.kill, os.getpid(), number)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, number)]
