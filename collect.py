@@ -27,7 +27,7 @@ from data.tiny import annotator_ranking, annotators_agreement, task_of
 from lib.checkpoint import load_model, note_task
 from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
 from lib.reward import gold_function
-from lib.run import hold
+from lib.run import can_be_written, hold
 from lib.train import autocast, generator_for, pick_device
 from sampling import generate
 from tools.annotate import Sample, Session, in_browser, in_terminal
@@ -182,7 +182,8 @@ def run(config: Config) -> dict:
         stood_already = len(done)
         sampling = (config, prompts, ids, sources, tokenizer, device)
         if config.annotator == "simulated":
-            written = simulate(config, sampled_chunks(*sampling, done), gold, path, done)
+            with can_be_written(path):
+                written = simulate(config, sampled_chunks(*sampling, done), gold, path, done)
         else:
             session = Session(path, prompts, config.annotator_name, config.repeat)
             items = shuffled_items(sampled_chunks(*sampling, session.done))

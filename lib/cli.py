@@ -119,10 +119,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            word = unknown.split()[0].partition("=")[0]
+            word = (unknown.split() or ["''"])[0].partition("=")[0]
             message = f"{word}: no such flag" if word.startswith("-") else f"{word} belongs to no flag"
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            message += f"; did you mean {near[0]}?" if near else "; --help lists them all"
+            names = {known.lstrip("-"): known for known in self._option_string_actions if known.startswith("--")}
+            name = word.lstrip("-\u2013\u2014\u2212").lower()  # word processors make other dashes of it
+            near = [known for known in names if name and known.startswith(name)]  # an abbreviation
+            near = near or (difflib.get_close_matches(name, names, n=1) if word[:1] != name[:1] else [])
+            message += f"; did you mean {names[near[0]]}?" if near else "; --help lists them all"
         self.exit(2, f"{Path(self.prog).name}: error: {message.removeprefix('argument ')}\n")
 
 
@@ -173,8 +176,8 @@ def run_main(run: Callable, config_class, description: str) -> None:
         if isinstance(error, UserError):
             status = 2
             print(f"{script}: error: {error}", file=sys.stderr)
-        elif isinstance(error, KeyboardInterrupt):
-            status = 130
+        elif isinstance(error, KeyboardInterrupt):  # Ctrl-C, or the second signal of RunFolder.interrupt
+            status = error.args[0] if error.args else 130
             print(f"{script}: interrupted", file=sys.stderr)
         elif isinstance(error, SystemExit):  # argparse, or a signal
             status = error.code

@@ -43,8 +43,8 @@ def load_function(spec: str):
     sys.modules[module_spec.name] = module  # dataclasses look their module up by name
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{spec!r}: importing {file} failed with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{spec!r}: importing {file} failed with {one_line(error)}") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec!r}: {file} has no function {name}")
     return getattr(module, name)
@@ -67,7 +67,8 @@ def call_reward(
     samples = list(zip(prompts, completions, ended, strict=True))
     try:
         returned = call_by_name(function, samples)
-        returned = list(returned) if hasattr(returned, "__iter__") else returned
+        row = hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, dict, set))
+        returned = list(returned) if row else returned
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -75,47 +76,62 @@ def call_reward(
         failing = smallest_failing(function, samples)
         raise UserError(f"{name} failed {failing} ({one_line(error)})") from None
     n = len(samples)
-    check(isinstance(returned, list), f"{name} must return one number for each completion, not {returned!r}")
+    check(not inspect.iscoroutine(returned), f"{name} is async; name a function that waits for it (asyncio.run)")
+    check(isinstance(returned, list), f"{name} must return one number for each completion, not {shown(returned)}")
     check(len(returned) == n, f"{name} returned {len(returned)} rewards for {n} completions")
     rewards = []
     for sample, reward in zip(samples, returned, strict=True):
         try:
             rewards.append(float(reward))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             rewards.append(math.nan)
         if not math.isfinite(rewards[-1]):
-            raise UserError(f"{name} returned {reward!r}, which is no finite number, {described(sample)}")
+            raise UserError(f"{name} returned {shown(reward)}, which is no finite number, {described(sample)}")
     return rewards
 
 
 def call_by_name(function: Callable, samples: list[tuple[str, str, bool]]):
-    """function(prompts, completions, ended), whatever it calls them and wherever it has them."""
+    """function(prompts, completions, ended), whatever it calls them and wherever it has them. UserError if none of its
+    parameters would get the completions."""
     prompts, completions, ended = map(list, zip(*samples, strict=True)) if samples else ([], [], [])
     given = {"prompts": prompts, "completions": completions, "ended": ended}
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # one that is not written in Python
         return function(prompts, completions)
-    left = [name for name in given if name not in parameters]  # what no parameter asks for by its name
-    by_place, by_name = [], {}
-    for name, p in parameters.items():
-        if p.kind is p.VAR_POSITIONAL:  # most likely somebody else's function inside
-            return function(prompts, completions)
-        if p.kind is p.VAR_KEYWORD:
-            by_name |= {other: given[other] for other in left}
-        elif name in given or (left[:1] not in ([], ["ended"]) and p.kind is not p.KEYWORD_ONLY):
-            value = given[name if name in given else left.pop(0)]
-            if p.kind is p.POSITIONAL_ONLY:
-                by_place.append(value)
-            else:
-                by_name[name] = value
+    kinds = {p.kind for p in parameters}
+    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [p.name if p.name in given else p.name + "s" for p in plain]  # "prompt" asks for the prompts, too
+    order = [name for name in ("prompts", "completions") if name not in names]
+    if given.keys().isdisjoint(names) and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return function(prompts, completions)  # most likely somebody else's function inside
+    by_place, by_name, passed = [], {}, []
+    for p, name in zip(plain, names, strict=True):
+        if name not in given:  # the next in order, unless the completions have gone before or it needs none
+            if not order or "completions" in passed or p.default is not p.empty or p.kind is p.KEYWORD_ONLY:
+                continue
+            name = order.pop(0)
+        passed.append(name)
+        if p.kind is p.POSITIONAL_ONLY:
+            by_place.append(given[name])
+        else:
+            by_name[p.name] = given[name]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        by_name |= {name: value for name, value in given.items() if name not in passed}
+    elif "completions" not in passed:
+        raise UserError("a reward function needs a parameter for the completions: def f(prompts, completions)")
     return function(*by_place, **by_name)
 
 
 def described(sample: tuple[str, str, bool]) -> str:
     """A sample for an error: its texts, cut."""
-    prompt, completion = (text if len(text) <= 80 else text[:77] + "..." for text in sample[:2])
-    return f"for the completion {completion!r} of the prompt {prompt!r}"
+    return f"for the completion {shown(sample[1])} of the prompt {shown(sample[0])}"
+
+
+def shown(value) -> str:
+    """What it is, in one line, cut."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def smallest_failing(function: Callable, samples: list[tuple[str, str, bool]]) -> str:

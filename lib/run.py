@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.files import replacing
+from data.files import read_json, replacing
 from lib.checkpoint import atomic_save, load_file
-from lib.cli import UserError, check
+from lib.cli import UserError, check, one_line
 
 
 def finite(obj):
@@ -74,6 +74,9 @@ class RunFolder:
         self.laps: list[tuple[str, float]] = []
         self.start = time.perf_counter()
         self.stopped = 0  # the number of the signal that has asked the run to stop
+        both = config.resume and config.overwrite
+        check(not both, "--resume goes on, --overwrite starts anew; give one of the two")
+        check(config.out_dir != "", "--out_dir is empty; name a folder")
         nothing = f"{self.state}: no such file, so nothing was saved yet; start without --resume"
         check(self.state.exists() or not config.resume, nothing)
         try:
@@ -101,7 +104,7 @@ class RunFolder:
         what = f"{self.path} holds an unfinished run. Go on with it by --resume, or start anew by --overwrite"
         check(not unfinished or self.config.overwrite, what)
         with can_be_written(self.path):
-            for old in (self.state, self.results, *self.path.glob("*.tmp")):
+            for old in (self.state, self.results):  # a .tmp of ours is written over, others' are none of our business
                 old.unlink(missing_ok=True)
             self.metrics.write_text("", encoding="utf-8")
         write_json(dataclasses.asdict(self.config), self.path / "config.json")
@@ -111,20 +114,26 @@ class RunFolder:
         file = self.state
         state = load_file(file)
         refuse_another_config(state, self.config, file)
-        check(self.metrics.exists(), f"{self.metrics}: gone, and with it the log of the run; start afresh")
+        logged = self.metrics.stat().st_size if self.metrics.exists() else -1
+        whole = logged >= state["logged"]
+        check(whole, f"{self.metrics}: gone or cut short, and with it the log of the run; start afresh")
         self.first = self.whole = self.saved = state["step"]
         print(f"{file}: {self.first} of {self.total} steps are done")
         if self.first >= self.total and self.results.exists():
-            self.done = json.loads(self.results.read_text(encoding="utf-8"))
+            self.done = read_json(self.results)
             self.at_the_end.close()
             return
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"][0])
-        if torch.cuda.is_available() and len(state["rng"]) > 1:
-            torch.cuda.set_rng_state(state["rng"][1])
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["rng"][0])
+            if torch.cuda.is_available() and len(state["rng"]) > 1:
+                torch.cuda.set_rng_state(state["rng"][1])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            changed = "has what it started from changed since? If so, start afresh"
+            raise UserError(f"{file} doesn't fit this run; {changed} ({one_line(error)})") from None
         with can_be_written(self.path):
-            if self.metrics.stat().st_size > state["logged"]:
+            if logged > state["logged"]:
                 os.truncate(self.metrics, state["logged"])  # what was logged after the state was saved comes again
             self.results.unlink(missing_ok=True)  # of the shorter run that this one makes longer
         write_json(dataclasses.asdict(self.config), self.path / "config.json")
@@ -132,17 +141,22 @@ class RunFolder:
     # ---------------------------------------------------------------------------- the loop, and what stops it
 
     def __enter__(self) -> RunFolder:
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: the terminal is closed, or the connection lost
+        stopping = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        stopping = [s for s in stopping if signal.getsignal(s) != signal.SIG_IGN]  # nohup, or `&` in a script
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stopping:
                 self.at_the_end.callback(signal.signal, number, signal.signal(number, self.interrupt))
         return self
 
     def interrupt(self, signum: int, frame) -> None:
-        """SIGINT (Ctrl-C) or SIGTERM: the run stops when its step is whole. The second one stops it at once."""
+        """SIGINT (Ctrl-C), SIGTERM or SIGHUP: the run stops when its step is whole. The second one stops it at once,
+        even amid a reward function (whose own SystemExit is an error like any other)."""
         if self.stopped:
-            raise SystemExit(128 + signum)
+            raise KeyboardInterrupt(128 + signum)
         self.stopped = signum
-        print("\nstopping when this step is done; once more: at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or amid a line of it
+            print("\nstopping when this step is done; once more: at once", file=sys.stderr, flush=True)
 
     def __exit__(self, kind, error, traceback) -> None:
         """After an error, or a signal, the state is that of the last whole step. It can be saved unless a step has been
@@ -272,8 +286,9 @@ def hold(path: Path) -> Iterator[None]:
 
 def command(*flags: str) -> str:
     """This program's command line, with these flags in the place of those that say how to start."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", *words, *flags])
+    before = len(sys.orig_argv) - len(sys.argv) + 1  # the interpreter's words: sft.py, or -m sft
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join([*sys.orig_argv[:before], *words, *flags])
 
 
 def refuse_another_config(state: dict, config, file: Path) -> None:
@@ -285,9 +300,8 @@ def refuse_another_config(state: dict, config, file: Path) -> None:
             continue
         if name in MAY_GROW and name in saved and value > saved[name]:
             continue
-        raise UserError(
-            f"{file} was saved with --{name} {saved.get(name)}, not {value}: resume with that, or start afresh"
-        )
+        check(name in saved, f"{file} knows no --{name}: another script or an earlier version saved it; start afresh")
+        raise UserError(f"{file} was saved with --{name} {saved[name]}, not {value}: resume with that, or start afresh")
 
 
 def gate(name: str, value: float, low: float, high: float, note: str = "") -> dict:

@@ -95,7 +95,15 @@ def test_bad_flags_are_named(line, capsys):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("--sizs 1", "--sizes"), ("--kinds=two", "--kind"), ("--Name x", "--names"), ("--no_off", "--no-off")],
+    [
+        ("--sizs 1", "--sizes"),
+        ("--kinds=two", "--kind"),
+        ("--Name x", "--names"),
+        ("--no_off", "--no-off"),
+        ("--s 1", "--sizes"),
+        ("-kind two", "--kind"),
+        ("\u2013names x", "--names"),
+    ],
 )
 def test_a_mistyped_flag_names_the_nearest(typed, meant, capsys):
     """Thirty lines of usage, in which the right spelling is to be found."""
@@ -103,9 +111,11 @@ def test_a_mistyped_flag_names_the_nearest(typed, meant, capsys):
         parse(*typed.split())
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"did you mean {meant}?" in said
-    with pytest.raises(SystemExit):
-        parse("--quite_another", "1")
-    assert "did you mean" not in capsys.readouterr().err
+    for unlike in ("--quite_another", "--nix", "--", "", " ", "sizs"):  # by its dashes --nix is as near as --sizs
+        with pytest.raises(SystemExit):
+            parse(unlike)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "did you mean" not in said, unlike
 
 
 def test_help_stands_in_groups():
@@ -479,7 +489,11 @@ def test_exit_statuses(monkeypatch, capsys):
     def bug(config):
         raise KeyError("bug")
 
+    def stopped_at_once(config):
+        raise KeyboardInterrupt(128 + 15)
+
     assert run_main_with(monkeypatch, interrupted) == 130
+    assert run_main_with(monkeypatch, stopped_at_once) == 143
     with pytest.raises(KeyError):
         run_main_with(monkeypatch, bug)
 

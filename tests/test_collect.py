@@ -314,6 +314,23 @@ def test_a_resumed_collection_equals_an_unbroken_one(random_policy, tmp_path):
     assert (tmp_path / "seed2.jsonl").read_bytes() != data
 
 
+def test_a_full_disk_is_one_line_and_costs_nothing(random_policy, tmp_path):
+    """Here a limit on the size of files. With room again the same command goes on, from the line that was cut."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    collect.run(collecting(random_policy, whole))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(UserError, match=r"cut\.jsonl: can't be written"):
+            collect.run(collecting(random_policy, cut))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cut.read_bytes() == whole.read_bytes()[: whole.stat().st_size // 2]
+    collect.run(collecting(random_policy, cut))
+    assert cut.read_bytes() == whole.read_bytes()
+
+
 def test_a_line_torn_within_a_character_is_taken_off(tmp_path):
     """A crash can cut a line anywhere, also between the bytes of one letter."""
     path = tmp_path / "r.jsonl"

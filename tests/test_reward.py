@@ -60,7 +60,7 @@ def test_a_user_s_file_may_have_any_name(tmp_path, monkeypatch):
 
 
 NO_FUNCTIONS = ["", "rewards", "rewards.py", "rewards.py:", "rewards.py:missing", "rewards.py:number"]
-NO_FUNCTIONS += ["nowhere.py:f", "bad.py:f", ":f"]
+NO_FUNCTIONS += ["nowhere.py:f", "bad.py:f", "program.py:f", ":f"]
 
 
 @pytest.mark.parametrize("spec", NO_FUNCTIONS)
@@ -69,6 +69,7 @@ def test_load_function_errors(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards.py").write_text("number = 3\ndef f(p, c):\n    return [0.0]\n", encoding="utf-8")
     (tmp_path / "bad.py").write_text("def f(p, c)\n", encoding="utf-8")
+    (tmp_path / "program.py").write_text("import sys\nsys.exit(0)\n", encoding="utf-8")  # a script's end, unguarded
     with pytest.raises(UserError) as error:
         load_function(spec)
     assert repr(spec) in str(error.value)
@@ -85,6 +86,12 @@ def test_load_function_errors(tmp_path, monkeypatch, spec):
         (3.0, "one number"),
         ([1.0, float("nan")], "finite"),
         ([1.0, float("inf")], "finite"),
+        ([1.0, 10**400], "finite"),
+        ([1.0, torch.ones(9, 9)], r"^[^\n]{1,300}$"),
+        ("12", "one number for each completion, not '12'"),
+        (b"12", "one number"),
+        ({0: 0.5, 1: 0.7}, "one number"),
+        ({0.5, 0.7}, "one number"),
     ],
 )
 def test_call_reward_checks_what_comes_back(returned, says):
@@ -150,10 +157,6 @@ def positional_only(prompts, completions, /):
     return prompts, completions, None
 
 
-def one_by_name(completions, asked):
-    return asked, completions, None
-
-
 def prompts_last(answers, prompts):
     return prompts, answers, None
 
@@ -172,7 +175,7 @@ class Object:
         return prompts, completions, None
 
 
-FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, one_by_name, prompts_last]
+FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, prompts_last]
 FORMS += [with_a_setting, by_name_only, Object(), functools.partial(with_a_setting, scale=2.0)]
 
 
@@ -233,6 +236,74 @@ def test_a_failure_of_all_together_names_no_sample():
 
     with pytest.raises(UserError, match=r"on 12 samples, and on neither half of them .*at most ten"):
         call_reward(at_most_ten, ["p"] * 12, ["c"] * 12)
+
+
+def lengths(texts) -> list[float]:
+    return [float(len(text)) for text in texts]
+
+
+def of_the_usual_names(completions, min_length=5, **columns):
+    return lengths(completions) if min_length == 5 and columns["prompts"] == ["p", "q"] else []
+
+
+def with_more_places(completions, *rest, **columns):
+    return lengths(completions) if rest == () else []
+
+
+def of_one_of_each(completion, prompt):
+    return lengths(completion) if prompt == ["p", "q"] else []
+
+
+def with_a_default_first(scale=1.0, *, completions):
+    return lengths(completions) if scale == 1.0 else []
+
+
+def of_other_names(question, answer, scale=1.0, *, bias=0.0):
+    return lengths(answer) if (question, scale, bias) == (["p", "q"], 1.0, 0.0) else []
+
+
+def with_the_first_by_place(question, completions):
+    return lengths(completions) if question == ["p", "q"] else []
+
+
+def by_place_alone(prompts, completions, /):
+    return lengths(completions)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        of_the_usual_names,
+        with_more_places,
+        of_one_of_each,
+        with_a_default_first,
+        of_other_names,
+        with_the_first_by_place,
+        by_place_alone,
+    ],
+)
+def test_a_reward_function_s_parameters_get_what_their_names_say(function):
+    """A parameter with a default keeps it: `min_length=5` got the prompts. And `completions` are these, wherever they
+    stand and whatever stands beside them."""
+    assert call_reward(function, ["p", "q"], ["abc", "d"]) == [3.0, 1.0]
+
+
+def test_a_reward_function_that_would_not_get_the_completions_is_refused():
+    """`def f(texts)` scored the prompts, without a word. A column of a data set that isn't there is missed by name."""
+    for function in (lambda texts: lengths(texts), lambda prompts: lengths(prompts), lambda: [1.0, 2.0]):
+        with pytest.raises(UserError, match=r"parameter for the completions: def f\(prompts, completions\)"):
+            call_reward(function, ["p", "q"], ["abc", "d"])
+    with pytest.raises(UserError, match=r"missing 1 required .*'solution'"):
+        call_reward(lambda completions, solution: [float(c in solution) for c in completions], ["p", "q"], ["p", "d"])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_an_async_reward_function_is_refused():
+    async def judge(prompts, completions):
+        return [1.0, 2.0]
+
+    with pytest.raises(UserError, match="is async"):
+        call_reward(judge, ["p", "q"], ["abc", "d"])
 
 
 def test_a_wrong_reward_names_the_function():

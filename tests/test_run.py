@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -72,7 +75,7 @@ def test_a_state_from_before_a_flag_existed_is_not_resumed(tmp_path):
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
     del state["config"]["lr"]
     torch.save(state, tmp_path / "out" / "state.pt")
-    with pytest.raises(UserError, match=r"--lr None, not 0\.1"):
+    with pytest.raises(UserError, match=r"state\.pt knows no --lr: .*start afresh"):
         run("sft", tmp_path, epochs=2, resume=True)
 
 
@@ -88,6 +91,83 @@ def test_what_is_no_state_is_not_resumed(tmp_path):
             run("sft", tmp_path, resume=True)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         assert contents(tmp_path / "out") == before
+
+
+def test_a_state_that_does_not_fit_is_not_resumed(tmp_path):
+    """What the run started from was trained anew, with other sizes; or the results or the log are no longer whole: one
+    line that names the file, where there was a traceback, at the end of all steps for the log."""
+    run("sft", tmp_path, save_every=1)
+    out = tmp_path / "out"
+    state, results, log = ((out / name).read_bytes() for name in ("state.pt", "results.json", "metrics.jsonl"))
+    (out / "results.json").write_bytes(results[:-5])
+    with pytest.raises(UserError, match=r"results\.json: not valid JSON"):
+        run("sft", tmp_path, resume=True)
+    (out / "results.json").unlink()
+    (out / "metrics.jsonl").write_bytes(log[:-5])
+    with pytest.raises(UserError, match=r"metrics\.jsonl: gone or cut"):
+        run("sft", tmp_path, resume=True)
+    (out / "metrics.jsonl").write_bytes(log)
+    for part in ("model", "optimizer"):
+        content = torch.load(out / "state.pt", weights_only=True)
+        content[part] = {} if part == "model" else content[part] | {"param_groups": []}
+        torch.save(content, out / "state.pt")
+        with pytest.raises(UserError, match=r"state\.pt doesn't fit this run; .*start afresh") as error:
+            run("sft", tmp_path, resume=True)
+        assert "\n" not in str(error.value)
+        (out / "state.pt").write_bytes(state)
+    assert run("sft", tmp_path, resume=True).results["gates"] == []
+
+
+def test_resume_and_overwrite_together_are_refused(tmp_path):
+    """They say opposite things; one of them would be ignored."""
+    run("sft", tmp_path)
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--resume .*--overwrite .*one of the two"):
+        run("sft", tmp_path, resume=True, overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_fresh_start_removes_nothing_but_its_own(tmp_path):
+    """`--out_dir .` or one's home: half a state of ours goes, and no other program's temporary file. An empty name, as
+    that of a variable that isn't set, is no folder."""
+    (tmp_path / "out").mkdir()
+    for name in ("thesis.tmp", "state.pt.tmp"):
+        (tmp_path / "out" / name).write_text("work")
+    run("sft", tmp_path)
+    assert [p.name for p in (tmp_path / "out").glob("*.tmp")] == ["thesis.tmp"]
+    with pytest.raises(UserError, match="--out_dir is empty"):
+        run("sft", tmp_path, out_dir="")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows")
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """nohup: the run is to outlive the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 1) as folder:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert folder.stopped == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "told"),
+    [
+        (["python", "ppo.py"], ["--lr", "1e-4"], "python ppo.py --lr 1e-4 --resume"),
+        (
+            ["/a b/python3", "-u", "it's/ppo.py"],
+            ["--overwrite", "--lr=1"],
+            "'/a b/python3' -u 'it'\"'\"'s/ppo.py' --lr=1 --resume",
+        ),
+        (["python", "-m", "ppo"], ["--resume", "--policy", "a b"], "python -m ppo --policy 'a b' --resume"),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch, typed, words, told):
+    """With the interpreter that was named: where only a virtual environment has torch, `python` is another one."""
+    monkeypatch.setattr(sys, "orig_argv", [*typed, *words])
+    monkeypatch.setattr(sys, "argv", ["/project/ppo.py", *words])
+    assert lib.run.command("--resume") == told
 
 
 def test_nothing_to_resume_writes_nothing(tmp_path):

@@ -249,22 +249,28 @@ def state_of(folder) -> int | None:
 
 
 @every_stage
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name):
-    """Ctrl-C, or a cluster that takes its machine back, with default flags: nothing that was done is lost, and the run
-    goes on as if nothing had been. The second signal doesn't wait: amid a step the state is that of the one before."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name, request):
+    """Ctrl-C, a cluster that takes its machine back, or a connection that is lost, with default flags: nothing that was
+    done is lost, and the run goes on as if nothing had been. The second signal doesn't wait: amid a step the state is
+    that of the one before."""
+    if not hasattr(signal, name):
+        pytest.skip("Windows")
     number, changes = signal.Signals[name], {**one_step(stage, 5), "model": toy_policy(dropout=0.1)}
+    before = signal.signal(number, lambda *_: None)  # a run that doesn't mind it must not end the tests
+    request.addfinalizer(lambda: signal.signal(number, before))
     whole = run(stage, tmp_path / "whole", **changes)
     stop = functools.partial(os.kill, os.getpid(), number)
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, number)]
     with at_update(stop, 3), pytest.raises(SystemExit) as end:
         run(stage, tmp_path, **changes)
     assert end.value.code == 128 + number and state_of(tmp_path) == 3
     assert "3 of 5 steps are saved" in end.value.last_words and "--resume" in end.value.last_words
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, number)] == handlers
     changes |= {"resume": True}
-    with at_update(lambda: (stop(), stop()), 1), pytest.raises(SystemExit):
+    with at_update(lambda: (stop(), stop()), 1), pytest.raises(KeyboardInterrupt) as at_once:
         run(stage, tmp_path, **changes)
+    assert at_once.value.args == (128 + number,)
     assert state_of(tmp_path) == 3 and not (tmp_path / "out" / "results.json").exists()
     same_end(run(stage, tmp_path, **changes), whole)
 
@@ -412,6 +418,19 @@ def test_a_reward_function_that_fails_costs_nothing(tmp_path, stage, trouble):
     assert "\n" not in str(error.value) and "2 of 5 steps" in error.value.last_words
     file.write_text(REWARD.format(trouble="pass"), encoding="utf-8")
     same_end(run(stage, tmp_path, **changes, resume=True), whole)
+
+
+@samples
+def test_the_second_signal_ends_a_reward_function(tmp_path, stage):
+    """One that waits for a judge over the network. It was taken for a failure of the function, which was then called
+    again on ever fewer samples, and the status was that of a user's mistake."""
+    file = tmp_path / "mine.py"
+    trouble = 'if len(calls.read_text()) > 1: __import__("os").kill(__import__("os").getpid(), 2); sys.stdout.flush()'
+    file.write_text(REWARD.format(trouble=trouble + "; " + trouble.partition(": ")[2]), encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt) as error:
+        run(stage, tmp_path, **one_step(stage, 5), reward=f"{file}:reward", rollouts=12)
+    assert error.value.args == (130,) and "1 of 5 steps" in error.value.last_words
+    assert len((tmp_path / "mine.calls").read_text()) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the steps
