@@ -356,8 +356,8 @@ def test_a_spelt_out_eos_is_taken_off_and_counted(tmp_path, capsys, end):
     record = {"prompt": [user("Hi" + end), assistant("Hello." + end), user(Q)], "chosen": A + end, "rejected": B + end}
     _, demonstrations, pairs = prepared(tmp_path, record)
     assert demonstrations == [(MORE, A)] and pairs == [(MORE, A, B)]
-    n = 8 if end == "</s></s>" else 4
-    assert f"removed: {n} {end.strip()[: 4 if n == 8 else None]} at the end of a text\n" in capsys.readouterr().out
+    n = 10 if end == "</s></s>" else 5
+    assert f"removed: {n} {end.strip()[: 4 if n == 10 else None]} at the end of a text\n" in capsys.readouterr().out
 
 
 def test_a_text_that_was_nothing_but_an_eos_is_empty(tmp_path):

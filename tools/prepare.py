@@ -19,11 +19,10 @@ known by their fields:
 
 A system prompt ("system"), a "history" and a "context" beside them become part of the prompt. An answer whose "label"
 says that it is unwanted (false, 0, "bad", ...) is dropped. All names that are understood stand in tools/records.py;
-fields that are not read are named. The last answer of a conversation is the completion, all before it is the prompt. A
-chosen text is a demonstration too. White space and a spelt-out EOS (</s>) at the end of a text are removed. A record
-that can't be used is dropped and counted; a field that is missing or of the wrong kind is an error. The rows are split
-by how a conversation opens (the user's first turn), so no prompt and no two stages of one conversation are on both
-sides. Writes demonstrations.jsonl, prompts.jsonl and pairs.jsonl, each with its NAME_held_out.jsonl.
+fields that are not read are named. The last answer of a conversation is the completion; a chosen text is a
+demonstration too. A record that can't be used is dropped and counted; a field that is missing or of the wrong kind is
+an error. The rows are split by how a conversation opens (the user's first turn), so no prompt and no two stages of one
+conversation are on both sides. Writes demonstrations.jsonl, prompts.jsonl and pairs.jsonl, each with a _held_out twin.
 """
 
 from __future__ import annotations
@@ -197,8 +196,7 @@ def without_eos(example: Example, found: Counter) -> Example:
 
     prompt = Prompt.of([(role, clean(text)) for role, text in turns_of(example.prompt)])
     pair = example.pair and (clean(example.pair[0]), clean(example.pair[1]))
-    same = example.pair and example.completion == example.pair[0]  # counted once
-    return Example(prompt, pair[0] if same else clean(example.completion), pair)
+    return Example(prompt, clean(example.completion), pair)
 
 
 def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:

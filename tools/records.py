@@ -44,7 +44,10 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     The content shows the kind of file; only tables are known by their name."""
     raw = read_bytes(path)
     while raw.startswith(b"\x1f\x8b"):  # some files are compressed twice
-        raw = unzipped(path, raw)
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
     if raw.startswith(b"PAR1"):
         records = read_parquet(path, raw)
     else:
@@ -69,13 +72,6 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     return [(where, Record(record, read, ignored)) for where, record in present]
 
 
-def unzipped(path: Path, raw: bytes) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
-
-
 def decode(path: Path, raw: bytes) -> str:
     """UTF-8 text, without its byte-order mark. UserError names the line that is not."""
     try:
@@ -98,10 +94,10 @@ def check_lines(path: Path, text: str) -> None:
 
 
 def read_json_list(path: Path, text: str) -> list[tuple[str, dict]]:
-    records = parse_json(path, text)
-    for number, record in enumerate(records, start=1):
-        check(isinstance(record, dict), f"{path}: record {number} is not an object")
-    return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
+    records = [(f"{path}: record {n}", record) for n, record in enumerate(parse_json(path, text), start=1)]
+    for where, record in records:
+        check(isinstance(record, dict), f"{where} is not an object")
+    return records
 
 
 def read_table(path: Path, text: str) -> list[tuple[str, dict]]:
