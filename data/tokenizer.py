@@ -140,7 +140,7 @@ class Tokenizer:
         ids = (i for i in range(self.n_vocab) if i != self.eos_id)
         ranks = {self._encoding.decode_single_token_bytes(i): i for i in ids}
         pattern = {"tiny": TINY_PATTERN, "gpt2": GPT2}[self.saved]
-        return describe(ranks, {EOS_TEXT: self.eos_id}, pattern, False, EOS_TEXT, {}, "", self.saved)
+        return describe(ranks, {EOS_TEXT: self.eos_id}, pattern, False, EOS_TEXT, [], "", "", self.saved)
 
 
 def fingerprint(saved: str) -> str:

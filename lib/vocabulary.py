@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from lib.cli import UserError, check
@@ -71,8 +71,6 @@ def read_folder(folder: Path) -> dict:
     named = [token for token, i in special.items() if eos in (token, i)] or ["<|endoftext|>"]
     check(eos is None or eos in (named[0], special.get(named[0])), f"{folder}: {eos!r}, its EOS, is no added token")
     jinja, chat = folder / "chat_template.jinja", config.get("chat_template") or ""
-    if isinstance(chat, list):  # several templates with names
-        chat = next(c["template"] for c in chat if c["name"] == "default")
     chat = jinja.read_text(encoding="utf-8") if jinja.exists() else chat
 
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in bpe["merges"]]
@@ -81,8 +79,8 @@ def read_folder(folder: Path) -> dict:
     pattern = pattern_of(whole.get("pre_tokenizer") or {"type": "nothing"}, str(file))
     first = first_tokens(whole.get("post_processor") or {"type": "nothing"}, str(file))
     bos = config.get("bos_token") or ""
-    bos = {"plain": first, "chatml": first_of_chat(chat, first, bos["content"] if isinstance(bos, dict) else bos)}
-    return describe(ranks, special, pattern, normalizer is not None, named[0], bos, chat, str(folder))
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    return describe(ranks, special, pattern, normalizer is not None, named[0], first, bos, chat, str(folder))
 
 
 def first_tokens(processor: dict, file: str) -> list[str]:
@@ -91,25 +89,10 @@ def first_tokens(processor: dict, file: str) -> list[str]:
     kind = processor["type"]
     if kind == "Sequence":
         return [token for step in processor["processors"] for token in first_tokens(step, file)]
-    if kind in ("RobertaProcessing", "BertProcessing"):
-        return [processor["cls"][0]]
     check(kind in ("TemplateProcessing", "ByteLevel", "nothing"), f"{file}: its post_processor is {kind}; {ONLY}")
-    names = []
-    for part in processor.get("single", []):
-        if "Sequence" in part:
-            break
-        names.append(part["SpecialToken"]["id"])
+    before = takewhile(lambda part: "SpecialToken" in part, processor.get("single", []))
+    names = [part["SpecialToken"]["id"] for part in before]
     return [token for name in names for token in processor["special_tokens"][name]["tokens"]]
-
-
-def first_of_chat(chat: str, first: list[str], bos: str) -> list[str]:
-    """The tokens before a conversation. A chat template writes them itself, by the name bos_token or spelt out; where
-    there is no template they are those before every text."""
-    if not chat:
-        return first
-    if "bos_token" in chat:
-        return [bos] if bos else first
-    return [token for token in first if token in chat]
 
 
 def pattern_of(cut: dict, file: str) -> str:
@@ -131,27 +114,30 @@ def pattern_of(cut: dict, file: str) -> str:
     raise UserError(f"{file}: cuts text in a way that is not known here ({', '.join(kinds)}); {ONLY}")
 
 
-def read_gguf(path: str) -> dict:
-    """The vocabulary in the metadata of a .gguf file. UserError if it can't be read."""
+def open_gguf(path: str | Path):
+    """The reader of a .gguf file. UserError where its package is missing."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError(f"{path}: reading it needs the package gguf; run `pip install gguf`") from None
-    fields = GGUFReader(path).fields
+    return GGUFReader(path)
+
+
+def read_gguf(path: str) -> dict:
+    """The vocabulary in the metadata of a .gguf file. UserError if it can't be read."""
+    fields = open_gguf(path).fields
     found = {k.removeprefix("tokenizer.ggml."): v.contents() for k, v in fields.items() if k.startswith("tokenizer.")}
     kind, pre, tokens = found.get("model"), found.get("pre"), found.get("tokens", [])
-    names = {"llama": "SentencePiece", "bert": "WordPiece", "t5": "Unigram"}
-    check(kind == "gpt2", f"{path}: holds {names.get(kind, kind)}; {ONLY}")
+    check(kind == "gpt2", f"{path}: its vocabulary is {kind}'s; {ONLY}")
     check(pre in PATTERNS, f"{path}: cuts text as {pre!r}, which is not known here; {ONLY}")
     types = found["token_type"]  # 1 ordinary, 3 control, 4 added by the user, 5 unused
     ids = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t == 1}
     special = {token: i for i, (token, t) in enumerate(zip(tokens, types, strict=True)) if t in (2, 3, 4)}
     ranks = ranks_of(ids, [tuple(merge.split(" ")) for merge in found["merges"]], pre == "llama-bpe", path)
     eos, chat = tokens[found["eos_token_id"]], found.get("tokenizer.chat_template", "")
-    named = [tokens[found["bos_token_id"]]] if "bos_token_id" in found else []
-    first = named if found.get("add_bos_token", pre == "llama-bpe") else []
-    bos = {"plain": first, "chatml": first_of_chat(chat, first, "".join(named))}
-    return describe(ranks, special, PATTERNS[pre], pre == "qwen2", eos, bos, chat, path)
+    bos = tokens[found["bos_token_id"]] if "bos_token_id" in found else ""
+    first = [bos] if bos and found.get("add_bos_token", pre == "llama-bpe") else []
+    return describe(ranks, special, PATTERNS[pre], pre == "qwen2", eos, first, bos, chat, path)
 
 
 def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bool, where: str) -> dict[bytes, int]:
@@ -191,17 +177,11 @@ def ranks_of(ids: dict[str, int], merges: list[tuple[str, str]], whole_first: bo
 
 
 def describe(
-    ranks: dict[bytes, int],
-    special: dict[str, int],
-    pattern: str,
-    nfc: bool,
-    eos: str,
-    bos: dict,
-    chat: str,
-    where: str,
+    ranks: dict, special: dict, pattern: str, nfc: bool, eos: str, first: list, bos: str, chat: str, where: str
 ) -> dict:
     """The description that `build` takes. The model's own chat template, or else its special tokens, name the
-    template. bos: {template: tokens at the start of a prompt}. chat: the text of that chat template, if any."""
+    template. first: the tokens at the start of every text. chat: the text of that chat template, if any, and bos: what
+    it calls bos_token."""
     blank = [token for token in special if not token.strip()]
     check(not blank, f"{where}: adds the token {''.join(blank[:1])!r}, white space that any text may hold; {ONLY}")
     evidence = chat or " ".join(special)
@@ -210,7 +190,9 @@ def describe(
         print(f"NOTE: {where} has a chat template that is neither chatml nor Llama 3's; prompts get the plain one")
     system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", chat)
     lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
-    unknown = [token for tokens in bos.values() for token in tokens if token not in special]
+    # a chat template writes the start of a conversation itself, by the name bos_token or spelt out
+    opening = [bos] if bos and "bos_token" in chat else [token for token in first if token in chat or not chat]
+    unknown = [token for token in (*first, *opening) if token not in special]
     check(not unknown, f"{where}: {''.join(unknown[:1])!r}, which it puts first, is no added token")
     found = {
         "ranks": "\n".join(lines),
@@ -221,7 +203,8 @@ def describe(
         "template": template,
         "system": system[1].replace("\\n", "\n") if system else "",
     }
-    return found | ({"bos": bos} if any(bos.values()) else {})  # only there: checkpoints of before have none
+    # only where there are any: checkpoints of before have none
+    return found | ({"bos": {"plain": first, "chatml": opening}} if first or opening else {})
 
 
 # -------------------------------------------------------------------------------- out
@@ -282,29 +265,24 @@ def tokenizer_files(tokenizer, longest: int, pad_id: int, padding_side: str) -> 
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     cut = {"type": "Split", "pattern": {"Regex": d["pattern"]}, "behavior": "Removed", "invert": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole_first}
-    model["vocab"] = {spelt[token]: i for token, i in ranks.items()} | special
-    model["merges"] = [[spelt[a], spelt[b]] for a, b in merges]
+    vocab = {spelt[token]: i for token, i in ranks.items()} | special
+    pairs = [[spelt[a], spelt[b]] for a, b in merges]
     first = d.get("bos", {}).get("plain", [])  # before every text; what is before a conversation is in its template
-    start = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
-    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    single = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
     known = {token: {"id": token, "ids": [special[token]], "tokens": [token]} for token in first}
-    processor = {"type": "TemplateProcessing", "single": [*start, one], "pair": [*start, one, two]}
+    before = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": known}
     whole = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [{"id": i, "content": token, **flags} for i, token in sorted(token_of.items())],
         "normalizer": {"type": "NFC"} if d["nfc"] else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
-        "post_processor": processor | {"special_tokens": known} if first else None,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": model,
+        "post_processor": before if first else None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "ignore_merges": whole_first, "vocab": vocab, "merges": pairs},
     }
     system = f"<|im_start|>system\n{d['system']}<|im_end|>\n"
     system = f"{{% if messages[0]['role'] != 'system' %}}{system}{{% endif %}}" if d["system"] else ""
-    written = "{{ bos_token }}" if len(tokenizer.first) == 1 else "".join(tokenizer.first)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
@@ -313,7 +291,7 @@ def tokenizer_files(tokenizer, longest: int, pad_id: int, padding_side: str) -> 
         "padding_side": padding_side,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": template == "plain" and not first,
-        "chat_template": written + JINJA[template].replace("SYSTEM", system),
+        "chat_template": "".join(tokenizer.first) + JINJA[template].replace("SYSTEM", system),
     }
     config |= {"bos_token": tokenizer.first[0]} if tokenizer.first else {}
     return {"tokenizer.json": whole, "tokenizer_config.json": config}

@@ -18,7 +18,7 @@ Tensors get other names, and three differences of layout are resolved:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from data.files import read_json, replacing
 from data.tokenizer import Tokenizer, load_tokenizer
 from lib.cli import Flags, UserError, check, flag, one_line, run_main
-from lib.vocabulary import PAD, PATTERNS, tokenizer_files
+from lib.vocabulary import PAD, open_gguf, tokenizer_files
 from model import GPT, LLAMA, GPTConfig, ScalarModel
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -123,54 +123,46 @@ def load_pretrained(name: str | Path, dropout: float = 0.0, block_size: int = 0)
     if path.suffix == ".gguf":
         config, state = from_gguf(path)
     else:
-        shape = read_json(path / "config.json")
-        kind = shape.get("model_type", "gpt2")
-        if kind != "gpt2" and kind not in LLAMA_TYPES:
-            raise ValueError(f"{path}/config.json: model_type is {kind!r}; known are gpt2, {', '.join(LLAMA_TYPES)}")
-        read = (gpt2_config, from_gpt2) if kind == "gpt2" else (llama_config, from_llama)
-        config = read[0](shape, path / "config.json")
-        state = read[1](folder_weights(path), config)
+        config, weights = config_of(read_json(path / "config.json"), path / "config.json"), folder_weights(path)
+        state = from_llama(weights, config) if config.rope_base else from_gpt2(weights)
     if block_size > config.block_size:
         raise ValueError(f"block_size {block_size}: {name} has {config.block_size} positions")
     config.block_size, config.dropout = block_size or config.block_size, dropout
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: config.block_size]
     model = GPT(config)
-    fill(model, state, path)
+    for key in misfits(model, state)[:1]:
+        here, there = (tuple(p[key].shape) if key in p else "missing" for p in (state, model.state_dict()))
+        raise ValueError(f"{path}: {key} is {here} in the file and {there} in the network that its fields tell of")
+    model.load_state_dict(state)
     return model
 
 
-def fill(model: GPT, state: dict[str, Tensor], path: Path) -> None:
-    """Load the weights. ValueError names a tensor that is missing, left over, or of another shape."""
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in state.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            here, there = found.get(name, "missing"), wanted.get(name, "not a part of this network")
-            raise ValueError(f"{path}: {name} is {here} in the file; config.json says {there}")
-    model.load_state_dict(state)
+def misfits(model: GPT, state: dict[str, Tensor]) -> list[str]:
+    """The names of all tensors that either lacks, or that have another shape."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    return sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, in float32."""
+    """All tensors of a Hugging Face folder, in float32. UserError names a file that is missing or damaged."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(read_json(index)["weight_map"].values()))
     else:
         files = ["model.safetensors" if (folder / "model.safetensors").exists() else "pytorch_model.bin"]
-    return {name: value for file in files for name, value in file_weights(folder / file).items()}
-
-
-def file_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in float32. UserError for a file that is damaged."""
-    check(file.exists(), f"{file}: no such file")
-    try:
-        old = file.suffix == ".bin"
-        weights = torch.load(file, map_location="cpu", weights_only=True) if old else load_file(file)
-        weights = {name: value.float() for name, value in weights.items()}
-    except Exception as error:  # of many kinds, from two packages
-        raise UserError(f"{file}: can't be read ({one_line(error)})") from None
-    check_finite(weights, file)
+    weights = {}
+    for file in (folder / name for name in files):
+        check(file.exists(), f"{file}: no such file")
+        try:
+            old = file.suffix == ".bin"
+            part = torch.load(file, map_location="cpu", weights_only=True) if old else load_file(file)
+            part = {name: value.float() for name, value in part.items()}
+        except Exception as error:  # of many kinds, from two packages
+            raise UserError(f"{file}: can't be read ({one_line(error)})") from None
+        check_finite(part, file)
+        weights |= part
     return weights
 
 
@@ -189,17 +181,31 @@ def check_fields(shape: dict, used: set[str], fixed: dict[str, tuple], path: Pat
             raise UserError(f"{path}: {key} is not known here, so it may change the computation (its value: {value!r})")
 
 
+def config_of(shape: dict, path: Path) -> GPTConfig:
+    """The network that a config.json tells of. UserError if it is not known here."""
+    kind = shape.get("model_type", "gpt2")
+    known = ("gpt2", *LLAMA_TYPES)
+    check(kind in known, f"{path}: model_type is {kind!r}; known are {', '.join(known)}")
+    return gpt2_config(shape, path) if kind == "gpt2" else llama_config(shape, path)
+
+
 # -------------------------------------------------------------------------------- GPT-2
 
 
 def gpt2_config(shape: dict, path: Path) -> GPTConfig:
-    """The shape of a GPT-2, from its config.json."""
     fixed = FIXED | FIXED_GPT2 | {"n_inner": (None, 4 * shape["n_embd"])}
     check_fields(shape, set(GPT2_FIELDS.values()), fixed, path)
     return GPTConfig(**{own: shape[there] for own, there in GPT2_FIELDS.items()})
 
 
-def from_gpt2(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def gpt2_json(c: GPTConfig) -> dict:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_inner": None, "n_ctx": c.block_size}
+    config |= {key: values[0] for key, values in FIXED_GPT2.items()}
+    config |= {there: getattr(c, own) for own, there in GPT2_FIELDS.items()}
+    return config | {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
+
+
+def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {}
     for key, value in weights.items():
         key = key.removeprefix("transformer.")
@@ -217,7 +223,6 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llama_config(shape: dict, path: Path) -> GPTConfig:
-    """The shape of a Llama or Qwen2, from its config.json."""
     C, H, qwen = shape["hidden_size"], shape["num_attention_heads"], shape["model_type"] == "qwen2"
     layers = ["full_attention"] * shape["num_hidden_layers"]
     fixed = FIXED | FIXED_LLAMA | {"head_dim": (C // H, None), "layer_types": (layers, None)}
@@ -249,6 +254,14 @@ def plain_rope_base(shape: dict, path: Path) -> float:
     return found.pop() if found else 10000.0
 
 
+def llama_json(c: GPTConfig) -> dict:
+    kind = "qwen2" if c.bias == "qkv" else "llama"
+    config = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+    config |= {there: getattr(c, own) for own, (there, _) in LLAMA_FIELDS.items()}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "tie_word_embeddings": c.tied}
+    return config | {"vocab_size": c.vocab_size, "attention_dropout": c.dropout}
+
+
 def neighbours(rows: Tensor, n_head: int) -> Tensor:
     """Query or key weights (or biases), from Hugging Face's order of rows to ours, (n_head * D, ...): the rows j and
     j + D/2 of each head, which are turned together, become neighbours."""
@@ -274,21 +287,17 @@ def llama_names(config: GPTConfig, gguf: bool) -> dict[str, list[str]]:
 
 
 def from_llama(weights: dict[str, Tensor], config: GPTConfig, gguf: bool = False, paired: bool = True) -> dict:
-    """Published tensors -> ours. paired: in them the channels that are turned together are D/2 apart."""
-    names, state = llama_names(config, gguf), {}
-    known = {part for parts in names.values() for part in parts}
-    known |= {"lm_head.weight", "output.weight"}  # written out although tied
-    left = {key for key in weights if key not in known and not key.endswith("rotary_emb.inv_freq")}
-    if left:
-        raise ValueError(f"{min(left)} is not a part of a Llama-like network as this project has it")
-    for own, parts in names.items():
-        missing = [part for part in parts if part not in weights]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-        values = [weights[part] for part in parts]
-        if "c_attn" in own and paired:
-            values[:2] = neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)
-        state[own] = torch.cat(values) if len(values) > 1 else values[0]
+    """Published tensors -> ours. paired: in them the channels that are turned together are D/2 apart. What is missing
+    or left over stays so."""
+    state = {name: value for name, value in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied:  # old files hold the output layer once more
+        state.pop("output.weight" if gguf else "lm_head.weight", None)
+    for own, parts in llama_names(config, gguf).items():
+        if state.keys() >= set(parts):
+            values = [state.pop(part) for part in parts]
+            if "c_attn" in own and paired:
+                values[:2] = neighbours(values[0], config.n_head), neighbours(values[1], config.n_kv_head)
+            state[own] = torch.cat(values) if len(values) > 1 else values[0]
     return state
 
 
@@ -306,40 +315,28 @@ def to_llama(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
 
 def from_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The configuration and the weights, in float32, of a .gguf file of a Llama or Qwen2, quantised or not."""
-    try:
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-    except ImportError:
-        raise ValueError(f"{path}: reading GGUF files needs `pip install gguf`") from None
-    reader = GGUFReader(path)
-    kind = reader.get_field("general.architecture").contents()
-    if kind not in LLAMA_TYPES:
-        raise ValueError(f"{path}: general.architecture is {kind!r}; known are {', '.join(LLAMA_TYPES)}")
+    reader = open_gguf(path)
+    from gguf.quants import dequantize
 
-    shape = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{kind}.")}
-    names = {own: f"{kind}.{there}" for own, (_, there) in LLAMA_FIELDS.items()}
-    H, D = shape.get(names["n_head"]), shape.get(names["n_embd"], 0) // (shape.get(names["n_head"]) or 1)
+    kind = reader.get_field("general.architecture").contents()
+    check(kind in LLAMA_TYPES, f"{path}: general.architecture is {kind!r}; known are {', '.join(LLAMA_TYPES)}")
+    told = {k.removeprefix(f"{kind}."): v.contents() for k, v in reader.fields.items() if k.startswith(f"{kind}.")}
+    names = {here: there for there, here in LLAMA_FIELDS.values()}
+    D = told["embedding_length"] // told["attention.head_count"]
     fixed = {"rope.dimension_count": (D,), "attention.key_length": (D,), "attention.value_length": (D,)}
     fixed |= {"rope.scaling.type": ("none",), "expert_count": (0,), "expert_used_count": (0,)}
-    harmless = {f"{kind}.{key}" for key in ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")}
-    check_fields(shape, {*names.values(), *harmless}, {f"{kind}.{key}": v for key, v in fixed.items()}, path)
-    shape = {names["n_kv_head"]: H, names["rope_base"]: 10000.0} | shape
-    for name in names.values():
-        check(name in shape, f"{path}: no {name}")
+    check_fields(told, {*names, "vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}, fixed, path)
+
     weights = {}
     for tensor in reader.tensors:
         weights[tensor.name] = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
     check_finite(weights, path)
     stretched = weights.pop("rope_freqs.weight", torch.ones(1))  # Llama 3.1's, by which the angles are divided
     check(bool((stretched == 1).all()), f"{path}: rope_freqs.weight is not 1; this model has plain rotary positions")
-    numbers = {own: shape[there] for own, there in names.items()}
-    numbers["norm_eps"] = float(f"{numbers['norm_eps']:.6g}")  # kept in float32: 1e-5 is 9.99999975e-06
-    config = GPTConfig(
-        len(weights["token_embd.weight"]),
-        **LLAMA | {"bias": "qkv" if kind == "qwen2" else "none"},
-        **numbers,
-        tied="output.weight" not in weights,
-    )
+    shape = {names[key]: value for key, value in told.items() if key in names}  # as config.json has it
+    shape["rms_norm_eps"] = float(f"{shape['rms_norm_eps']:.6g}")  # kept in float32: 1e-5 is 9.99999975e-06
+    shape |= {"model_type": kind, "vocab_size": len(weights["token_embd.weight"])}
+    config = config_of(shape | {"tie_word_embeddings": "output.weight" not in weights}, path)
     # in GGUF's llama files neighbours are turned together, as here; in its qwen2 files channels that are D/2 apart
     return config, from_llama(weights, config, gguf=True, paired=kind == "qwen2")
 
@@ -358,14 +355,21 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path, tokenizer: Tok
     UserError for a network that none of these layouts can hold."""
     scalar = isinstance(model, ScalarModel)
     gpt, folder, shift = model.gpt if scalar else model, Path(folder), 0.0
-    llama = check_exportable(model)
-    c, state = gpt.config, {name: value.detach().cpu().float() for name, value in gpt.state_dict().items()}
-    config = llama_json(c) if llama else gpt2_json(c)
+    c = replace(gpt.config, vocab_size=gpt.config.real_vocab or gpt.config.vocab_size)
+    state = {name: value.detach().cpu().float() for name, value in gpt.state_dict().items()}
     for name in {"wte.weight", "unembedding.weight"} & state.keys():  # rows that are no tokens are left out
-        state[name] = state[name][: config["vocab_size"]]  # (V, C)
+        state[name] = state[name][: c.vocab_size]  # (V, C)
+    llama = c.rope_base > 0  # the layout that may hold it; else GPT-2's
+    config = llama_json(c) if llama else gpt2_json(c)
+    check_exportable(model, state, config_of(config, folder))
     if tokenizer is not None:
-        config |= special_ids(tokenizer, config["vocab_size"], scalar)
-        if scalar and config["pad_token_id"] == config["vocab_size"]:
+        # A policy's batches may be padded with EOS: what stands behind it is not read. A reward model is read at the
+        # last token that is no padding, which is an EOS as often as not. So its padding is a token of its own.
+        special = tokenizer.description()["special"]
+        pad = special.get(PAD, c.vocab_size) if scalar else tokenizer.eos_id
+        bos = special[tokenizer.first[0]] if tokenizer.first else None
+        config |= {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+        if pad == c.vocab_size:
             state["wte.weight"] = F.pad(state["wte.weight"], (0, 0, 0, 1))  # (V + 1, C)
             config["vocab_size"] += 1
     if scalar:
@@ -382,7 +386,7 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path, tokenizer: Tok
         weights["score.weight"] = head
     files = {"config.json": config}
     if tokenizer is not None:
-        files |= tokenizer_files(tokenizer, c.block_size, config["pad_token_id"], "right" if scalar else "left")
+        files |= tokenizer_files(tokenizer, c.block_size, pad, "right" if scalar else "left")
         if not scalar:
             files["generation_config.json"] = {k: v for k, v in config.items() if k.endswith("_token_id")}
     for name, content in files.items():
@@ -393,52 +397,16 @@ def save_pretrained(model: GPT | ScalarModel, folder: str | Path, tokenizer: Tok
     return shift
 
 
-def special_ids(tokenizer: Tokenizer, n_vocab: int, scalar: bool) -> dict:
-    """The ids in config.json. A policy's batches may be padded with EOS: what stands behind it is not read. A reward
-    model is read at the last token that is no padding, which is an EOS as often as not. So its padding is a token of
-    its own, behind the vocabulary if that has none."""
-    special = tokenizer.description()["special"]
-    pad = special.get(PAD, n_vocab) if scalar else tokenizer.eos_id
-    bos = special[tokenizer.first[0]] if tokenizer.first else None
-    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
-
-
-def check_exportable(model: GPT | ScalarModel) -> bool:
-    """True if the layout is Llama's (or Qwen2's), False if it is GPT-2's. UserError if it is neither."""
-    gpt, lacking = getattr(model, "gpt", model), []
-    c, state = gpt.config, set(gpt.state_dict())
-    llama = c.norm == "rms" and c.mlp == "swiglu" and bool(c.rope_base) and c.bias != "all"
-    block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    layers = [f"h.{i}.{name}" for i in range(c.n_layer) for name in block] + ["ln_f"]
-    gpt2 = {"wte.weight", "wpe.weight", *(f"{name}.{kind}" for name in layers for kind in ("weight", "bias"))}
-    changed = state ^ (set(llama_names(c, gguf=False)) if llama else gpt2)
-    own_sizes = llama or (c.n_kv_head, c.n_inner, c.norm_eps) == (c.n_head, 4 * c.n_embd, 1e-5)
-    if changed or not own_sizes:
-        names = ", ".join(sorted(changed)[:3]) or "their sizes or norm_eps"
-        lacking.append(
-            f"this network's parameters are not {'Llama' if llama else 'GPT-2'}'s ({names}, ...); those of"
-            " `sft.py --rope_base 0` (GPT-2's block, learned positions) or `sft.py --block llama` can be"
-        )
-    if getattr(model, "expectation", False):
-        lacking.append("its head reads expectations; that of `reward_model.py --expectation no` can be")
-    check(not lacking, f"can't be exported, no published layout holds it: {'; and '.join(lacking)}")
-    return llama
-
-
-def gpt2_json(c: GPTConfig) -> dict:
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_inner": None, "n_ctx": c.block_size}
-    config |= {key: values[0] for key, values in FIXED_GPT2.items()}
-    config |= {there: getattr(c, own) for own, there in GPT2_FIELDS.items()}
-    dropout = {"resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-    return config | dropout | {"vocab_size": c.real_vocab or c.vocab_size}
-
-
-def llama_json(c: GPTConfig) -> dict:
-    kind = "qwen2" if c.bias == "qkv" else "llama"
-    config = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu"}
-    config |= {there: getattr(c, own) for own, (there, _) in LLAMA_FIELDS.items()}
-    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "tie_word_embeddings": c.tied}
-    return config | {"attention_dropout": c.dropout, "vocab_size": c.real_vocab or c.vocab_size}
+def check_exportable(model: GPT | ScalarModel, state: dict[str, Tensor], told: GPTConfig) -> None:
+    """UserError unless the network that config.json tells of has these parameters and this epsilon."""
+    with torch.device("meta"):
+        changed = misfits(GPT(told), state)
+    if isinstance(model, ScalarModel):  # between the GPT and the head there must be nothing
+        changed += [name for name in model.state_dict() if not name.startswith(("gpt.", "head.", "mean", "std"))]
+    changed += ["norm_eps"] if told.norm_eps != model.config.norm_eps else []
+    possible = "those of `sft.py --rope_base 0` (GPT-2's block, learned positions) or `sft.py --block llama` can be"
+    possible += ", and the reward models of `reward_model.py --expectation no`"
+    check(not changed, f"can't be exported, no published layout has its {', '.join(changed[:3])}; {possible}")
 
 
 # -------------------------------------------------------------------------------- the command
@@ -466,11 +434,6 @@ def run(config: Config) -> dict:
     print(f"wrote {folder}: for AutoModelFor{name} and AutoTokenizer; prompts by tokenizer.apply_chat_template")
     if shift:
         print(f"NOTE: add {shift:.6f} to its scores: this layout has no place for it (reward_shift in config.json)")
-    if tokenizer.template != "plain" or tokenizer.first:
-        print("NOTE: other tools take a special token that a text spells out for that token; here it stays text")
-    cut = tokenizer.description()["pattern"]
-    if model.config.bias == "qkv" and cut != PATTERNS["qwen2"]:
-        print("NOTE: AutoTokenizer cuts text as Qwen2's does, for all qwen2; here PreTrainedTokenizerFast is right")
     return {}
 
 

@@ -221,9 +221,12 @@ def test_an_exported_reward_model_has_padding_of_its_own(tmp_path, block, capsys
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (lambda: make_gpt(rope_base=1e4), ["wpe.weight", "`sft.py --rope_base 0`", "`sft.py --block llama`"]),
-        (lambda: make_gpt(**LLAMA | {"rope_base": 0.0}), ["not GPT-2's", "`sft.py --block llama`"]),
-        (lambda: make_scalar(expectation=True), ["`reward_model.py --expectation no`"]),
+        (
+            lambda: make_gpt(rope_base=1e4),
+            ["its h.0.attn.c_attn.bias", "`sft.py --rope_base 0`", "`sft.py --block llama`"],
+        ),
+        (lambda: make_gpt(**LLAMA | {"rope_base": 0.0}), ["its h.0.attn.c_attn.bias", "`sft.py --block llama`"]),
+        (lambda: make_scalar(expectation=True), ["its direction, block", "`reward_model.py --expectation no`"]),
         (lambda: make_scalar(expectation=True, rope_base=1e4), ["`sft.py --rope_base 0`", "--expectation no`"]),
     ],
     ids=["the demo's policy", "llama without positions", "expectation", "the demo's reward model"],
@@ -240,7 +243,7 @@ def test_a_changed_llama_is_not_exported(tmp_path):
     """A part that Llama's layout has no name for would be left out in silence."""
     model = make_gpt(3, **LLAMA)
     model.h[1].extra = torch.nn.Linear(4, 4)
-    with pytest.raises(UserError, match=r"not Llama's .h\.1\.extra\.bias"):
+    with pytest.raises(UserError, match=r"no published layout has its h\.1\.extra\.bias"):
         save_pretrained(model, tmp_path / "out")
 
 

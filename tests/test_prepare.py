@@ -325,7 +325,6 @@ def test_pairs_what_is_dropped(tmp_path, chosen, rejected, why):
         ({"chosen": "A", "rejected": "B"}, ':2: no "prompt" (found: chosen, rejected)'),
         ({"prompt": "Q", "chosen": 1, "rejected": "B"}, ':2: "chosen" must be a string, not int'),
         ({"prompt": 5, "chosen": "A", "rejected": "B"}, ':2: "prompt" must be a string, not int'),
-        ({"prompt": "Q", "chosen": [assistant("A")], "rejected": "B"}, ':2: "rejected" must be a list of messages'),
         ({"chosen": [user("Q"), {"role": "assistant"}], "rejected": []}, ':2: message 2 of "chosen": no "content"'),
         ({"chosen": [user("Q"), "A"], "rejected": []}, ':2: message 2 of "chosen" is not an object'),
         ({"chosen": [{"content": "Q"}], "rejected": []}, ':2: message 1 of "chosen": no "role"'),
@@ -390,7 +389,7 @@ def test_prefixes_of_texts(tmp_path):
 
 def test_prefix_words_is_for_texts_alone(tmp_path):
     assert refused(tmp_path, {"text": "a b"}).startswith(": plain texts need --prefix_words N")
-    assert refused(tmp_path, HH, prefix_words=3) == ": --prefix_words is for plain texts, these are hh"
+    assert refused(tmp_path, HH, prefix_words=3) == ": --prefix_words is for plain texts (found: chosen, rejected)"
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -406,25 +405,20 @@ ONE_OF_EACH = {
 }
 
 
-@pytest.mark.parametrize("first", ONE_OF_EACH)
-@pytest.mark.parametrize("second", ONE_OF_EACH)
-def test_mixed_formats_are_an_error(tmp_path, first, second):
-    """Each is known by its fields; the first record of another kind is named."""
-    records = [ONE_OF_EACH[first], ONE_OF_EACH[first], ONE_OF_EACH[second]]
-    if first == second:
-        words = 1 if first == "text" else 0
-        alone = prepared(tmp_path / "a", *records, prefix_words=words)
-        assert alone == prepared(tmp_path / "b", *records, prefix_words=words, format=first)  # auto found it
-    else:
-        assert refused(tmp_path, *records).startswith(f":3: looks like {second}, but the file began as {first} (")
+def test_every_record_is_read_by_its_own_fields(tmp_path):
+    """A file of several forms gives what files of one form each would give."""
+    records = [record for name, record in ONE_OF_EACH.items() if name != "text"]
+    _, demonstrations, pairs = prepared(tmp_path / "all", *records)
+    alone = [prepared(tmp_path / str(n), record)[1:] for n, record in enumerate(records)]
+    assert demonstrations == sorted({d for found, _ in alone for d in found}) and len(demonstrations) == 4
+    assert pairs == sorted(p for _, found in alone for p in found) and len(pairs) == 4
 
 
-def test_a_format_may_be_told(tmp_path):
-    """With --format a record that looks like another is read as told: here a transcript that isn't one is dropped."""
-    broken = {"chosen": "", "rejected": HH["rejected"]}
-    assert refused(tmp_path, HH, broken).startswith(":2: looks like pairs, but the file began as hh")
-    counts, _, pairs = prepared(tmp_path, HH, broken, format="hh")
-    assert len(pairs) == 1 and counts["not a transcript from its first word"] == 1
+@pytest.mark.parametrize("name", ["hh", "pairs", "messages", "demonstrations"])
+def test_a_record_without_the_fields_of_the_others_is_an_error(tmp_path, name):
+    assert refused(tmp_path, ONE_OF_EACH[name], {"text": "a b c"}).startswith(':2: no "prompt" (found: text); known')
+    message = refused(tmp_path, {"text": "a b c"}, ONE_OF_EACH[name], prefix_words=1)
+    assert message.startswith(':2: no "text" (found: ')
 
 
 def test_several_files_each_of_its_own_format(tmp_path):
@@ -434,10 +428,9 @@ def test_several_files_each_of_its_own_format(tmp_path):
 
 
 @pytest.mark.parametrize("record", [{}, {"q": "q", "a": "a"}, {"info": {}, "summary": {}, "axes": {}}])
-def test_unknown_formats_name_the_known(tmp_path, record):
-    message = refused(tmp_path, record)
-    assert message.startswith(f":1: none of the known formats (found: {', '.join(record) or 'nothing'}); known are ")
-    assert all(f"{name}: " in message for name in ONE_OF_EACH)
+def test_unknown_fields_name_the_known(tmp_path, record):
+    found = ", ".join(record) or "nothing"
+    assert refused(tmp_path, record).startswith(f':1: no "prompt" (found: {found}); known are instruction, prompt,')
 
 
 def test_null_fields_are_absent(tmp_path):
@@ -453,9 +446,7 @@ def test_null_fields_are_absent(tmp_path):
 def test_alpaca_says_which_field_is_missing(tmp_path):
     message = refused(tmp_path, ONE_OF_EACH["alpaca"], {"instruction": "i", "chosen": "c"})
     assert message == ':2: no "rejected" (found: instruction, chosen)'
-    assert refused(tmp_path, {"output": "o"}, format="alpaca").startswith(
-        ':1: no "prompt" (found: output); known names:'
-    )
+    assert refused(tmp_path, {"output": "o"}).startswith(':1: no "prompt" (found: output); known are')
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -526,7 +517,6 @@ def test_csv_of_texts_and_of_prompts_with_completions(tmp_path):
         ("d.json", b'[{"prompt": "p", "completion": "c"}, 3]', ": record 2 is not an object"),
         ("d.json", b'[{"prompt": "p"}]', ': record 1: no "completion" (found: prompt)'),
         ("d.json", b"[]", ": no records"),
-        ("d.jsonl.gz", b'{"prompt": "p", "completion": "c"}\n', ": cut short or damaged"),
         ("d.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ": only a pointer"),
         ("d.jsonl.gz", gzip.compress(bytes(range(256)) * 2, mtime=0)[:-9], ": cut short or damaged"),
         ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-8] + b"\x00" * 8, ": cut short or damaged"),
@@ -661,7 +651,7 @@ def test_limit_draws_from_the_whole_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("held_out", 1.0), ("held_out", -0.1), ("limit", -1), ("prefix_words", -1), ("format", "x")]
+    ("option", "value"), [("held_out", 1.0), ("held_out", -0.1), ("limit", -1), ("prefix_words", -1)]
 )
 def test_bad_flags(option, value):
     with pytest.raises(UserError, match=f"--{option} must be"):
@@ -716,7 +706,7 @@ def command(*argv: str, cwd) -> subprocess.CompletedProcess:
 def test_command_line(tmp_path):
     save(tmp_path / "one.jsonl.gz", HH)
     save(tmp_path / "two.jsonl", {"prompt": "東京?", "chosen": "東京", "rejected": "no"})
-    flags = "--out_dir made --held_out 0 --seed 3 --limit 9 --format auto --prefix_words 0".split()
+    flags = "--out_dir made --held_out 0 --seed 3 --limit 9 --prefix_words 0".split()
     run = command("one.jsonl.gz", "two.jsonl", *flags, cwd=tmp_path)
     assert run.returncode == 0 and not run.stderr and "東京" in run.stdout.decode()
     assert len(read_rankings(tmp_path / "made" / "pairs.jsonl")) == 2
@@ -727,10 +717,10 @@ def test_command_line(tmp_path):
     assert line.startswith("prepare.py: error: cut.jsonl.gz: cut short or damaged")
 
 
-def test_help_names_every_format_and_flag(tmp_path):
+def test_help_names_the_fields_and_every_flag(tmp_path):
     out = command("--help", cwd=tmp_path).stdout.decode()
-    assert all(re.search(rf"^    {name} +\S", out, re.MULTILINE) for name in module.FORMATS)
-    assert set(module.FORMATS) == set(ONE_OF_EACH)
+    for field in ("prompt", "completion", "chosen", "rejected", "messages", "conversations", "summaries", "text"):
+        assert f'"{field}"' in out
     assert "\\n\\nHuman" in out
-    for name in ("format", "out_dir", "held_out", "seed", "limit", "prefix_words"):
+    for name in ("out_dir", "held_out", "seed", "limit", "prefix_words"):
         assert f"--{name} " in out

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 from test_prepare import KIND, assistant, prepared, read_back, refused, save, user
 
-from data.files import read_demonstrations, read_json, read_prompts
+from data.files import read_demonstrations, read_json
 from lib.cli import UserError
 from tools.prepare import prepare
 
@@ -51,7 +51,6 @@ ONE_ANSWER = {
     ),
     "a history of messages": ({"prompt": Q, "completion": A, "history": TALK}, MORE, A),
     "an empty history": ({"prompt": Q, "completion": A, "history": [], "system": "", "context": ""}, ONE, A),
-    "a context of messages": ({"prompt": Q, "response": A, "context": TALK}, MORE, A),
     "a context of paragraphs": ({"question": Q, "answer": A, "context": ["B", "C"]}, (("user", f"{Q}\nB\nC"),), A),
     "OpenOrca": ({"id": "1", "system_prompt": "Be kind.", "question": Q, "response": A}, SYSTEM, A),
     "GSM8K": ({"question": Q, "answer": A}, ONE, A),
@@ -78,18 +77,6 @@ ONE_ANSWER = {
         A,
     ),
     "LIMA": ({"conversations": ["Hi", "Hello.", Q, A], "source": "x"}, MORE, A),
-    "Capybara": ({"conversation": [{"input": "Hi", "output": "Hello."}, {"input": Q, "output": A}]}, MORE, A),
-    "XTuner": ({"conversation": [{"output": A, "input": Q, "system": "Be kind."}]}, SYSTEM, A),
-    "Firefly": ({"conversation": [{"human": Q, "assistant": A}]}, ONE, A),
-    "Gemini": (
-        {
-            "systemInstruction": {"role": "system", "parts": [{"text": "Be kind."}]},
-            "contents": [{"role": "user", "parts": [{"text": Q}]}, {"role": "model", "parts": [{"text": A}]}],
-        },
-        SYSTEM,
-        A,
-    ),
-    "messages in a cell": ({"prompt": json.dumps([*TALK, user(Q)]), "completion": A}, MORE, A),
 }
 
 
@@ -131,15 +118,6 @@ TWO_ANSWERS = {
         ONE,
     ),
     "stack-exchange-paired": ({"qid": 1, "question": Q, "response_j": A, "response_k": B}, ONE),
-    "OpenAI's preferences": (
-        {
-            "input": {"messages": [KIND, user(Q)], "tools": []},
-            "preferred_output": [assistant(A)],
-            "non_preferred_output": [assistant(B)],
-        },
-        SYSTEM,
-    ),
-    "ms-swift": ({"messages": [KIND, user(Q), assistant(A)], "rejected_response": B}, SYSTEM),
     "PKU-SafeRLHF": (
         {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1, "safer_response_id": 0},
         ONE,
@@ -147,8 +125,7 @@ TWO_ANSWERS = {
     "PKU-SafeRLHF, the first": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0}, ONE),
     "by name": ({"prompt": Q, "response_0": B, "response_1": A, "better_response_id": "response_1"}, ONE),
     "a letter": ({"prompt": Q, "response_a": B, "response_b": A, "preference": "B"}, ONE),
-    "in brackets": ({"prompt": Q, "answer_a": A, "answer_b": B, "winner": "[[A]]"}, ONE),
-    "counted from 1": ({"prompt": Q, "response_1": A, "response_2": B, "chosen": 1.0}, ONE),
+    "counted from 1": ({"prompt": Q, "response_1": A, "response_2": B, "winner": 1.0}, ONE),
     "arena": (
         {
             "conversation_a": [*TALK, user(Q), assistant(B)],
@@ -159,9 +136,6 @@ TWO_ANSWERS = {
     ),
     "SHP, A": ({"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1, "score_A": 3, "score_B": 9}, ONE),
     "SHP, B": ({"history": Q, "human_ref_A": B, "human_ref_B": A, "labels": 0}, ONE),
-    "WebGPT": ({"question": {"full_text": Q}, "answer_0": B, "answer_1": A, "score_0": -1.0, "score_1": 1.0}, ONE),
-    "HelpSteer2": ({"prompt": Q, "response_1": B, "response_2": A, "preference_strength": 2}, ONE),
-    "HelpSteer3": ({"context": [*TALK, user(Q)], "response1": A, "response2": B, "overall_preference": -3}, MORE),
 }
 
 
@@ -176,7 +150,7 @@ def test_two_answers(tmp_path, name):
 
 @pytest.mark.parametrize(
     "judgement",
-    [{"winner": "tie"}, {"winner": "Tie (bothbad)"}, {"overall_preference": 0}, {"score_a": 1, "score_b": 1}],
+    [{"winner": "tie"}, {"winner": "Tie (bothbad)"}, {"preference": "neither"}],
 )
 def test_ties_are_dropped(tmp_path, judgement):
     good = {"prompt": "P", "response_a": "yes", "response_b": "no", "winner": "a"}
@@ -190,7 +164,7 @@ def test_ties_are_dropped(tmp_path, judgement):
         ({}, ":1: no field says which of response_a, response_b is better; known names: better_response_id,"),
         ({"winner": "c"}, ":1: \"winner\" is 'c', which names none of response_a, response_b"),
         ({"winner": 1}, ':1: "winner" is 1, which names none of response_a, response_b'),
-        ({"score_a": "x", "score_b": 1}, ":1: \"score_a\" must be a number (found: 'x')"),
+        ({"winner": "llama"}, ":1: \"winner\" is 'llama', which names none of response_a, response_b"),
         ({"response_0": "?", "winner": "a"}, ":1: 3 answers (response_0, response_a, response_b); name two of them"),
     ],
 )
@@ -252,7 +226,7 @@ def test_a_label_that_is_missing_where_others_have_one(tmp_path, holder):
     assert refused(tmp_path, good, {**good, "label": None}) == ':2: no "label", which other records have'
 
 
-@pytest.mark.parametrize("key", ["thumbs_up", "is_safe", "desirable", "good", "chosen", "is_correct"])
+@pytest.mark.parametrize("key", ["thumbs_up", "is_safe", "desirable", "good", "is_correct"])
 def test_other_names_of_a_label(tmp_path, key):
     counts, demonstrations, _ = prepared(
         tmp_path, {"prompt": Q, "response": A, key: True}, {"prompt": Q, "response": B, key: False}
@@ -273,6 +247,9 @@ def test_a_judgement_within_a_message(tmp_path, judged):
 
 # ------------------------------------------------------------------------------------------------ what is not read
 
+TEXTS = ": plain texts need --prefix_words N, how many make the prompt; if these are no plain texts, write them"
+TEXTS += ' otherwise: questions are {"prompt": "..."}, conversations {"messages": [{"role", "content"}, ...]}'
+
 
 def test_fields_that_are_not_read_are_named_once_a_file(tmp_path, capsys):
     thought = {**assistant(A), "reasoning_content": "Hm."}
@@ -289,60 +266,47 @@ def test_fields_that_are_not_read_are_named_once_a_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("record", "names"),
+    "record",
     [
-        ({"instruction": Q, "better": A, "worse": B}, "better, worse"),
-        ({"instruction": Q, "source": "x", "completions": [{"response": A}], "models": ["m"]}, "completions, models"),
-        ({"instruction": Q, "instances": [{"input": "", "output": A}]}, "instances"),
-        ({"instruction": "Be kind.", "conversations": [human(Q), gpt(A)]}, "conversations"),
+        {"instruction": Q, "better": A, "worse": B},
+        {"instruction": Q, "source": "x", "completions": [{"response": A}], "models": ["m"]},
+        {"instruction": Q, "instances": [{"input": "", "output": A}]},
+        {"instruction": "Be kind.", "conversations": [human(Q), gpt(A)]},
+        {"instruction": Q, "id": "seed_1", "category": "open qa", "score": 3},
+        {"prompt": Q},
+        {"prompt": Q, "good": A},
+        {"prompt": Q, "answers": [{"answer": A, "rank": 1}]},
     ],
+    ids=str,
 )
-def test_nothing_but_prompts_beside_what_may_be_answers(tmp_path, record, names):
-    message = refused(tmp_path, record)
-    assert message.startswith(f":1: nothing but prompts, but {names} may hold answers; name an answer")
-
-
-def test_nothing_but_prompts_beside_what_is_no_answer(tmp_path):
-    prepared(tmp_path, {"instruction": Q, "id": "seed_1", "category": "open qa", "score": 3})
-    assert read_prompts(tmp_path / "out" / "prompts.jsonl") == [Q]
+def test_a_prompt_without_an_answer_is_no_record(tmp_path, record):
+    """Its answers may stand in fields of other names; a file of prompts alone needs no preparation."""
+    message = refused(tmp_path, {"prompt": "P", "completion": "yes"}, record)
+    assert message.startswith(f':2: no "completion" (found: {", ".join(record)}); known names: completion, output,')
+    assert 'name two "chosen" and "rejected"' in message and "needs no preparation" in message
 
 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"prompt": Q, "good": A}, ':1: no "completion" (found: prompt, good); known names: completion, output,'),
-        (
-            {"prompt": Q, "answers": [{"answer": A, "rank": 1}]},
-            ':1: no "completion" (found: prompt, answers); of "answers"',
-        ),
         ({"prompt": Q, "accepted": A, "rejected": B}, ':1: no "chosen" (found: prompt, accepted, rejected)'),
-        ({"chosen": A, "rejected": B}, ':1: no "prompt" (found: chosen, rejected); known names: instruction, prompt,'),
-        ({"text": "How do I sleep?", "category": "x"}, ": questions without answers; write each as"),
-        ({"question_id": 1, "text": "Name a color."}, ": questions without answers; write each as"),
-        ({"text": "### Human: Hi### Assistant: Hello."}, ": whole conversations as texts (### Human: ...)"),
-        ({"text": "<s>[INST] Hi [/INST] Hello.</s>"}, ": whole conversations as texts (<s> ...)"),
-        ({"text": "\n\nHuman: Hi\n\nAssistant: Hello."}, ": whole conversations as texts (Human: ...)"),
-        (
-            {"text": "A long text.", "summary": "A text."},
-            ": plain texts need --prefix_words N, how many make the prompt; if",
-        ),
+        ({"chosen": A, "rejected": B}, ':1: no "prompt" (found: chosen, rejected); known are instruction, prompt,'),
+        ({"text": "How do I sleep?", "category": "x"}, TEXTS),
+        ({"question_id": 1, "text": "Name a color."}, TEXTS),
+        ({"text": "### Human: Hi### Assistant: Hello."}, TEXTS),
+        ({"text": "A long text.", "summary": "A text."}, TEXTS),
         (
             {"message_tree_id": "1", "prompt": {"text": Q, "role": "prompter", "replies": []}},
             ":1: a message tree; write",
         ),
-        ({"id": "1", "prompt": {"text": Q, "role": "prompter", "replies": []}}, ":1: a message tree; write"),
+        ({"title": "Chat", "mapping": {"1": {"message": None}}}, ":1: a message tree; write"),
         ({"message_id": "1", "message_tree_id": "1", "text": Q, "role": "prompter"}, ":1: a message tree; write"),
-        (
-            {"version": 1, "data": [{"prompt": Q, "completion": A}]},
-            ":1: none of the known formats (found: version, data)",
-        ),
-        ({"prompt": {"0": Q, "1": Q}, "completion": {"0": A, "1": B}}, ':1: message 1 of "prompt" is not an object'),
+        ({"version": 1, "data": [{"prompt": Q}]}, ':1: no "prompt" (found: version, data)'),
+        ({"prompt": {"0": Q, "1": Q}, "completion": {"0": A}}, ':1: message 1 of "prompt": no "role" (found: 0, 1)'),
         ({"prompt": [Q, Q], "completion": [A, B]}, ':1: message 1 of "prompt" is not an object'),
         ({"history": "long", "prompt": Q, "completion": A}, ':1: "history" must be a list of messages'),
-        (
-            {"prompt": "[{'role': 'user', 'content': 'Q'}]", "completion": A},
-            ':1: "prompt" spells messages, but not in JSON',
-        ),
+        ({"prompt": "[{'role': 'user', 'content': 'Q'}]", "completion": A}, ':1: "prompt" spells messages as a text;'),
+        ({"prompt": json.dumps([user(Q)]), "completion": A}, ':1: "prompt" spells messages as a text;'),
         (
             {"messages": [user(Q), {"role": "narrator", "content": "x"}]},
             ':1: message 2 of "messages": unknown role "narrator"',
@@ -380,11 +344,6 @@ def test_conversations_that_are_more_than_text_are_counted(tmp_path, turns, why)
     assert reason.startswith(why) and counts[reason] == 1
 
 
-def test_records_inside_a_field_come_with_the_command(tmp_path):
-    message = refused(tmp_path, {"version": 1, "data": [{"prompt": Q, "completion": A}]})
-    assert message.endswith(f'its records stand in "data": `jq -c ".data[]" {tmp_path / "raw.jsonl"} > NEW.jsonl`')
-
-
 # ------------------------------------------------------------------------------------------------ inside the texts
 
 
@@ -397,8 +356,8 @@ def test_a_spelt_out_eos_is_taken_off_and_counted(tmp_path, capsys, end):
     record = {"prompt": [user("Hi" + end), assistant("Hello." + end), user(Q)], "chosen": A + end, "rejected": B + end}
     _, demonstrations, pairs = prepared(tmp_path, record)
     assert demonstrations == [(MORE, A)] and pairs == [(MORE, A, B)]
-    n = 8 if end == "</s></s>" else 4
-    assert f"removed: {n} {end.strip()[: 4 if n == 8 else None]} at the end of a text\n" in capsys.readouterr().out
+    n = 10 if end == "</s></s>" else 5
+    assert f"removed: {n} {end.strip()[: 4 if n == 10 else None]} at the end of a text\n" in capsys.readouterr().out
 
 
 def test_a_text_that_was_nothing_but_an_eos_is_empty(tmp_path):
@@ -479,7 +438,7 @@ FOREIGN = [
     (
         "d.json",
         json.dumps({"data": [{"q": 1}]}, indent=1).encode(),
-        "JSON, but its first object takes several lines; its",
+        "JSON, but its first object takes several lines; `jq -c . ",
     ),
     ("d.txt", b"Name a color.\nName a number.\n", "no JSON, it begins 'Name a color."),
     ("d.jsonl", b"<!DOCTYPE html>\n", "no JSON, it begins '<!DOCTYPE html>'"),

@@ -6,30 +6,27 @@ project's files: demonstrations, prompts and preference pairs.
     python -m tools.prepare comparisons/batch3.json comparisons/batch4.json --limit 5000 --out_dir out/tldr
     python -m tools.prepare train.parquet --prefix_words 8 --out_dir out/imdb
 
-A file is a JSON list, JSON Lines, a table with a header (.csv, .tsv), each also as .gz, or Parquet. All its records
-have one format. It is recognised by the fields of the first record, or named by --format:
+A file is a JSON list, JSON Lines, a table with a header (.csv, .tsv), each also as .gz, or Parquet. Its records are
+known by their fields:
 
-    alpaca          {"instruction", "input", "output"}, perhaps with "chosen" and "rejected"; Dolly
-    hh              {"chosen", "rejected"}: two transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH-RLHF)
-    tldr            {"info", "summaries", "choice"}: OpenAI's comparisons; {"subreddit", "title", "post", "summary"}
-    pairs           {"prompt", "chosen", "rejected"}, strings or messages (UltraFeedback and most others), or
-                    {"prompt", "response_0", "response_1", "better_response_id"} (PKU-SafeRLHF, SHP, HelpSteer3)
-    messages        {"messages"} or {"conversations"}: [{"role", "content"}] or, as in ShareGPT, [{"from", "value"}]
-    demonstrations  {"prompt", "completion"}, {"question", "answer"} and the like; with a "label", data for KTO
-    text            {"text"} (IMDb): the first --prefix_words words are the prompt, the rest is the demonstration
+    {"prompt", "completion"}           one answer (Alpaca, Dolly and most others); with a "label", data for KTO
+    {"prompt", "chosen", "rejected"}   two answers, texts or messages (UltraFeedback and most others), or
+    {"prompt", "response_0", "response_1", "better_response_id"}   two and a field that chooses (PKU-SafeRLHF, SHP)
+    {"chosen", "rejected"}             two transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (Anthropic's HH-RLHF)
+    {"messages"}, {"conversations"}    [{"role", "content"}] or, as in ShareGPT, [{"from", "value"}]
+    {"info", "summaries", "choice"}    OpenAI's TL;DR comparisons; also {"subreddit", "title", "post", "summary"}
+    {"text"}                           IMDb: the first --prefix_words words are the prompt, the rest the demonstration
 
 A system prompt ("system"), a "history" and a "context" beside them become part of the prompt. An answer whose "label"
 says that it is unwanted (false, 0, "bad", ...) is dropped. All names that are understood stand in tools/records.py;
-fields that are not read are named. The last answer of a conversation is the completion, all before it is the prompt. A
-chosen text is a demonstration too. White space and a spelt-out EOS (</s>) at the end of a text are removed. A record
-that can't be used is dropped and counted; a field that is missing or of the wrong kind is an error. The rows are split
-by how a conversation opens (the user's first turn), so no prompt and no two stages of one conversation are on both
-sides. Writes demonstrations.jsonl, prompts.jsonl and pairs.jsonl, each with its NAME_held_out.jsonl.
+fields that are not read are named. The last answer of a conversation is the completion; a chosen text is a
+demonstration too. A record that can't be used is dropped and counted; a field that is missing or of the wrong kind is
+an error. The rows are split by how a conversation opens (the user's first turn), so no prompt and no two stages of one
+conversation are on both sides. Writes demonstrations.jsonl, prompts.jsonl and pairs.jsonl, each with a _held_out twin.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -37,14 +34,12 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from lib.cli import Flags, UserError, check, flag, run_main
 from data.files import Prompt, prompt_json, text_field, turns_of, write_jsonl
-from tools.records import ANSWERS, CONVERSATIONS, LABELS, PROMPTS, Dropped, Record, Turns, first_of, read_records
-from tools.records import answer_turns, better_and_worse, check_wanted, compared, conversation, messages, opened
-from tools.records import prompt_turns, records_inside, transcript
+from tools.records import ANSWERS, CONVERSATIONS, LABELS, PROMPTS, Dropped, answer_turns, better_and_worse, check_wanted
+from tools.records import conversation, first_of, messages, prompt_turns, read_records
 
 
 @dataclass
@@ -59,18 +54,11 @@ class Example:
 # ---------------------------------------------------------------------------------------------- records -> examples
 
 
-def paired(chosen: Turns, rejected: Turns) -> Example:
-    """The example of two conversations that differ in their last answer only."""
-    prompt, better = conversation(chosen)
-    other, worse = conversation(rejected)
-    if turns_of(prompt) != turns_of(other):
-        raise Dropped("different prompts in chosen and rejected")
-    return Example(prompt, better, (better, worse))
-
-
-def from_hh(where: str, record: dict) -> Example:
-    chosen, rejected = (transcript(text_field(where, record, key)) for key in ("chosen", "rejected"))
-    return paired(opened(where, record, chosen), opened(where, record, rejected))
+def from_record(where: str, record: dict) -> Example:
+    if {"info", "summaries"} <= set(record) or {"post", "summary"} <= set(record):
+        return from_tldr(where, record)
+    compared = better_and_worse(where, record)
+    return from_pair(where, record, *compared) if compared else from_answer(where, record)
 
 
 def from_tldr(where: str, record: dict) -> Example:
@@ -92,47 +80,36 @@ def from_tldr(where: str, record: dict) -> Example:
     return Example(prompt, texts[choice], (texts[choice], texts[1 - choice]))
 
 
-def from_fields(where: str, record: dict) -> Example:
-    """A prompt with two answers, of which one is better, or with one. Lists of messages hold the whole conversation, or
-    only the answer: then the prompt holds the rest."""
-    answers = better_and_worse(where, record)
-    if not answers:
-        return from_answer(where, record)
-    better, worse = answers
+def from_pair(where: str, record: dict, better: str, worse: str) -> Example:
+    """Two answers, each in its field. Each holds the whole conversation, or only the answer: then the prompt holds the
+    rest."""
     chosen, rejected = answer_turns(where, record, better), answer_turns(where, record, worse)
-    if isinstance(record[better], list) and not isinstance(record[worse], list):
-        raise UserError(f'{where}: "{worse}" must be a list of messages, as "{better}" is')
-    if {turns[0][0] for turns in (chosen, rejected) if turns} == {"assistant"}:
-        prompt = prompt_turns(where, record)
-        example = paired(prompt + chosen, prompt + rejected)
-    else:
-        example = paired(opened(where, record, chosen), opened(where, record, rejected))
-    if "instruction" in record and record.get("output"):  # a demonstration beside the pair
-        example.completion = text_field(where, record, "output").strip()
-    return example
+    alone = all(turns[0][0] == "assistant" for turns in (chosen, rejected) if turns)
+    before = prompt_turns(where, record) if alone else []
+    prompt, chosen = conversation(where, record, before + chosen)
+    other, rejected = conversation(where, record, before + rejected)
+    if turns_of(prompt) != turns_of(other):
+        raise Dropped("different prompts in chosen and rejected")
+    beside = "instruction" in record and record.get("output")  # Alpaca's demonstration
+    return Example(prompt, text_field(where, record, "output").strip() if beside else chosen, (chosen, rejected))
 
 
 def from_answer(where: str, record: dict) -> Example:
-    prompt, key = prompt_turns(where, record), first_of(ANSWERS, record)
-    if not key and "instruction" in record:  # a prompt alone
-        return Example(*conversation([*prompt, ("assistant", "")]))
-    lists = [k for k in ("completions", "answers", "responses") if isinstance(record.get(k), list)]
-    advice = f"known names: {', '.join(ANSWERS)}; chosen and rejected; prompts alone need no preparation"
-    advice = f'of "{lists[0]}" name the best "chosen" and another "rejected"' if lists else advice
-    check(bool(key), f'{where}: no "completion" (found: {", ".join(record)}); {advice}')
+    """A conversation, or a prompt and an answer."""
+    talk, key = first_of(CONVERSATIONS, record), first_of(ANSWERS, record)
+    if talk and "instruction" not in record:
+        turns = messages(where, record, talk)
+        check_wanted(where, record)
+        while turns and turns[-1][0] == "user":  # a question that was never answered
+            turns.pop()
+        return Example(*conversation(where, record, turns))
+    prompt = prompt_turns(where, record)
+    advice = 'of several answers name two "chosen" and "rejected"; {"prompt": "..."} alone needs no preparation'
+    found = f"(found: {', '.join(record)}); known names: {', '.join(ANSWERS)}; {advice}"
+    check(bool(key), f'{where}: no "completion" {found}')
     if key != "label":  # there it is the answer itself
         check_wanted(where, record)
-    return Example(*conversation(prompt + answer_turns(where, record, key)))
-
-
-def from_messages(where: str, record: dict) -> Example:
-    turns = opened(where, record, messages(where, record, first_of(CONVERSATIONS, record) or "messages"))
-    check_wanted(where, record)
-    if "rejected_response" in record:  # as in ms-swift: the conversation ends with the better answer
-        return paired(turns, turns[:-1] + answer_turns(where, record, "rejected_response"))
-    while turns and turns[-1][0] == "user":  # a question that was never answered
-        turns.pop()
-    return Example(*conversation(turns))
+    return Example(*conversation(where, record, prompt + answer_turns(where, record, key)))
 
 
 def from_text(where: str, record: dict, prefix_words: int) -> Example:
@@ -143,21 +120,9 @@ def from_text(where: str, record: dict, prefix_words: int) -> Example:
     return Example(match[0].rstrip(), text[match.end() :])
 
 
-FORMATS = {
-    "alpaca": (from_fields, "instruction, input, output"),
-    "hh": (from_hh, "chosen, rejected: transcripts"),
-    "tldr": (from_tldr, "info, summaries, choice"),
-    "pairs": (from_fields, "prompt, chosen, rejected"),
-    "messages": (from_messages, "messages or conversations"),
-    "demonstrations": (from_fields, "prompt, completion or label"),
-    "text": (from_text, "text"),
-}
-
-
 @dataclass
 class Config(Flags):
     files: list[str] = flag([], "published data, see above", positional=True)
-    format: str = flag("auto", "format of the records", choices=("auto", *FORMATS))
     out_dir: str = flag("out/real", "folder for the files")
     held_out: float = flag(0.1, "share of the openings to hold out", low=0, below=1)
     seed: int = flag(1, "seed of the split and of --limit")
@@ -165,91 +130,35 @@ class Config(Flags):
     prefix_words: int = flag(0, "words of a plain text that make its prompt", low=0)
 
 
-# Names of fields that hold no answer.
-META = r"(.*_)?(ids?|index|hash|source|lang(uage)?|category|topic|task|type|tags?|url|date|model|split|dataset|level)"
-
-
-def format_of(record: dict) -> str:
-    """The name in FORMATS that fits the fields; "" if none does."""
-    if "instruction" in record:
-        return "alpaca"
-    if {"info", "summaries"} <= set(record) or {"post", "summary"} <= set(record):
-        return "tldr"
-    if compared(record):
-        text, prompt = record.get("chosen", record.get("rejected")), first_of(PROMPTS, record)
-        return "hh" if not prompt and isinstance(text, str) and "\n\nAssistant:" in text else "pairs"
-    if first_of(CONVERSATIONS, record):
-        return "messages"
-    if first_of(PROMPTS, record):
-        return "demonstrations"
-    return "text" if "text" in record else ""
-
-
-def format_of_file(path: Path, records: list[tuple[str, dict]]) -> str:
-    """The format of the first record. UserError for the first record that is clearly of another."""
-    where, first = records[0]
-    name, found = format_of(first), shortened(" ".join(", ".join(first).split())) or "nothing"
-    root = first["prompt"] if isinstance(first.get("prompt"), dict) else first
-    tree = 'a message tree; write every path from its root to an answer as {"messages": [{"role", "content"}, ...]}'
-    check(not {"message_tree_id", "replies", "children", "mapping"} & set(root), f"{where}: {tree}")
-    known = "; ".join(f"{key}: {fields}" for key, (_, fields) in FORMATS.items())
-    advice = records_inside(path, first) or "give its fields these names"
-    check(bool(name), f"{where}: none of the known formats (found: {found}); known are {known}; {advice}")
-    for where, record in records:
-        other = format_of(record) or name  # a record of no format lacks a field: its reader will say which
-        advice = f"({FORMATS[name][1]}); --format {name} reads all records alike"
-        check(other == name, f"{where}: looks like {other}, but the file began as {name} {advice}")
-    return name
-
-
-def text_advice(records: list[tuple[str, dict]]) -> str:
-    """What to do with records of {"text"} when nobody said how many words make the prompt."""
-    texts = [text_field(where, record, "text").strip() for where, record in records]
-    marks = re.findall(rf"{MARKS}|(?:\A|\n)(?:Human|User|Assistant):", texts[0])
-    if len(set(marks)) > 1:
-        advice = 'write each as {"messages": [{"role", "content"}, ...]}'
-        return f"whole conversations as texts ({marks[0].strip()} ...); {advice}"
-    asked = sum(text.endswith(("?", "？")) for text in texts)
-    if asked > len(texts) / 2 or any("question" in name for name in records[0][1]):
-        return 'questions without answers; write each as {"prompt": "..."}, which needs no preparation'
-    answers = [k for k, v in records[0][1].items() if k != "text" and isinstance(v, str) and not re.fullmatch(META, k)]
-    advice = f'; if "{answers[0]}" answers the text, name the two "prompt" and "completion"' if answers else ""
-    return f"plain texts need --prefix_words N, how many make the prompt{advice}"
-
-
-def read_examples(path: Path, format: str, prefix_words: int, dropped: Counter) -> list[Example]:
+def read_examples(path: Path, prefix_words: int, dropped: Counter) -> list[Example]:
     """The examples of one file. `dropped` counts, by reason, the records that give none."""
     records = read_records(path)
-    format = format if format != "auto" else format_of_file(path, records)
-    if format == "text" and not prefix_words:
-        raise UserError(f"{path}: {text_advice(records)}")
-    check(format == "text" or not prefix_words, f"{path}: --prefix_words is for plain texts, these are {format}")
-    read = FORMATS[format][0] if format != "text" else partial(from_text, prefix_words=prefix_words)
+    where, first = records[0]
+    tree = 'a message tree; write every path from its root to an answer as {"messages": [{"role", "content"}, ...]}'
+    check(not {"message_tree_id", "replies", "mapping"} & set(first), f"{where}: {tree}")
+    if "text" in first and not first_of(PROMPTS, first):
+        advice = "plain texts need --prefix_words N, how many make the prompt"
+        others = 'questions are {"prompt": "..."}, conversations {"messages": [{"role", "content"}, ...]}'
+        check(prefix_words > 0, f"{path}: {advice}; if these are no plain texts, write them otherwise: {others}")
+    else:
+        check(not prefix_words, f"{path}: --prefix_words is for plain texts (found: {', '.join(first) or 'nothing'})")
     examples = []
     for where, record in records:
         try:
-            examples.append(read(where, record))
+            example = from_text(where, record, prefix_words) if prefix_words else from_record(where, record)
+            examples.append(example)
         except Dropped as why:
             dropped[str(why)] += 1
-    check_fields(path, records, examples)
-    return examples
 
-
-def check_fields(path: Path, records: list[tuple[str, Record]], examples: list[Example]) -> None:
-    """Print which fields were not read. UserError if no example has an answer although such a field may hold it, or if
-    only some records have a label."""
-    read, ignored = records[0][1].read, records[0][1].ignored
     fields = {key for _, record in records for key in record}
-    unread, labels = sorted(fields - read), fields & read & set(LABELS) - {"chosen"}  # mostly the better one of a pair
-    answered = not examples or any(e.completion or e.pair for e in examples)
-    advice = 'name an answer "output", a better and a worse one "chosen" and "rejected", and remove what is neither'
+    labels = fields & first.read & set(LABELS)
     for where, record in records:
         missing = f'no "{", ".join(sorted(labels))}", which other records have'
         check(not labels or bool(labels & set(record)), f"{where}: {missing}")
-        texts = [k for k in unread if isinstance(dict.get(record, k), (str, list, dict)) and not re.fullmatch(META, k)]
-        check(answered or not texts, f"{where}: nothing but prompts, but {', '.join(texts)} may hold answers; {advice}")
-    if unread or ignored:
-        print(f"{path}: not read: {', '.join([*unread, *sorted(ignored)])}")
+    unread = [*sorted(fields - first.read), *sorted(first.ignored)]
+    if unread:
+        print(f"{path}: not read: {', '.join(unread)}")
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------- examples -> files
@@ -271,11 +180,8 @@ def split(examples: list[Example], held_out: float, seed: int) -> dict[str, list
 
 EOS = r"""(<[|｜]([^<>]{0,20}[^a-z<>])?(end|eos|eot|eom|eod)[^<>]{0,20}[|｜]>|</s>|<eos>|<eot>|<eod>|\[EOS\]|
     <end_of_turn>|<end_of_utterance>)\Z"""
-# What other tools read as more than its characters: special tokens, pictures, the turns of a template.
-MARKS = (
-    r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:image|img|video|audio)>|"
-    r"### ?(?:Human|Assistant|Instruction|Response):"
-)
+# What other tools read as more than its characters: special tokens, pictures.
+MARKS = r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?(?:image|img|video|audio)>"
 
 
 def without_eos(example: Example, found: Counter) -> Example:
@@ -290,14 +196,7 @@ def without_eos(example: Example, found: Counter) -> Example:
 
     prompt = Prompt.of([(role, clean(text)) for role, text in turns_of(example.prompt)])
     pair = example.pair and (clean(example.pair[0]), clean(example.pair[1]))
-    same = example.pair and example.completion == example.pair[0]  # counted once
-    return Example(prompt, pair[0] if same else clean(example.completion), pair)
-
-
-def marks_in(examples: list[Example]) -> Counter:
-    """How many examples hold each of the MARKS."""
-    texts = ["\n".join([e.prompt, e.completion, *(e.pair or ())]) for e in examples]
-    return Counter(mark for text in texts for mark in set(re.findall(MARKS, text)))
+    return Example(prompt, clean(example.completion), pair)
 
 
 def rows_of(examples: list[Example], dropped: Counter) -> dict[str, list[dict]]:
@@ -345,14 +244,12 @@ def shortened(value):
     return {k: shortened(v) for k, v in value.items()}
 
 
-def prepare(
-    paths: Path | list[Path], out_dir: Path, held_out: float, seed: int, format="auto", limit=0, prefix_words=0
-) -> Counter:
+def prepare(paths: Path | list[Path], out_dir: Path, held_out: float, seed: int, limit=0, prefix_words=0) -> Counter:
     """Write the six files, and print a summary. Parameters as in Config -> {file: rows, reason: dropped}."""
     dropped: Counter = Counter()
     paths = paths if isinstance(paths, list) else [paths]
     eos: Counter = Counter()
-    examples = [e for path in paths for e in read_examples(path, format, prefix_words, dropped)]
+    examples = [e for path in paths for e in read_examples(path, prefix_words, dropped)]
     names = ", ".join(map(str, paths))
     check(bool(examples), f"{names}: nothing left; dropped {', '.join(f'{n} {why}' for why, n in dropped.items())}")
     if 0 < limit < len(examples):  # drawn at random: a published file may be sorted (IMDb's is, by its label)
@@ -377,7 +274,9 @@ def prepare(
     print("".join(f"dropped: {n} {why}\n" for why, n in dropped.items() if n), end="")
     demonstrations, prompts, pairs = (rows + files["_held_out"][name] for name, rows in files[""].items())
     print("".join(f"removed: {n} {mark} at the end of a text\n" for mark, n in eos.items()), end="")
-    for mark, n in marks_in(examples).most_common(8):
+    texts = ["\n".join([e.prompt, e.completion, *(e.pair or ())]) for e in examples]
+    marks = Counter(mark for text in texts for mark in set(re.findall(MARKS, text)))
+    for mark, n in marks.most_common(8):
         print(f"careful: {mark} in {n} examples; it is learned as ordinary characters, no picture and no special token")
     empty = sum(not pair["rejected"] for pair in pairs)
     print(f"kept: {empty} pairs with an empty rejected text\n" if empty else "", end="")
@@ -392,8 +291,8 @@ def prepare(
 
 
 def run(config: Config) -> dict:
-    options = dataclasses.asdict(config)
-    prepare(list(map(Path, options.pop("files"))), Path(options.pop("out_dir")), **options)
+    c = config
+    prepare([Path(file) for file in c.files], Path(c.out_dir), c.held_out, c.seed, c.limit, c.prefix_words)
     return {}
 
 

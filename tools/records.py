@@ -1,9 +1,5 @@
 """Reads data as it is published. A file becomes records (dicts), each with its place in the file, for errors. The
-fields of a record become turns, answers and judgements, however they are called and written.
-
-A file is a JSON list, JSON Lines or a table with a header (CSV, TSV), each also compressed with gzip, or Parquet (needs
-pyarrow).
-"""
+fields of a record become turns, answers and judgements, however they are called and written."""
 
 from __future__ import annotations
 
@@ -47,10 +43,11 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
 
     The content shows the kind of file; only tables are known by their name."""
     raw = read_bytes(path)
-    if path.suffix == ".gz" and not raw.startswith(b"version https://git-lfs"):
-        raw = unzipped(path, raw)
     while raw.startswith(b"\x1f\x8b"):  # some files are compressed twice
-        raw = unzipped(path, raw)
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
     if raw.startswith(b"PAR1"):
         records = read_parquet(path, raw)
     else:
@@ -64,28 +61,15 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
             check_lines(path, text.strip())
             records = list(parse_jsonl(path, io.BytesIO(raw)))
     check(bool(records), f"{path}: no records")
+    for where, record in records:  # a table holds nothing but texts
+        for key, value in record.items():
+            spelt = isinstance(value, str) and re.match(r"\[\s*\{\s*['\"](role|from|content|value)\b", value)
+            check(not spelt, f'{where}: "{key}" spells messages as a text; write JSON Lines, with lists')
     read, ignored = set(), set()
-    filled = [(w, {k.strip().lower(): unpacked(w, k, v) for k, v in record.items()}) for w, record in records]
+    named = [(where, {key.strip().lower(): value for key, value in record.items()}) for where, record in records]
     # v == v: pandas writes NaN where a text is missing, and NaN is the one value that isn't equal to itself
-    present = [(where, {k: v for k, v in record.items() if v is not None and v == v}) for where, record in filled]
+    present = [(where, {k: v for k, v in record.items() if v is not None and v == v}) for where, record in named]
     return [(where, Record(record, read, ignored)) for where, record in present]
-
-
-def unpacked(where: str, key: str, value):
-    """The value of a field. A string that spells messages in JSON, as tables hold them, becomes the list."""
-    if not isinstance(value, str) or not re.match(r"""\[\s*\{\s*["'](role|content|from|value)["']""", value):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise UserError(f'{where}: "{key}" spells messages, but not in JSON; write the table as JSON Lines') from None
-
-
-def unzipped(path: Path, raw: bytes) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: cut short or damaged, get it again ({one_line(error)})") from None
 
 
 def decode(path: Path, raw: bytes) -> str:
@@ -102,25 +86,18 @@ def check_lines(path: Path, text: str) -> None:
     advice = 'write one JSON object a line, as {"prompt": "..."} or {"text": "..."}; name a table .csv or .tsv'
     check(not text or text[0] == "{", f"{path}: no JSON, it begins {text[:40]!r}; {advice}")
     try:
-        first, end = json.JSONDecoder().raw_decode(text)
+        _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):  # broken: the reader of lines says where
         return
-    advice = records_inside(path, first) or f"`jq -c . {path} > NEW.jsonl` writes one object a line"
+    advice = f'`jq -c . {path} > NEW.jsonl` writes one object a line; `.data[]` for `.`, if "data" holds the records'
     check("\n" not in text[:end], f"{path}: JSON, but its first object takes several lines; {advice}")
 
 
-def records_inside(path: Path, value: dict) -> str:
-    """What to do with an object that holds a list of records; "" if it holds none."""
-    known = {*PROMPTS, *(name for pair in PAIRS for name in pair)}
-    lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict) and k not in known]
-    return f'its records stand in "{lists[0]}": `jq -c ".{lists[0]}[]" {path} > NEW.jsonl`' if lists else ""
-
-
 def read_json_list(path: Path, text: str) -> list[tuple[str, dict]]:
-    records = parse_json(path, text)
-    for number, record in enumerate(records, start=1):
-        check(isinstance(record, dict), f"{path}: record {number} is not an object")
-    return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
+    records = [(f"{path}: record {n}", record) for n, record in enumerate(parse_json(path, text), start=1)]
+    for where, record in records:
+        check(isinstance(record, dict), f"{where} is not an object")
+    return records
 
 
 def read_table(path: Path, text: str) -> list[tuple[str, dict]]:
@@ -162,25 +139,19 @@ class Dropped(Exception):
 
 
 # The names that published data give to one thing. Of several in a record the first counts.
-CONVERSATIONS = "messages conversations conversation contents".split()
+CONVERSATIONS = "messages conversations conversation".split()
 PROMPTS = ["instruction", "prompt", "question", "query", "problem", *CONVERSATIONS]
 PROMPTS += ["user", "human", "input", "inputs", "history", "context"]  # elsewhere these mean other things
-SYSTEMS = "system system_prompt system_message systeminstruction".split()
+SYSTEMS = "system system_prompt system_message".split()
 ANSWERS = "completion output response answer solution assistant target targets label".split()
 
-# Two answers, the better one first; or two with these names, and a field that says which is better.
-PAIRS = [
-    ["chosen", "rejected"],
-    ["chosen_response", "rejected_response"],
-    ["response_j", "response_k"],
-    ["preferred_output", "non_preferred_output"],
-]
-COMPARED = r"(response|answer|completion|output|conversation|human_ref|generation|summary)_?([0-9ab])"
-CHOICES = "better_response_id winner choice preference preferred better chosen label labels".split()  # its name
-STRENGTHS = "overall_preference preference_strength".split()  # a number, below 0 if the first is better
+# Two answers, the better one first; or two with names like these, and a field that says which is better.
+PAIRS = [["chosen", "rejected"], ["chosen_response", "rejected_response"], ["response_j", "response_k"]]
+COMPARED = r"(response|answer|completion|output|conversation|human_ref)_?[0-9ab]"
+CHOICES = "better_response_id winner choice preference preferred better label labels".split()
 
 # One answer, and a field that says whether it is wanted.
-LABELS = """label labels kto_tag desirable is_desirable preferred is_preferred chosen accepted liked good is_good
+LABELS = """label labels kto_tag desirable is_desirable preferred is_preferred accepted liked good is_good
     thumbs_up is_safe is_correct""".split()
 WANTED = """true t yes y 1 +1 good desirable desired wanted chosen accepted preferred positive pos thumbs_up thumbsup up
     like liked upvote correct right safe win 👍""".split()
@@ -189,12 +160,11 @@ UNWANTED = """false f no n 0 -1 bad undesirable undesired unwanted rejected disp
 
 ROLES = {
     "system": "system developer",
-    "user": "user human prompter customer question input prompt instruction",
-    "assistant": "assistant gpt chatgpt bot chatbot model ai bing bard claude answer output response completion",
+    "user": "user human prompter customer",
+    "assistant": "assistant gpt chatgpt bot chatbot model ai bing bard claude",
     "tool": "tool function function_call function_response observation ipython tool_call tool_response",
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
-CONTENTS = "content value text parts message full_text".split()
 
 
 def first_of(names: list[str], record: dict) -> str:
@@ -215,90 +185,72 @@ def transcript(text: str) -> Turns:
 
 def content(where: str, record: dict, key: str) -> str:
     """The text in record[key]: a string, or a list of parts ["...", {"type": "text", "text": "..."}]."""
-    parts = record.get(key)
-    if isinstance(parts, dict) and "parts" in parts:
-        parts = parts["parts"]
-    if not isinstance(parts, list):
-        return text_field(where, record, key).strip()
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise Dropped("a part of a message that is not text (a picture, a call of a tool)")
-    return "\n".join(text_field(where, {key: text}, key) for text in texts).strip()
+    text = record.get(key)
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in text]
+        if not all(isinstance(part, str) for part in parts):
+            raise Dropped("a part of a message that is not text (a picture, a call of a tool)")
+        record = {key: "\n".join(parts)}
+    return text_field(where, record, key).strip()
 
 
-def messages(where: str, record: dict, key: str, alone: str = "user") -> Turns:
-    """The turns in record[key]: a list of {"role", "content"} or {"from", "value"}, of {"input", "output"} or
-    ["question", "answer"] (two turns each), or of texts, of which the first is the user's. alone: who says a single
-    message that has no role."""
+def messages(where: str, record: dict, key: str) -> Turns:
+    """The turns in record[key]: messages {"role", "content"} or {"from", "value"}, or a single one; of a conversation
+    or a history also texts, perhaps in pairs, of which the first is the user's."""
     listed = record.get(key)
-    if isinstance(listed, dict):
-        listed = listed.get("messages", [listed if "from" in listed else {"role": alone, **listed}])
+    listed = [listed] if isinstance(listed, dict) else listed
     if not isinstance(listed, list):
         raise UserError(f'{where}: "{key}" must be a list of messages (found: {", ".join(record) or "nothing"})')
     listed = [m for item in listed for m in (item if isinstance(item, list) else [item])]
     if (key in CONVERSATIONS or "history" in key) and all(isinstance(m, str) for m in listed):
-        listed = [{("user", "assistant")[n % 2]: text} for n, text in enumerate(listed)]
+        listed = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(listed)]
     turns = []
     for number, message in enumerate(listed, start=1):
         what = f'{where}: message {number} of "{key}"'
-        advice = "with a role and a text; if a column of a table stands here, write one record a line"
-        check(isinstance(message, dict) and "0" not in message, f"{what} is not an object {advice}")
+        check(isinstance(message, dict), f"{what} is not an object with a role and a text")
         message = {k: v for k, v in message.items() if v is not None}
-        name, text = first_of(["from", "role", "speaker"], message), first_of(CONTENTS, message)
+        name, text = first_of(["from", "role"], message), first_of(["content", "value", "text"], message)
         if not text and (message.get("tool_calls") or message.get("function_call")):
             raise Dropped("a call of a tool")
-        both = [(k, k) for k in ROLE_OF if k in message]  # who speaks, and the field of the text
-        said = [(text_field(what, message, name), text or "content")] if name else both
-        check(bool(said), f'{what}: no "role" (found: {", ".join(message) or "nothing"})')
-        for who, field in said:
-            role = ROLE_OF.get(who.strip().lower())
-            check(role is not None, f"{what}: unknown role {json.dumps(who)}; known are {', '.join(ROLE_OF)}")
-            if role == "tool":
-                raise Dropped("a turn that is not the user's, the assistant's or the system's")
-            turns.append((role, content(what, message, field)))
+        said = text_field(what, message, name or "role")
+        role = ROLE_OF.get(said.strip().lower())
+        check(role is not None, f"{what}: unknown role {json.dumps(said)}; known are {', '.join(ROLE_OF)}")
+        if role == "tool":
+            raise Dropped("a turn that is not the user's, the assistant's or the system's")
+        turns.append((role, content(what, message, text or "content")))
         if number == len(listed) and role == "assistant":  # a judgement may stand in the message; "weight" is OpenAI's
             check_wanted(what, {"label": message.get("label", message.get("weight") != 0)})
         if isinstance(record, Record):
-            known = (name, "label", "weight", *dict(said).values())
-            record.ignored.update(f"{key}: {k}" for k in message if k not in known)
+            record.ignored.update(f"{key}: {k}" for k in message if k not in (name, text, "label", "weight"))
     return turns
 
 
-def opened(where: str, record: dict, turns: Turns) -> Turns:
-    """The turns, and before them the system's text if it stands in a field of its own."""
-    system = first_of(SYSTEMS, record)
-    before = [("system", content(where, record, system))] if system else []
-    return turns if turns[:1] == before else before + turns
-
-
 def prompt_turns(where: str, record: dict) -> Turns:
-    """All that stands before an answer: the system's text, the history, and the question with its context; or a
-    conversation, or a transcript, perhaps up to its last "Assistant:" (as in repackaged HH-RLHF)."""
+    """What stands before an answer: the history, and the question with its context; or a conversation; or a transcript,
+    perhaps up to its last "Assistant:" (as in repackaged HH-RLHF)."""
     key = first_of(PROMPTS, record)
-    check(bool(key), f'{where}: no "prompt" (found: {", ".join(record)}); known names: {", ".join(PROMPTS)}')
-    context = record.get("context")
+    check(bool(key), f'{where}: no "prompt" (found: {", ".join(record) or "nothing"}); known are {", ".join(PROMPTS)}')
     histories = [k for k in ("history", "chat_history") if k != key and record.get(k)]
-    if key != "context" and isinstance(context, list) and any(isinstance(part, dict) for part in context):
-        histories.append("context")  # messages, not paragraphs
     before = [turn for k in histories for turn in messages(where, record, k)]
     if key in CONVERSATIONS or isinstance(record[key], (list, dict)):
-        return opened(where, record, before + messages(where, record, key))
-    prompt = text_field(where, record, key)
-    if prompt.lstrip().startswith("Human:"):
+        return before + messages(where, record, key)
+    prompt = text_field(where, record, key).strip()
+    if prompt.startswith("Human:"):
         turns = transcript(prompt)
-        return opened(where, record, before + turns[: -1 if turns[-1] == ("assistant", "") else None])
-    extra = [k for k in ("input", "context") if k in record and k not in (key, *histories)]
-    parts = [prompt.strip(), *(content(where, record, k) for k in extra)]
-    return opened(where, record, [*before, ("user", "\n".join(filter(None, parts)))])
+        return before + turns[: -1 if turns[-1] == ("assistant", "") else None]
+    extra = [content(where, record, k) for k in ("input", "context") if k in record and k != key]
+    return [*before, ("user", "\n".join(filter(None, [prompt, *extra])))]
 
 
 def answer_turns(where: str, record: dict, key: str) -> Turns:
-    """An answer: a text, a message, or messages, perhaps with the conversation before it; or a whole transcript."""
+    """An answer: a text or messages. A transcript, or messages that the user begins, are a whole conversation."""
     if isinstance(record.get(key), (list, dict)):
-        return messages(where, record, key, alone="assistant")
+        return messages(where, record, key)
     text = text_field(where, record, key).strip()
-    whole = text.startswith("Human:") and "\n\nAssistant:" in text
-    return transcript(text) if whole else [("assistant", text.removeprefix("Assistant:").strip())]
+    whole = text.startswith("Human:") or not first_of(PROMPTS, record)
+    if whole and "\n\nAssistant:" in f"\n\n{text}":
+        return transcript(text)
+    return [("assistant", text.removeprefix("Assistant:").strip())]
 
 
 def check_wanted(where: str, record: dict) -> None:
@@ -314,55 +266,34 @@ def check_wanted(where: str, record: dict) -> None:
         raise Dropped("labelled as unwanted")
 
 
-def number(where: str, record: dict, key: str) -> float:
-    try:
-        return float(record[key])
-    except (TypeError, ValueError):
-        raise UserError(f'{where}: "{key}" must be a number (found: {record[key]!r})') from None
-
-
-def compared(record: dict) -> list[str]:
-    """The fields of the answers that a record compares: a better and a worse one, or two of which another field says
-    which is better. [] if it compares nothing."""
-    for pair in PAIRS:
-        if all(name in record for name in pair):
-            return pair
-    found = sorted(name for name in record if re.fullmatch(COMPARED, name))
-    alone = any(isinstance(record.get(name), (str, list, dict)) for name in PAIRS[0])  # the other one is missing
-    return found if len(found) > 1 else PAIRS[0] if alone else []
-
-
 def better_and_worse(where: str, record: dict) -> list[str]:
     """The fields of the better and of the worse answer; [] if the record compares nothing."""
-    found = compared(record)
-    if not found or found in PAIRS:
-        return found
-    names = ", ".join(found)
+    for pair in PAIRS:
+        if pair[0] in record or pair[1] in record:
+            return pair
+    found = sorted(name for name in record if re.fullmatch(COMPARED, name))
+    if len(found) < 2:
+        return []
+    names, key = ", ".join(found), first_of(CHOICES, record)
     check(len(found) == 2, f'{where}: {len(found)} answers ({names}); name two of them "chosen" and "rejected"')
-    a, b = (name[-1] for name in found)
-    key, strength = first_of(CHOICES, record), first_of(STRENGTHS, record)
-    if key:
-        said = str(record[key]).strip(" []").lower().removesuffix(".0")
-        said = re.sub(r"^(model|assistant|response|answer|completion|output|option)?[ _-]?(?=.$)", "", said)
-        if found[0] == "human_ref_a":  # Stanford's SHP says 1 for A and 0 for B
-            said = {"1": "a", "0": "b"}.get(said, said)
-        tie = re.match("tie|draw|equal|same|both|neither|none", said)
-        order = 0 if tie else {a: -1, "first": -1, b: 1, "second": 1}.get(said)
-        check(order is not None, f'{where}: "{key}" is {record[key]!r}, which names none of {names}')
-    elif strength:
-        order = number(where, record, strength)
-    else:
-        scored = f"score_{a}" in record and f"score_{b}" in record
-        check(scored, f"{where}: no field says which of {names} is better; known names: {', '.join(CHOICES)}")
-        order = number(where, record, f"score_{b}") - number(where, record, f"score_{a}")
-    if order == 0:
+    known = f'known names: {", ".join(CHOICES)}; or name the better answer "chosen" and the other one "rejected"'
+    check(bool(key), f"{where}: no field says which of {names} is better; {known}")
+    said = str(record[key]).strip().lower().removesuffix(".0")
+    if found[0] == "human_ref_a":  # Stanford's SHP says 1 for A and 0 for B
+        said = {"1": "a", "0": "b"}.get(said, said)
+    if re.match("tie|draw|equal|same|both|neither|none", said):
         raise Dropped("a tie of the two answers")
-    return found if order < 0 else found[::-1]
+    better = [name for name in found if said in (name, name[-1], f"model_{name[-1]}")]
+    check(bool(better), f'{where}: "{key}" is {record[key]!r}, which names none of {names}')
+    return found if better[0] == found[0] else found[::-1]
 
 
-def conversation(turns: Turns) -> tuple[str, str]:
-    """Turns -> (prompt, last answer). They must alternate: perhaps the system's, then user, assistant, ..., assistant.
-    Raises Dropped where they don't."""
+def conversation(where: str, record: dict, turns: Turns) -> tuple[str, str]:
+    """The record's turns -> (prompt, last answer). The system's text may stand in a field of its own. The turns must
+    alternate: perhaps the system's, then user, assistant, ..., assistant. Raises Dropped where they don't."""
+    system = first_of(SYSTEMS, record)
+    before = [("system", content(where, record, system))] if system else []
+    turns = turns if turns[:1] == before else before + turns
     turns = [turn for turn in turns if turn != ("system", "")]  # published conversations often carry an empty one
     if not turns or turns[-1][0] != "assistant":
         raise Dropped("without an answer at the end")
