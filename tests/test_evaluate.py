@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -579,9 +580,14 @@ def test_the_reward_model_is_judged_part_by_part(tmp_path):
     save_model(tmp_path / "rm", scorer, "tiny", "t", sft.Config(), "tiny")
     settings = {"prompts": write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])}
     settings |= {"policies": [str(tmp_path / "policy")], "reward": str(tmp_path / "rm"), "best_of": [1]}
-    settings |= {"out_dir": str(tmp_path / "out"), "device": "cpu", "max_new_tokens": 4, "n_prompts": 100}
+    settings |= {"device": "cpu", "max_new_tokens": 4, "n_prompts": 100}
     write_lines(tmp_path / "rankings.jsonl", rows)
-    found = evaluate.run(Config(**settings))["reward_model"]
+    shown = [(r["prompt"], r["completions"][i % 2]) for i, r in enumerate(rows)]  # a right one, a wrong one, ...
+    write_lines(tmp_path / "demonstrations.jsonl", demonstrations(shown[:7]))
+    results = evaluate.run(Config(**settings | {"n_prompts": 5}, out_dir=str(tmp_path / "few")))
+    golds = [sum(gold_parts(*pair).values()) for pair in shown[:7]]  # all, however many prompts are used
+    assert results["demonstrations"] == pytest.approx(sum(golds) / 7) and len(set(golds)) > 1
+    found = evaluate.run(Config(**settings, out_dir=str(tmp_path / "out")))["reward_model"]
     expected = accuracy_by_part(
         scorer, contrast_rankings([r["prompt"] for r in rows[:100]], tokenizer, 96), torch.device("cpu")
     )
@@ -636,6 +642,17 @@ def test_every_gate_can_fail(capsys, who, changes, fails):
     gates = evaluate.report_task(good_results(**{who: changes}))
     assert [gate["name"] for gate in gates if not gate["ok"]] == fails
     assert capsys.readouterr().out.count("FAILED") == len(fails)
+
+
+def test_what_is_beyond_the_table_is_each_policy_s_own(capsys):
+    """The baseline's parts beside every policy, or the demonstrations' reward as the ceiling."""
+    parts = {"sft": {"correct": 0.5, "polite": -0.25}, "ppo": {"correct": 1.5, "polite": 0.75}}
+    evaluate.report_task(good_results(**{name: {"parts": p} for name, p in parts.items()}))
+    said = capsys.readouterr().out
+    assert re.search(r"^  sft +correct \+0\.50  polite -0\.25$", said, re.M)
+    assert re.search(r"^  ppo +correct \+1\.50  polite \+0\.75$", said, re.M)
+    assert "\nceiling 3.00; demonstrations 0.90\n" in said
+    assert "\nreward model, part by part: right_vs_wrong 0.85, polite_vs_plain 1.00\n" in said
 
 
 def test_gates_are_about_what_was_measured():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 
@@ -123,6 +125,85 @@ def test_a_reward_function_is_told_what_was_cut_if_it_asks():
     assert call_reward(lambda prompts, completions: [2.0, 3.0], ["p", "q"], ["a", "b"], [True, False]) == [2.0, 3.0]
 
 
+P, C, E = ["p", "q"], ["a", "b"], [True, False]
+SIGNATURES = {
+    "lambda p, c: (p, c)": (P, C),
+    "lambda completions, prompts: (prompts, completions)": (P, C),
+    "lambda completions, **more: (completions, more)": (C, {"prompts": P, "ended": E}),
+    "lambda prompts, completions, **more: (prompts, completions, more)": (P, C, {"ended": E}),
+    "lambda questions, answers, ended: (questions, answers, ended)": (P, C, E),
+    "lambda ended, questions, answers: (questions, answers, ended)": (P, C, E),
+    "lambda questions, completions: (questions, completions)": (P, C),
+    "lambda completions, questions: (questions, completions)": (P, C),
+    "lambda p, c, threshold=3: (p, c, threshold)": (P, C, 3),
+    "lambda p, c, *, scale=2: (p, c, scale)": (P, C, 2),
+    "lambda completions, *, scale=2: (completions, scale)": (C, 2),
+    "lambda prompts, *, completions, ended: (prompts, completions, ended)": (P, C, E),
+    "lambda p, c, /: (p, c)": (P, C),
+    "lambda p, c, ended, /: (p, c, ended)": (P, C, E),
+    "lambda *all: all": (P, C),
+    "lambda completions: completions": C,
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES)
+def test_a_function_gets_what_its_parameters_are_called(function):
+    """Prompts scored as completions, a keyword of the user's own that is overwritten."""
+    found = []
+    call_reward(lambda_that_notes(eval(function), found), P, C, E)
+    assert found == [SIGNATURES[function]]
+
+
+def lambda_that_notes(function, found: list):
+    @functools.wraps(function)  # its signature, too
+    def noting(*args, **kwargs):
+        found.append(function(*args, **kwargs))
+        return [0.0, 0.0]
+
+    return noting
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_the_sample_on_which_a_function_fails_is_named(capsys, n, error):
+    """Another sample's texts, be it the first or the middle one, or the prompt as the completion."""
+    prompts, completions = [f"question {i}" for i in range(n)], [f"answer {i}" for i in range(n)]
+    for bad in range(n):
+
+        def fails(prompts, completions, bad=bad):
+            if f"answer {bad}" in completions:
+                raise error
+            return [0.0] * len(completions)
+
+        with pytest.raises(UserError) as told:
+            call_reward(fails, prompts, completions)
+        assert f"for the completion 'answer {bad}' of the prompt 'question {bad}' ({error.__name__}" in str(told.value)
+
+
+def test_a_function_that_fails_on_samples_together_blames_none_of_them(capsys):
+    """Each half alone goes well: the last sample that was tried has nothing to do with it."""
+
+    def fails(prompts, completions):
+        return [1 / (3 - len(completions))] * len(completions)
+
+    with pytest.raises(UserError, match="failed on 3 samples, and on neither half of them"):
+        call_reward(fails, list("pqr"), list("abc"))
+
+
+def test_long_texts_are_cut_in_an_error():
+    with pytest.raises(UserError) as told:
+        call_reward(lambda p, c: [math.nan], ["q" * 80], ["x" * 81])
+    assert f"for the completion '{'x' * 77}...' of the prompt '{'q' * 80}'" in str(told.value)
+
+
+def test_a_file_of_one_s_own_comes_before_the_project_s(tmp_path, monkeypatch):
+    """Somebody's own data/tiny.py, in the folder where she works, would be the demo's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny.py").write_text("def gold_reward(p, c):\n    return [7.0]\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_function("data/tiny.py:gold_reward")(["p"], ["c"]) == [7.0]
+
+
 def test_a_wrong_reward_names_the_function():
     """With several rewards it has to be clear whose it is."""
     with pytest.raises(UserError, match=r"^mine\.py:f returned 1 rewards for 2 completions$"):
@@ -228,6 +309,7 @@ def test_rewards_that_do_not_fit_are_refused(tmp_path):
         (([], policy, "tiny", CPU), "--reward needs"),
         (([rm], policy, "tiny", CPU, [1.0, 2.0]), "--reward_weights has 2 values for 1"),
         (([rm, rm], policy, "tiny", CPU, [1.0, -1.0], "mean"), "--reward_combine mean needs"),
+        (([rm, rm], policy, "tiny", CPU, [1.0, -3.0], "mean"), "--reward_combine mean needs"),
         (([rm, rm], policy, "tiny", CPU, [1.0, 2.0], "mean-std"), "--reward_combine mean-std takes no"),
         (([rm], policy, "", CPU), "embedded task"),
     ):
