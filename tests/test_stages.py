@@ -264,8 +264,9 @@ def test_a_signal_stops_a_run_when_its_step_is_whole(tmp_path, stage, name):
     assert "3 of 5 steps are saved" in end.value.last_words and "--resume" in end.value.last_words
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     changes |= {"resume": True}
-    with at_update(lambda: (stop(), stop()), 1), pytest.raises(SystemExit):
+    with at_update(lambda: (stop(), stop()), 1), pytest.raises(SystemExit) as end:
         run(stage, tmp_path, **changes)
+    assert end.value.code == 128 + number
     assert state_of(tmp_path) == 3 and not (tmp_path / "out" / "results.json").exists()
     same_end(run(stage, tmp_path, **changes), whole)
 
