@@ -398,6 +398,20 @@ def test_undo_leaves_all_other_lines_alone(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_an_answer_s_number_is_above_all_others(tmp_path):
+    """Where somebody has taken a line out by hand, two answers of one number: undo would remove both."""
+    path = tmp_path / "r.jsonl"
+    session = session_of(path)
+    for _ in range(3):
+        session.answer(list(range(len(session.current().shown))))
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(others))
+    session = session_of(path)
+    session.answer(list(range(len(session.current().shown))))
+    assert len(path.read_bytes().splitlines()) == 3 and session.undo()
+    assert path.read_bytes().splitlines(keepends=True) == others
+
+
 def test_undo_reaches_items_whose_chunk_is_not_sampled_again(tmp_path):
     """After a restart the samples of finished chunks are not made anew: the item comes from the file, as it was."""
     path = tmp_path / "r.jsonl"
