@@ -398,6 +398,18 @@ def test_undo_leaves_all_other_lines_alone(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_what_is_read_back_is_what_was_said(tmp_path):
+    """Ranks of another sample after a restart: her agreement with herself would be chance. Every order and tie, skips
+    and repeats, are read as they were given."""
+    path = tmp_path / "r.jsonl"
+    orders = itertools.cycle([[2, 0, 1], [0, 0, 1], [1, 2, 0], None, [1, 0, 0], [2, 1, 0], [0, 1, 2]])
+    session = session_of(path, 30, repeat=0.5)
+    asked(session, lambda item: next(orders))
+    assert {a.kind for a in session.answers} == {"ranking", "repeat", "skip", "repeat_skip"}
+    again = session_of(path, 30, repeat=0.5)
+    assert again.answers == session.answers and again.report() == session.report()
+
+
 def test_an_answer_s_number_is_above_all_others(tmp_path):
     """Where somebody has taken a line out by hand, two answers of one number: undo would remove both."""
     path = tmp_path / "r.jsonl"
@@ -830,6 +842,8 @@ def test_getting_has_no_side_effects(tmp_path):
         ):
             assert page.request("GET", path)[0] == status, path
         assert page.request("PUT", "/rank", {"id": state["id"]})[0] == 501
+        for path in ("/state", "/ranks", "/rank/", "/Skip", "/undo?"):
+            assert page.request("POST", path, {"id": state["id"], "ranks": [0, 1, 2]})[0] == 404, path
         assert content(tmp_path / "r.jsonl") == before and page.state() == state
         assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl"]
 
