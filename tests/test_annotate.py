@@ -119,6 +119,16 @@ def test_people_are_asked_until_the_answer_makes_sense(person, tmp_path, capsys)
     ]
 
 
+def test_enter_alone_ends_nothing_but_the_last_question(person, tmp_path, capsys):
+    """A key pressed once too often ended the work amid the items."""
+    session = session_of(tmp_path / "r.jsonl", 2)
+    person("", "1 2 3", "", "", "1 2 3", "", "1 2 3")
+    annotate.in_terminal(session, iter([]))
+    assert session.written == 2
+    said = capsys.readouterr().out
+    assert said.count("name each of 1..3 once") == 3 and annotate.HELP not in said
+
+
 def test_people_see_which_answers_were_cut(person, tmp_path, capsys):
     """A text that stops in mid-sentence because of --max_new_tokens is not one that its writer left unfinished."""
     texts = [Sample("It is", False), Sample("It is", True), Sample("", False)]

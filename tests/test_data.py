@@ -618,6 +618,17 @@ def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
         encode_prompts(["abcde"], Letters(), 8, 8, "my.jsonl")
 
 
+def test_a_prompt_that_is_too_long_by_one_token_loses_one(capsys):
+    """Its end, or more than it must, or one that just fits counted as cut."""
+    text = "abcdefghij"
+    for room in (1, 4, 9):
+        texts = [text[:n] for n in range(1, 11)]
+        found = encode_prompts(texts, Letters(), room + 5, 5, "mine.jsonl")
+        assert found == [Letters().encode_prompt(t)[max(0, len(t) - room) :] for t in texts]
+        said = capsys.readouterr().out
+        assert f"mine.jsonl: 10 prompts\nmine.jsonl: {10 - room} of 10 prompts cut to their last {room} tokens" in said
+
+
 def test_what_does_not_fit_is_counted(tmp_path, capsys):
     """How many rows lost something to block_size, with the path and the flag; nothing where all fit."""
     rankings = [{"prompt": "abc", "chosen": "xyz", "rejected": "u"}, {"prompt": "a", "chosen": "x", "rejected": "u"}]

@@ -17,10 +17,13 @@ from helpers import (
     make_scalar,
 )
 
+from stages import watching
+
 import lib.reward
 from lib.cli import UserError
 from lib.checkpoint import load_model, save_model
 from lib.reward import call_reward, load_function
+from model import ScalarModel
 from sampling import Rollout
 
 CPU = torch.device("cpu")
@@ -241,6 +244,16 @@ def test_score_rollout_equals_each_row_alone(float64):
     alone = [model(rollout.tokens[i : i + 1, : int(n)])[0, -1].item() for i, n in enumerate(rollout.lens)]
     for rows in (1, 2, 3, 7, 64):
         assert lib.reward.score_rollout(model, rollout, rows).tolist() == pytest.approx(alone, abs=1e-9)
+
+
+def test_rollouts_are_scored_with_little_filler():
+    """In the order of their prompts' lengths, or in that of the rollout, most of what a slice holds is filler."""
+    lens, prompt_lens = torch.tensor([9, 3, 12, 4, 10, 2]), torch.tensor([1, 2, 2, 3, 8, 1])
+    rollout = Rollout(torch.ones(6, 12, dtype=torch.long), prompt_lens, lens, torch.zeros(6, dtype=torch.bool))
+    with watching() as watch:
+        lib.reward.score_rollout(make_scalar(4), rollout, 2)
+    read = [p.tokens.numel() for p in watch.passes if isinstance(p.network, ScalarModel)]
+    assert sorted(read) == [2 * 3, 2 * 9, 2 * 12]
 
 
 @pytest.mark.parametrize(
