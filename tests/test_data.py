@@ -618,6 +618,19 @@ def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
         encode_prompts(["abcde"], Letters(), 8, 8, "my.jsonl")
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u2003", "\r\n"])
+def test_white_space_without_end_is_refused(tmp_path, blank):
+    """Of any kind: tiktoken crashes on it. As much as it can bear is read, and so is a long text with words in it."""
+    limit = 100_000 // len(blank)
+    for n, fits in ((limit, True), (limit + 1, False)):
+        path = write_lines(tmp_path / "mine.jsonl", [{"prompt": "a" + blank * n + "b" + blank * 9}])
+        if fits:
+            assert len(read_prompts(path)[0]) == 2 + (n + 9) * len(blank)
+            continue
+        with pytest.raises(UserError, match=r'mine\.jsonl:1: "prompt" holds 100,00\d white-space characters'):
+            read_prompts(path)
+
+
 def test_a_prompt_that_is_too_long_by_one_token_loses_one(capsys):
     """Its end, or more than it must, or one that just fits counted as cut."""
     text = "abcdefghij"
