@@ -53,6 +53,7 @@ from data.files import (
     read_jsonl,
     read_prompts,
     read_rankings,
+    replacing,
     turns_of,
     write_jsonl,
 )
@@ -616,6 +617,26 @@ def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
     assert capsys.readouterr().out == "my.jsonl: 2 prompts\n"
     with pytest.raises(UserError, match="--max_new_tokens 8 leaves no room for a prompt in block_size 8"):
         encode_prompts(["abcde"], Letters(), 8, 8, "my.jsonl")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_file_that_is_interrupted_leaves_the_old_one_alone(tmp_path, error):
+    """Half a file beside it, or in its place, whatever ends the writing."""
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"prompt": "a"}])
+    before = path.read_bytes()
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_a_twin_has_the_same_ending(tmp_path):
+    mine = tmp_path / "mine.json"
+    for name in ("mine_held_out.json", "mine_held_out.jsonl", "mine.jsonl"):
+        (tmp_path / name).touch()
+    assert held_out_twin(str(mine), "auto") == str(tmp_path / "mine_held_out.json")
+    assert held_out_twin(str(tmp_path / "mine.jsonl"), "auto") == str(tmp_path / "mine_held_out.jsonl")
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u2003", "\r\n"])

@@ -329,3 +329,6 @@ def test_rewards_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(UserError, match=says):
             lib.reward.load_reward(*arguments)
     assert len(lib.reward.load_reward([rm], policy, "tiny", CPU)[1]) == 1
+    save_model(tmp_path / "own", make_scalar(), "tiny", "reward_model.py", Made(), "")
+    for task in ("tiny", ""):  # one's own reward model may judge any prompts
+        assert len(lib.reward.load_reward([str(tmp_path / "own")], policy, task, CPU)[1]) == 1
