@@ -426,7 +426,7 @@ def test_an_answer_s_number_is_above_all_others(tmp_path):
     session = session_of(path)
     for _ in range(3):
         session.answer(list(range(len(session.current().shown))))
-    first, *others = path.read_bytes().splitlines(keepends=True)
+    _, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(others))
     session = session_of(path)
     session.answer(list(range(len(session.current().shown))))

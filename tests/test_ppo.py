@@ -24,7 +24,6 @@ from helpers import (
 from stages import CPU, PROMPTS, asked, demonstrations, reward_file, run, toy_policy, watching
 from test_ppo_update import slow_rows, slow_update, tiny_config
 
-from lib.cli import UserError
 from lib.checkpoint import load_model
 from model import GPT, GPTConfig, ScalarModel
 
@@ -274,13 +273,6 @@ def test_the_pretraining_term_draws_from_all_demonstrations(tmp_path):
             run("ppo", tmp_path, toy_policy(9), ptx_coef=0.5, ptx_data=mine, seed=seed, **few)
         drawn.append([text for p in watch.training(GPT) for text in p.texts() if text in texts])
     assert len(drawn[0]) == len(drawn[1]) == 16 * 2 * 4 and set(drawn[0]) == texts and drawn[0] != drawn[1]
-
-
-def test_a_pretraining_term_without_demonstrations_is_refused(tmp_path):
-    """--ptx_coef that does nothing, in silence: neither named nor beside the prompts."""
-    for ptx_data in ("auto", ""):
-        with pytest.raises(UserError, match="--ptx_coef needs --ptx_data"):
-            run("ppo", tmp_path, ptx_coef=0.5, ptx_data=ptx_data)
 
 
 def test_prompts_that_are_cut_are_counted(tmp_path, capsys):
