@@ -639,6 +639,14 @@ def test_a_twin_has_the_same_ending(tmp_path):
     assert held_out_twin(str(tmp_path / "mine.jsonl"), "auto") == str(tmp_path / "mine_held_out.jsonl")
 
 
+@pytest.mark.parametrize("n", range(4, 18))
+def test_a_story_has_6_to_14_words(n):
+    """The ends of the range, which the docstring names, belong to it."""
+    story = " ".join(["One", *["day"] * (n - 2), "cat."])
+    parts = tiny.gold_parts("Anna: Write one line about a cat.", story)
+    assert parts["correct"] == (2.0 if 6 <= n <= 14 else 0.0)
+
+
 @pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u2003", "\r\n"])
 def test_white_space_without_end_is_refused(tmp_path, blank):
     """Of any kind: tiktoken crashes on it. As much as it can bear is read, and so is a long text with words in it."""
