@@ -229,7 +229,7 @@ def test_gold_function(tmp_path):
     assert lib.reward.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [2.0]
     assert lib.reward.gold_function("auto", "") is None and lib.reward.gold_function("", "tiny") is None
     (tmp_path / "mine.py").write_text("def f(p, c):\n    return [7.0]\n", encoding="utf-8")
-    with pytest.raises(UserError, match="^the gold reward returned 1 rewards for 2"):  # not --reward's
+    with pytest.raises(UserError, match=r"^the gold reward returned 1 rewards for 2"):  # not --reward's
         lib.reward.gold_function(f"{tmp_path / 'mine.py'}:f", "")(["p", "q"], ["c", "d"])
     for task in ("", "tiny"):
         assert lib.reward.gold_function(f"{tmp_path / 'mine.py'}:f", task)(["p"], ["c"]) == [7.0]
