@@ -104,7 +104,7 @@ class RunFolder:
         what = f"{self.path} holds an unfinished run. Go on with it by --resume, or start anew by --overwrite"
         check(not unfinished or self.config.overwrite, what)
         with can_be_written(self.path):
-            for old in (self.state, self.results):  # a .tmp of ours is written over, others' are none of our business
+            for old in (self.state, self.results, self.path / "state.pt.tmp"):  # the last: of a run that was killed
                 old.unlink(missing_ok=True)
             self.metrics.write_text("", encoding="utf-8")
         write_json(dataclasses.asdict(self.config), self.path / "config.json")

@@ -119,6 +119,16 @@ def test_people_are_asked_until_the_answer_makes_sense(person, tmp_path, capsys)
     ]
 
 
+def test_enter_alone_ends_nothing_but_the_last_question(person, tmp_path, capsys):
+    """A key pressed once too often ended the work amid the items."""
+    session = session_of(tmp_path / "r.jsonl", 2)
+    person("", "1 2 3", "", "", "1 2 3", "", "1 2 3")
+    annotate.in_terminal(session, iter([]))
+    assert session.written == 2
+    said = capsys.readouterr().out
+    assert said.count("name each of 1..3 once") == 3 and annotate.HELP not in said
+
+
 def test_people_see_which_answers_were_cut(person, tmp_path, capsys):
     """A text that stops in mid-sentence because of --max_new_tokens is not one that its writer left unfinished."""
     texts = [Sample("It is", False), Sample("It is", True), Sample("", False)]
@@ -396,6 +406,32 @@ def test_undo_leaves_all_other_lines_alone(tmp_path):
     assert session.progress() == (3, 4)
     asked(session)
     assert path.read_bytes() == whole
+
+
+def test_what_is_read_back_is_what_was_said(tmp_path):
+    """Ranks of another sample after a restart: her agreement with herself would be chance. Every order and tie, skips
+    and repeats, are read as they were given."""
+    path = tmp_path / "r.jsonl"
+    orders = itertools.cycle([[2, 0, 1], [0, 0, 1], [1, 2, 0], None, [1, 0, 0], [2, 1, 0], [0, 1, 2]])
+    session = session_of(path, 30, repeat=0.5)
+    asked(session, lambda item: next(orders))
+    assert {a.kind for a in session.answers} == {"ranking", "repeat", "skip", "repeat_skip"}
+    again = session_of(path, 30, repeat=0.5)
+    assert again.answers == session.answers and again.report() == session.report()
+
+
+def test_an_answer_s_number_is_above_all_others(tmp_path):
+    """Where somebody has taken a line out by hand, two answers of one number: undo would remove both."""
+    path = tmp_path / "r.jsonl"
+    session = session_of(path)
+    for _ in range(3):
+        session.answer(list(range(len(session.current().shown))))
+    _, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(others))
+    session = session_of(path)
+    session.answer(list(range(len(session.current().shown))))
+    assert len(path.read_bytes().splitlines()) == 3 and session.undo()
+    assert path.read_bytes().splitlines(keepends=True) == others
 
 
 def test_undo_reaches_items_whose_chunk_is_not_sampled_again(tmp_path):
@@ -816,6 +852,8 @@ def test_getting_has_no_side_effects(tmp_path):
         ):
             assert page.request("GET", path)[0] == status, path
         assert page.request("PUT", "/rank", {"id": state["id"]})[0] == 501
+        for path in ("/state", "/ranks", "/rank/", "/Skip", "/undo?"):
+            assert page.request("POST", path, {"id": state["id"], "ranks": [0, 1, 2]})[0] == 404, path
         assert content(tmp_path / "r.jsonl") == before and page.state() == state
         assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers import ROOT, strict_json
 from stages import watching
 from lib.cli import UserError
-from model import LLAMA, GPTConfig
+from model import LLAMA, Block, GPTConfig
 from tools import bench
 
 NET = GPTConfig(40, 64, 2, 2, 16)
@@ -124,6 +125,61 @@ def test_rates_and_shares(monkeypatch):
     assert s["share_of_matmul"] == pytest.approx(sum(bench.needed_flops("sft", t, NET) for t in texts) / 2 / 2e9)
 
 
+# Networks that a stage's own --compile reaches: the reward models of ppo.py stay as they are.
+COMPILED = {"sft": "policy", "reward_model": "scorer", "dpo": "policy reference", "ppo": "policy reference"}
+COMPILED |= {"generate": "policy"}
+
+
+@pytest.mark.parametrize("stage", bench.STAGES)
+def test_compile_reaches_what_it_reaches_in_the_stage(monkeypatch, stage):
+    """A reference or a value model that runs uncompiled beside a compiled policy: slower than the stage is."""
+    compiled: set[Block] = set()
+    monkeypatch.setattr(Block, "compile", lambda self, **_: compiled.add(self))
+    with watching() as watch:
+        _, start, _ = first_step(stage, compile=True)
+    wanted = {block for name in COMPILED[stage].split() for block in blocks_of(getattr(start, name))}
+    assert wanted <= compiled
+    ran = {block for block, _ in watch.block_runs}
+    assert ran - compiled == (blocks_of(start.scorer) if stage == "ppo" else set())
+
+
+def blocks_of(model) -> set[Block]:
+    return {module for module in model.modules() if isinstance(module, Block)}
+
+
+@pytest.mark.parametrize("stage", bench.STAGES)
+def test_a_step_is_the_stage_s(stage):
+    """Twice as many texts, one minibatch where a stage takes four, an iteration that ends at its first update, float32
+    where bfloat16 is asked for."""
+    with watching() as watch:
+        *_, texts = first_step(stage, dtype="bfloat16")
+    assert len(texts) == 8
+    assert len(watch.steps) == {"ppo": bench.PPO_EPOCHS * 4, "generate": 0}.get(stage, 1)
+    assert {rate for step in watch.steps for rate in step.rates} <= {0.0}
+    assert watch.products[True] == ({torch.bfloat16} if watch.steps else set())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_machine_can_do_by_hand(monkeypatch, dtype):
+    """Half of the operations, a copy's bytes that are read and not written, the slowest of several tries, another dtype
+    than is asked for: all shares would be off by that. The first try takes 4 seconds, the others 2."""
+    made, tries = [], []
+
+    def timed(f, device):
+        tries.append(f())
+        return (4.0 if len(tries) == 1 else 2.0), None
+
+    monkeypatch.setattr(bench, "timed", timed)
+    randn, ones = torch.randn, torch.ones
+    monkeypatch.setattr(torch, "randn", lambda *size, **k: made.append(randn(64, 64, **k)) or made[-1])
+    monkeypatch.setattr(torch, "ones", lambda *size, **k: made.append(ones(512, **k)) or made[-1])
+    config, cpu = bench.Config(**SHORT, dtype=dtype), torch.device("cpu")
+    assert bench.matmul_speed(config, cpu) == pytest.approx(2 * 1024**3 / 2.0 / 1e9)
+    assert {x.dtype for x in made} == {tries[0].dtype} == {getattr(torch, dtype)}
+    tries.clear()
+    assert bench.copy_speed(cpu) == pytest.approx((2048 + 2048) / 2.0 / 1e9)  # 2,048 bytes read, and 2,048 written
+
+
 def test_a_decode_step_is_what_the_prompts_leave(monkeypatch):
     """The prompts' time in it, or one step too many: by a clock on which every token that a network reads takes a
     second. Seven new tokens of eight rows are a pass over the prompts, of six tokens each, and six steps."""
@@ -162,6 +218,37 @@ def test_memory_is_measured_in_a_process_of_its_own():
     peak = done.stdout.splitlines()[4].split()[-1]
     state = 4 * 4 * 3 * 12 * 128**2 / 2**20  # weights of the blocks, gradients, two moments: 9 MB
     assert peak == "-" or state < float(peak) < 10 * state
+
+
+def test_the_peak_is_that_of_the_stage_s_network_in_mb(monkeypatch):
+    """Kilobytes by the thousand, another network's or another stage's memory, one that is measured although it is not
+    wanted."""
+    monkeypatch.setattr(bench.Path, "exists", lambda _: True)
+    monkeypatch.setattr(bench.Path, "read_text", lambda _: "VmPeak:\t  9999 kB\nVmHWM:\t  3072 kB\nVmRSS:\t  1024 kB\n")
+    assert bench.resident_peak() == 3.0
+    asked = []
+
+    class Fresh:
+        """ProcessPoolExecutor, without a process."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, *arguments):
+            asked.append((function, *arguments))
+            return SimpleNamespace(result=lambda: 5.0)
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Fresh)
+    for memory, peak in ((True, 5.0), (False, None)):
+        config = bench.Config(**SHORT, memory=memory)
+        assert bench.measure(NET, config, "sft", {"matmul_gflops": 1.0})["peak_mb"] == peak
+    assert asked == [(bench.peak_memory, NET, bench.Config(**SHORT, memory=True), "sft")]
 
 
 def test_micro_batch_is_the_scripts():

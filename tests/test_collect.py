@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -373,6 +373,22 @@ def test_human_collection_writes_as_it_goes(tmp_path, person, capsys):
     assert "(2 stood there already)" in said and "item 4 of 11" in said
     assert [t for _, t in re.findall(r"^  (\d): (.*)$", said, re.M)][:3] == texts[3]
     assert [row["prompt"] for _, row in read_jsonl(config.out)] == [prompts[0], prompts[2], prompts[3]]
+
+
+@pytest.mark.parametrize("annotator", ["human", "web"])
+def test_people_are_asked_as_the_flags_say(tmp_path, monkeypatch, annotator):
+    """--repeat, --port or --annotator_name that stop at the door: no self-agreement, another port than was asked for,
+    two people in one file."""
+    seen = {}
+
+    def ask(session, items, port=None):
+        seen.update(repeat=session.repeat, name=session.annotator, port=port, path=str(session.path))
+
+    monkeypatch.setattr(collect, {"human": "in_terminal", "web": "in_browser"}[annotator], ask)
+    config = asking(tmp_path, annotator_name="anna", repeat=0.3, port=4321)
+    collect.run(replace(config, annotator=annotator))
+    port = 4321 if annotator == "web" else None
+    assert seen == {"repeat": 0.3, "name": "anna", "port": port, "path": config.out}
 
 
 def test_finished_chunks_are_not_sampled_again(tmp_path, person):

@@ -53,6 +53,7 @@ from data.files import (
     read_jsonl,
     read_prompts,
     read_rankings,
+    replacing,
     turns_of,
     write_jsonl,
 )
@@ -616,6 +617,58 @@ def test_prompts_keep_their_end_and_what_was_cut_is_counted(capsys):
     assert capsys.readouterr().out == "my.jsonl: 2 prompts\n"
     with pytest.raises(UserError, match="--max_new_tokens 8 leaves no room for a prompt in block_size 8"):
         encode_prompts(["abcde"], Letters(), 8, 8, "my.jsonl")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_file_that_is_interrupted_leaves_the_old_one_alone(tmp_path, error):
+    """Half a file beside it, or in its place, whatever ends the writing."""
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"prompt": "a"}])
+    before = path.read_bytes()
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_a_twin_has_the_same_ending(tmp_path):
+    mine = tmp_path / "mine.json"
+    for name in ("mine_held_out.json", "mine_held_out.jsonl", "mine.jsonl"):
+        (tmp_path / name).touch()
+    assert held_out_twin(str(mine), "auto") == str(tmp_path / "mine_held_out.json")
+    assert held_out_twin(str(tmp_path / "mine.jsonl"), "auto") == str(tmp_path / "mine_held_out.jsonl")
+
+
+@pytest.mark.parametrize("n", range(4, 18))
+def test_a_story_has_6_to_14_words(n):
+    """The ends of the range, which the docstring names, belong to it."""
+    story = " ".join(["One", *["day"] * (n - 2), "cat."])
+    parts = tiny.gold_parts("Anna: Write one line about a cat.", story)
+    assert parts["correct"] == (2.0 if 6 <= n <= 14 else 0.0)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u2003", "\r\n"])
+def test_white_space_without_end_is_refused(tmp_path, blank):
+    """Of any kind: tiktoken crashes on it. As much as it can bear is read, and so is a long text with words in it."""
+    limit = 100_000 // len(blank)
+    for n, fits in ((limit, True), (limit + 1, False)):
+        path = write_lines(tmp_path / "mine.jsonl", [{"prompt": "a" + blank * n + "b" + blank * 9}])
+        if fits:
+            assert len(read_prompts(path)[0]) == 2 + (n + 9) * len(blank)
+            continue
+        with pytest.raises(UserError, match=r'mine\.jsonl:1: "prompt" holds 100,00\d white-space characters'):
+            read_prompts(path)
+
+
+def test_a_prompt_that_is_too_long_by_one_token_loses_one(capsys):
+    """Its end, or more than it must, or one that just fits counted as cut."""
+    text = "abcdefghij"
+    for room in (1, 4, 9):
+        texts = [text[:n] for n in range(1, 11)]
+        found = encode_prompts(texts, Letters(), room + 5, 5, "mine.jsonl")
+        assert found == [Letters().encode_prompt(t)[max(0, len(t) - room) :] for t in texts]
+        said = capsys.readouterr().out
+        assert f"mine.jsonl: 10 prompts\nmine.jsonl: {10 - room} of 10 prompts cut to their last {room} tokens" in said
 
 
 def test_what_does_not_fit_is_counted(tmp_path, capsys):

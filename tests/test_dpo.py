@@ -450,8 +450,8 @@ def test_samples_are_as_long_as_asked(tmp_path, capsys):
 
 def test_knowing_the_pairs_by_heart_is_said(capsys):
     """Accuracy 1 on the training pairs and chance on others looks like a success in the progress bar."""
-    results = {"accuracy": 0.6, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
-    for train_accuracy, warned in ((1.0, True), (0.7, False)):
+    for train_accuracy, accuracy, warned in ((1.0, 0.6, True), (0.7, 0.6, False), (1.0, 0.9, False), (0.9, 0.6, False)):
+        results = {"accuracy": accuracy, "loss": 0.5, "margin": 0.1, "eos_rate": 1.0}
         logged = [{"loss": LN2, "accuracy": a} for a in (*[1.7 - train_accuracy] * 20, *[train_accuracy] * 10)]
         dpo.report(results, logged, "")  # by the last ten steps, whatever the first ones were
         assert ("by heart" in capsys.readouterr().out) == warned

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -545,14 +546,24 @@ def test_correct_answers_are_counted_as_sampled_and_at_temperature_0(tmp_path, t
             assert line.split(maxsplit=2)[:2] == [name, verdict]
 
 
+def test_every_prompt_is_shown_once(capsys):
+    """Answers that two policies get wrong stood there twice, and others not at all."""
+    right = {"sft": "0001111011", "ppo": "0001111100"}  # of prompts 0 to 9
+    greedy = {name: {"right": [r == "1" for r in row], "completion": list("abcdefghij")} for name, row in right.items()}
+    evaluate.show_answers([f"prompt {i}" for i in range(10)], greedy)
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  prompt")]
+    assert shown == [f"prompt {i}" for i in (3, 4, 5, 6, 0, 1, 2, 8)]
+
+
 def test_demonstrations_at_the_ceiling_leave_no_way_open(tmp_path, task_policies):
-    """Perfect demonstrations, and a policy that has learned them: shares of a way of length 0 were a traceback."""
+    """Perfect demonstrations, and a policy that has learned them: shares of a way of length 0 were a traceback. Answers
+    at temperature 0 to the prompts of --show alone would be one, too: all are judged."""
     rows, paths = task_policies
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])
     best = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
     write_lines(tmp_path / "demonstrations.jsonl", best)
     settings = {"policies": [paths[1]] * 2, "prompts": prompts, "reward": "", "out_dir": str(tmp_path / "out")}
-    results = evaluate.run(Config(**settings, temperature=0.01, max_new_tokens=20, device="cpu"))
+    results = evaluate.run(Config(**settings, temperature=0.01, max_new_tokens=20, device="cpu", show=1))
     assert results["demonstrations"] == results["ceiling"] == 3.0
     # no share of a way that isn't there; but a baseline that is always right is not what RLHF should start from
     (gate,) = results["gates"]
@@ -564,16 +575,21 @@ def test_the_reward_model_is_judged_part_by_part(tmp_path):
     """Its accuracies on pairs that differ in one part alone, of the evaluated prompts, stand in the results."""
     tokenizer = load_tokenizer("tiny")
     sizes = {"vocab": tokenizer.n_vocab, "block_size": 96, "n_embd": 16, "n_layer": 1}
-    scorer, rows = make_told(15, **sizes), task_rankings(12)
+    scorer, rows = make_told(15, **sizes), task_rankings(102)
     save_model(tmp_path / "policy", make_gpt(14, **sizes), "tiny", "t", sft.Config(), "tiny")
     save_model(tmp_path / "rm", scorer, "tiny", "t", sft.Config(), "tiny")
     settings = {"prompts": write_lines(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in rows])}
     settings |= {"policies": [str(tmp_path / "policy")], "reward": str(tmp_path / "rm"), "best_of": [1]}
-    settings |= {"out_dir": str(tmp_path / "out"), "device": "cpu", "max_new_tokens": 4, "n_prompts": 10}
+    settings |= {"device": "cpu", "max_new_tokens": 4, "n_prompts": 100}
     write_lines(tmp_path / "rankings.jsonl", rows)
-    found = evaluate.run(Config(**settings))["reward_model"]
+    shown = [(r["prompt"], r["completions"][i % 2]) for i, r in enumerate(rows)]  # a right one, a wrong one, ...
+    write_lines(tmp_path / "demonstrations.jsonl", demonstrations(shown[:7]))
+    results = evaluate.run(Config(**settings | {"n_prompts": 5}, out_dir=str(tmp_path / "few")))
+    golds = [sum(gold_parts(*pair).values()) for pair in shown[:7]]  # all, however many prompts are used
+    assert results["demonstrations"] == pytest.approx(sum(golds) / 7) and len(set(golds)) > 1
+    found = evaluate.run(Config(**settings, out_dir=str(tmp_path / "out")))["reward_model"]
     expected = accuracy_by_part(
-        scorer, contrast_rankings([r["prompt"] for r in rows[:10]], tokenizer, 96), torch.device("cpu")
+        scorer, contrast_rankings([r["prompt"] for r in rows[:100]], tokenizer, 96), torch.device("cpu")
     )
     assert {name: share for name, share in found.items() if "_vs_" in name} == expected and len(expected) == 7
     assert len(set(expected.values())) > 2
@@ -626,6 +642,17 @@ def test_every_gate_can_fail(capsys, who, changes, fails):
     gates = evaluate.report_task(good_results(**{who: changes}))
     assert [gate["name"] for gate in gates if not gate["ok"]] == fails
     assert capsys.readouterr().out.count("FAILED") == len(fails)
+
+
+def test_what_is_beyond_the_table_is_each_policy_s_own(capsys):
+    """The baseline's parts beside every policy, or the demonstrations' reward as the ceiling."""
+    parts = {"sft": {"correct": 0.5, "polite": -0.25}, "ppo": {"correct": 1.5, "polite": 0.75}}
+    evaluate.report_task(good_results(**{name: {"parts": p} for name, p in parts.items()}))
+    said = capsys.readouterr().out
+    assert re.search(r"^  sft +correct \+0\.50  polite -0\.25$", said, re.M)
+    assert re.search(r"^  ppo +correct \+1\.50  polite \+0\.75$", said, re.M)
+    assert "\nceiling 3.00; demonstrations 0.90\n" in said
+    assert "\nreward model, part by part: right_vs_wrong 0.85, polite_vs_plain 1.00\n" in said
 
 
 def test_gates_are_about_what_was_measured():

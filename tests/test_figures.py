@@ -58,6 +58,14 @@ def test_the_curves_of_ppo_are_what_was_logged():
         assert all(to_hex(band.get_facecolor()) == HEALTHY for band in axes.patches)
         written = [float(n) for n in re.findall(r"-?[\d.]+", axes.get_title(loc="right"))]
         assert written == [x for x in limits if x is not None]
+        assert axes.get_ylabel() == METRICS[name].unit
+    assert len({METRICS[name].unit for name in CURVES}) > 2 and figure.get_supxlabel() == "iteration"
+
+
+def test_no_two_metrics_have_one_title():
+    """Two charts that nobody can tell apart."""
+    titles = [metric.title for metric in METRICS.values()]
+    assert len(set(titles)) == len(titles)
 
 
 # -------------------------------------------------------------------------------- the study
@@ -180,6 +188,31 @@ def test_feedback():
             check(reward[label], x, golds(p[label.lower()] for p in points))
         (sft,) = [line for line in row[1].lines if line.get_label() == "SFT"]
         assert set(sft.get_ydata()) == {FOUND["feedback"]["sft"]["gold"]["mean"]}
+
+
+def ticks(labels) -> list[str]:
+    return [label.get_text() for label in labels]
+
+
+def test_what_is_measured_stands_at_the_axes():
+    """The noise's panels under the title of the number of rankings, a round's or a part's figures beside another's
+    name: all points are right, and all that is read off them is wrong."""
+    axes = figures.FIGURES["feedback"](FOUND).axes
+    assert [a.get_xlabel() for a in axes] == ["rankings"] * 2 + ["annotators' noise (temperature)"] * 2
+    numbers, noises = (FOUND["feedback"][group] for group in ("numbers", "noises"))
+    assert [ticks(a.get_xticklabels()) for a in axes[:2]] == [[f"{int(n):,}" for n in numbers]] * 2
+    assert [ticks(a.get_xticklabels()) for a in axes[2:]] == [[f"{float(t):g}" for t in noises]] * 2
+    assert list(FOUND["iterated"]["told"])[:3] == [
+        "first half",
+        "half of the first policy's samples",
+        "all of SFT's samples",
+    ]
+    for panel in panels("iterated").values():
+        assert ticks(panel.get_xticklabels()) == ["first half", "+ PPO's", "+ SFT's"]
+    left = panels("secret")["pairs in the right order"]
+    parts = next(iter(FOUND["secret"]["judges"].values()))
+    assert ticks(left.get_yticklabels()) == [part.replace("_", " ") for part in parts]
+    assert list(left.get_yticks()) == [-i for i in range(len(parts))]
 
 
 def test_iterated():

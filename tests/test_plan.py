@@ -194,6 +194,31 @@ def test_the_known_sizes_are_those_networks():
         assert weights / 1e6 == pytest.approx(millions, abs=0.06), size
 
 
+def test_the_gpus_are_those_of_the_data_sheets():
+    """NVIDIA's: memory, dense bfloat16 with float32 sums, bandwidth."""
+    assert plan.GPUS["RTX 4090"] == (24, 165, 1008)  # half of its 330 with float16 sums
+    assert plan.GPUS["A100 80GB"] == (80, 312, 2039)  # 19.5 of float32
+    assert plan.GPUS["H100 SXM"] == (80, 989, 3350)
+
+
+def test_each_speed_stands_under_its_gpu_where_the_stage_fits(monkeypatch, capsys):
+    """One GPU's memory or speed for all, GiB for GB, seconds a token for tokens a second."""
+    gigabytes = {"sft": 23.9, "reward_model": 24.1, "dpo": 79.9, "ppo": 80.1, "generate": 0.5}
+    monkeypatch.setattr(plan, "all_passes", lambda c, config: (c, config))
+    monkeypatch.setattr(plan, "memory", lambda c, p, stage, config: gigabytes[stage] * 1e9)
+    monkeypatch.setattr(plan, "seconds_a_token", lambda c, p, stage, config, gpu: 1 / (10 * gpu.tflops + c.n_layer))
+    results = plan.run(plan.Config(sizes=["gpt2", "360m"], gpus=["H100 SXM", "RTX 4090"], train_layers=12))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    for size, n_layer in (("gpt2", 12), ("360m", 32)):
+        for stage, gb in gigabytes.items():
+            speeds = [9890 + n_layer if gb < 80 else None, 1650 + n_layer if gb < 24 else None]
+            found = results[size][stage]
+            assert found["gigabytes"] == pytest.approx(gb)
+            assert list(found["tokens_per_s"]) == ["H100 SXM", "RTX 4090"]
+            assert list(found["tokens_per_s"].values()) == [s and pytest.approx(s) for s in speeds]
+            assert [size, stage, f"{gb:.1f}", *("-" if s is None else f"{s:,}" for s in speeds)] in lines
+
+
 @pytest.mark.slow
 def test_the_table_says_that_it_is_computed_and_what_fits(capsys):
     results = plan.run(plan.Config(sizes=["tiny", "1.7b"], gpus=["RTX 4090"], prompt=40, completion=40))

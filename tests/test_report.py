@@ -23,6 +23,7 @@ import lib.train
 import dpo
 import evaluate
 import ppo
+import sft
 from data import tiny
 from lib.cli import UserError
 from study import metrics, report
@@ -185,6 +186,41 @@ def test_samples_are_the_policies_own_answers(tmp_path, float64):
         assert samples["sampled"][name]["text"] == [TOY.decode(c) for c in drawn.completions()]
     pairs = zip(samples["sampled"]["ppo"]["text"], data["tokens"]["rows"], strict=True)
     assert all(text == "".join(row["tokens"][: -1 if row["eos"] else None]) for text, (_, row) in pairs)
+
+
+def test_prompts_are_those_that_nothing_was_trained_on(tmp_path):
+    """Answers to questions that the policies know by heart, although others lie beside them; always the same ones,
+    whatever --seed is; more tokens than --max_new_tokens allows."""
+    toy_run(tmp_path)
+    for left, name in (("abcdefgh", "prompts_held_out.jsonl"), ("jklmnopq", "prompts_test.jsonl")):
+        write_lines(tmp_path / "data" / name, [{"prompt": letter * 2} for letter in left])
+        chosen = [
+            [p["text"] for p in make_report(tmp_path, rollouts=3, seed=seed)[1]["samples"]["prompts"]]
+            for seed in (1, 2)
+        ]
+        assert {text[0] for texts in chosen for text in texts} <= set(left) and chosen[0] != chosen[1]
+    answers = make_report(tmp_path, max_new_tokens=2)[1]["samples"]["greedy"]["ppo"]["text"]
+    assert max(map(len, answers)) <= 2
+
+
+def test_stages_stand_in_the_order_of_the_pipeline(tmp_path):
+    """A variant before what it is a variant of: it would be the run whose rollouts are shown; and each gate beside the
+    folder's name, not its kind's."""
+    config = toy_run(tmp_path)
+    gates = [{"name": "a gate", "value": 1.0, "low": 0.5, "high": None, "ok": True}]
+    for name, made in (("a_ppo", config), ("an_sft", sft.Config()), ("dpo", dpo.Config()), ("ppo_no_kl", config)):
+        write_stage(tmp_path / name, made, [], {"gates": gates})
+    stages = report.find_stages(tmp_path, [])
+    assert [s.name for s in stages] == ["an_sft", "ppo", "a_ppo", "ppo_no_kl", "dpo"]
+    assert [name for name, _ in report.find_gates(stages, {"gates": gates})] == [*(s.name for s in stages), "evaluate"]
+
+
+def test_each_policy_has_its_own_parts_of_the_true_reward():
+    """One policy's parts beside another's name, or a part under another's title."""
+    parts = {"sft": {"correct": 0.5, "to_the_point": -0.25}, "ppo": {"correct": 1.5, "to_the_point": 0.0}}
+    page = report.comparison({"policies": {name: {"kl": 0.0, "parts": p} for name, p in parts.items()}})
+    table = rows_of(re.findall(r"<table>.*?</table>", page, re.S)[1])
+    assert table == [["policy", "correct", "to the point"], ["sft", "+0.50", "-0.25"], ["ppo", "+1.50", "+0.00"]]
 
 
 # ------------------------------------------------------------------------------------------------ what is not there
@@ -537,7 +573,6 @@ def test_the_page_explains_its_columns_and_quantities():
 def test_stages_are_known_by_their_flags():
     """A stage under any name is drawn among its own kind; a flag that two scripts get would mix them up."""
     import reward_model
-    import sft
 
     for kind, script in {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}.items():
         names = {f.name for f in dataclasses.fields(script.Config)}

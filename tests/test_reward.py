@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 
@@ -17,10 +17,13 @@ from helpers import (
     make_scalar,
 )
 
+from stages import watching
+
 import lib.reward
 from lib.cli import UserError
 from lib.checkpoint import load_model, save_model
 from lib.reward import call_reward, load_function
+from model import ScalarModel
 from sampling import Rollout
 
 CPU = torch.device("cpu")
@@ -132,70 +135,6 @@ def test_a_reward_function_is_told_what_was_cut_if_it_asks():
     assert call_reward(lambda prompts, completions: [2.0, 3.0], ["p", "q"], ["a", "b"], [True, False]) == [2.0, 3.0]
 
 
-def by_place(p, c):
-    return p, c, None
-
-
-def exchanged(completions, prompts):
-    return prompts, completions, None
-
-
-def only_completions(completions, **others):
-    return others["prompts"], completions, others["ended"]
-
-
-def by_place_and_more(p, c, **others):
-    assert set(others) == {"ended"}
-    return p, c, others["ended"]
-
-
-def anything(*args, **kwargs):  # what a decorator makes of by_place
-    return by_place(*args, **kwargs)
-
-
-def positional_only(prompts, completions, /):
-    return prompts, completions, None
-
-
-def prompts_last(answers, prompts):
-    return prompts, answers, None
-
-
-def with_a_setting(p, c, scale=2.0):
-    assert scale == 2.0
-    return p, c, None
-
-
-def by_name_only(*, completions, ended, prompts):
-    return prompts, completions, ended
-
-
-class Object:
-    def __call__(self, prompts, completions):
-        return prompts, completions, None
-
-
-FORMS = [by_place, exchanged, only_completions, by_place_and_more, anything, positional_only, prompts_last]
-FORMS += [with_a_setting, by_name_only, Object(), functools.partial(with_a_setting, scale=2.0)]
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: getattr(form, "__name__", type(form).__name__))
-def test_a_reward_function_gets_what_its_parameters_are_called(form):
-    """`def f(completions, prompts)` scored prompts, and TRL's `def f(completions, **kwargs)` ended in a traceback."""
-    seen = []
-
-    @functools.wraps(form)
-    def spy(*args, **kwargs):
-        seen.append(form(*args, **kwargs))
-        return [1.0, 2.0]
-
-    if not hasattr(form, "__name__"):  # functools.wraps has taken the signature along for functions alone
-        spy.__signature__ = inspect.signature(form)
-    assert call_reward(spy, ["p", "q"], ["a", "b"], [True, False]) == [1.0, 2.0]
-    ((prompts, completions, ended),) = seen
-    assert (prompts, completions) == (["p", "q"], ["a", "b"]) and ended in (None, [True, False])
-
-
 def test_a_reward_function_may_change_its_arguments():
     """One that strips its list in place changed what the next one saw, and the log."""
 
@@ -207,35 +146,6 @@ def test_a_reward_function_may_change_its_arguments():
     prompts, completions, ended = ["p", "q"], [" a ", "bc "], [True, False]
     assert call_reward(strips, prompts, completions, ended) == [1.0, 2.0]
     assert (prompts, completions, ended) == (["p", "q"], [" a ", "bc "], [True, False])
-
-
-@pytest.mark.parametrize("bad", [0, 3, 8, 11])
-def test_the_sample_that_a_function_fails_on_is_named(bad, capsys):
-    """Of hundreds of samples one makes it raise. A function that asks a service is not called for each of them."""
-    completions, calls = [f"answer {i}" for i in range(12)], []
-
-    def fails(prompts, completions):
-        calls.append(len(completions))
-        if f"answer {bad}" in completions:
-            raise KeyError("two\nlines")
-        return [0.0] * len(completions)
-
-    with pytest.raises(UserError) as error:
-        call_reward(fails, [f"question {i}" for i in range(12)], completions)
-    said = str(error.value)
-    assert f"'answer {bad}' of the prompt 'question {bad}'" in said and "KeyError" in said and "\n" not in said
-    assert len(calls) <= 9 and "in fails" in capsys.readouterr().err  # where in the user's file it was
-
-
-def test_a_failure_of_all_together_names_no_sample():
-    """A service that takes ten texts at most: no single sample is to blame."""
-
-    def at_most_ten(prompts, completions):
-        assert len(completions) <= 10, "at most ten"
-        return [0.0] * len(completions)
-
-    with pytest.raises(UserError, match=r"on 12 samples, and on neither half of them .*at most ten"):
-        call_reward(at_most_ten, ["p"] * 12, ["c"] * 12)
 
 
 def lengths(texts) -> list[float]:
@@ -306,6 +216,85 @@ def test_an_async_reward_function_is_refused():
         call_reward(judge, ["p", "q"], ["abc", "d"])
 
 
+P, C, E = ["p", "q"], ["a", "b"], [True, False]
+SIGNATURES = {
+    "lambda p, c: (p, c)": (P, C),
+    "lambda completions, prompts: (prompts, completions)": (P, C),
+    "lambda completions, **more: (completions, more)": (C, {"prompts": P, "ended": E}),
+    "lambda prompts, completions, **more: (prompts, completions, more)": (P, C, {"ended": E}),
+    "lambda questions, answers, ended: (questions, answers, ended)": (P, C, E),
+    "lambda ended, questions, answers: (questions, answers, ended)": (P, C, E),
+    "lambda questions, completions: (questions, completions)": (P, C),
+    "lambda p, c, threshold=3: (p, c, threshold)": (P, C, 3),
+    "lambda p, c, *, scale=2: (p, c, scale)": (P, C, 2),
+    "lambda completions, *, scale=2: (completions, scale)": (C, 2),
+    "lambda prompts, *, completions, ended: (prompts, completions, ended)": (P, C, E),
+    "lambda p, c, /: (p, c)": (P, C),
+    "lambda p, c, ended, /: (p, c, ended)": (P, C, E),
+    "lambda *all: all": (P, C),
+    "lambda completions: completions": C,
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES)
+def test_a_function_gets_what_its_parameters_are_called(function):
+    """Prompts scored as completions, a keyword of the user's own that is overwritten."""
+    found = []
+    call_reward(lambda_that_notes(eval(function), found), P, C, E)
+    assert found == [SIGNATURES[function]]
+
+
+def lambda_that_notes(function, found: list):
+    @functools.wraps(function)  # its signature, too
+    def noting(*args, **kwargs):
+        found.append(function(*args, **kwargs))
+        return [0.0, 0.0]
+
+    return noting
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_the_sample_on_which_a_function_fails_is_named(capsys, n, error):
+    """Another sample's texts, be it the first or the middle one, or the prompt as the completion."""
+    prompts, completions = [f"question {i}" for i in range(n)], [f"answer {i}" for i in range(n)]
+    for bad in range(n):
+
+        def fails(prompts, completions, bad=bad):
+            if f"answer {bad}" in completions:
+                raise error
+            return [0.0] * len(completions)
+
+        with pytest.raises(UserError) as told:
+            call_reward(fails, prompts, completions)
+        assert "in fails" in capsys.readouterr().err  # where in the user's file it was
+        assert f"for the completion 'answer {bad}' of the prompt 'question {bad}' ({error.__name__}" in str(told.value)
+
+
+def test_a_function_that_fails_on_samples_together_blames_none_of_them(capsys):
+    """Each half alone goes well: the last sample that was tried has nothing to do with it."""
+
+    def fails(prompts, completions):
+        return [1 / (3 - len(completions))] * len(completions)
+
+    with pytest.raises(UserError, match="failed on 3 samples, and on neither half of them"):
+        call_reward(fails, list("pqr"), list("abc"))
+
+
+def test_long_texts_are_cut_in_an_error():
+    with pytest.raises(UserError) as told:
+        call_reward(lambda p, c: [math.nan], ["q" * 78], ["x" * 81])
+    assert f"for the completion '{'x' * 76}... of the prompt '{'q' * 78}'" in str(told.value)
+
+
+def test_a_file_of_one_s_own_comes_before_the_project_s(tmp_path, monkeypatch):
+    """Somebody's own data/tiny.py, in the folder where she works, would be the demo's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny.py").write_text("def gold_reward(p, c):\n    return [7.0]\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_function("data/tiny.py:gold_reward")(["p"], ["c"]) == [7.0]
+
+
 def test_a_wrong_reward_names_the_function():
     """With several rewards it has to be clear whose it is."""
     with pytest.raises(UserError, match=r"^mine\.py:f returned 1 rewards for 2 completions$"):
@@ -328,6 +317,8 @@ def test_gold_function(tmp_path):
     assert lib.reward.gold_function("auto", "tiny")(["Anna: Add 2 and 3."], ["It is 5."]) == [2.0]
     assert lib.reward.gold_function("auto", "") is None and lib.reward.gold_function("", "tiny") is None
     (tmp_path / "mine.py").write_text("def f(p, c):\n    return [7.0]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^the gold reward returned 1 rewards for 2"):  # not --reward's
+        lib.reward.gold_function(f"{tmp_path / 'mine.py'}:f", "")(["p", "q"], ["c", "d"])
     for task in ("", "tiny"):
         assert lib.reward.gold_function(f"{tmp_path / 'mine.py'}:f", task)(["p"], ["c"]) == [7.0]
 
@@ -343,6 +334,16 @@ def test_score_rollout_equals_each_row_alone(float64):
     alone = [model(rollout.tokens[i : i + 1, : int(n)])[0, -1].item() for i, n in enumerate(rollout.lens)]
     for rows in (1, 2, 3, 7, 64):
         assert lib.reward.score_rollout(model, rollout, rows).tolist() == pytest.approx(alone, abs=1e-9)
+
+
+def test_rollouts_are_scored_with_little_filler():
+    """In the order of their prompts' lengths, or in that of the rollout, most of what a slice holds is filler."""
+    lens, prompt_lens = torch.tensor([9, 3, 12, 4, 10, 2]), torch.tensor([1, 2, 2, 3, 8, 1])
+    rollout = Rollout(torch.ones(6, 12, dtype=torch.long), prompt_lens, lens, torch.zeros(6, dtype=torch.bool))
+    with watching() as watch:
+        lib.reward.score_rollout(make_scalar(4), rollout, 2)
+    read = [p.tokens.numel() for p in watch.passes if isinstance(p.network, ScalarModel)]
+    assert sorted(read) == [2 * 3, 2 * 9, 2 * 12]
 
 
 @pytest.mark.parametrize(
@@ -411,9 +412,13 @@ def test_rewards_that_do_not_fit_are_refused(tmp_path):
         (([], policy, "tiny", CPU), "--reward needs"),
         (([rm], policy, "tiny", CPU, [1.0, 2.0]), "--reward_weights has 2 values for 1"),
         (([rm, rm], policy, "tiny", CPU, [1.0, -1.0], "mean"), "--reward_combine mean needs"),
+        (([rm, rm], policy, "tiny", CPU, [1.0, -3.0], "mean"), "--reward_combine mean needs"),
         (([rm, rm], policy, "tiny", CPU, [1.0, 2.0], "mean-std"), "--reward_combine mean-std takes no"),
         (([rm], policy, "", CPU), "embedded task"),
     ):
         with pytest.raises(UserError, match=says):
             lib.reward.load_reward(*arguments)
     assert len(lib.reward.load_reward([rm], policy, "tiny", CPU)[1]) == 1
+    save_model(tmp_path / "own", make_scalar(), "tiny", "reward_model.py", Made(), "")
+    for task in ("tiny", ""):  # one's own reward model may judge any prompts
+        assert len(lib.reward.load_reward([str(tmp_path / "own")], policy, task, CPU)[1]) == 1

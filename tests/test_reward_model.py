@@ -290,6 +290,24 @@ def test_evaluate_equals_a_loop_over_pairs(float64):
         assert {k: found[k] for k in accuracies} == pytest.approx(accuracies, abs=1e-10)
 
 
+def test_a_ranking_that_is_one_tie_is_no_prompt_that_it_gets_wrong():
+    """It would count as an accuracy of 0 in the standard error, which is of the prompts that compare something."""
+    model, tied = make_scalar(7), ranked([1, 2], [[3], [4, 5, 6]], [0, 0])
+    error = evaluate(model, ITEMS, CPU)["accuracy_se"]
+    assert evaluate(model, [*ITEMS, tied, tied], CPU)["accuracy_se"] == pytest.approx(error)
+
+
+def test_a_longer_run_goes_on_with_raw_scores(tmp_path):
+    """The state of a finished run holds the normalisation. Scores that are divided by it while they learn have other
+    losses; at a learning rate of 0, where every epoch is one step on the same rankings, all losses are the same."""
+    once = {"lr": 0.0, "batch_size": len(RANKINGS)}
+    first = run("reward_model", tmp_path, epochs=1, **once).results
+    longer = run("reward_model", tmp_path, epochs=3, resume=True, **once)
+    assert abs(first["mean"]) > 0.1 or abs(first["std"] - 1) > 0.1
+    assert [row["loss"] for row in longer.log] == pytest.approx([longer.log[0]["loss"]] * 3, abs=2e-6)
+    assert [longer.results[k] for k in ("mean", "std")] == pytest.approx([first[k] for k in ("mean", "std")], abs=1e-5)
+
+
 def test_the_held_out_loss_is_the_objective_whatever_the_normalisation(float64):
     """results.json had the loss of scores divided by std: not what was minimised, nor what the log calls loss."""
     model = make_scalar(7)

@@ -3,6 +3,8 @@ test_stages.py asks of every stage what all must do."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import strict_json
-from stages import die_after_state, run
+from stages import STAGES, die_after_state, run
 
 import lib.run
 import sft
@@ -48,6 +50,7 @@ def test_a_fresh_start_leaves_no_state_behind(tmp_path, monkeypatch):
     """Else a run that dies before its first save is resumed from the previous run's weights, under its own flags. The
     model stays until there is a new one."""
     run("sft", tmp_path)
+    (tmp_path / "out" / "state.pt.tmp").write_bytes(b"half a state, of a run that was killed while it saved it")
     monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *_, **__: pytest.fail("and it dies at its first step"))
     with pytest.raises(pytest.fail.Exception):
         run("sft", tmp_path, seed=2)
@@ -67,6 +70,64 @@ def test_what_changes_no_result_may_differ(tmp_path):
     assert [row["step"] for row in run("ppo", tmp_path, resume=True, **changed).log] == [1, 2]
     found = strict_json(tmp_path / "there" / "config.json")
     assert {name: found[name] for name in changed} == changed
+
+
+MAY_DIFFER = {"out_dir", "resume", "overwrite", "strict", "trace", "device", "log_every", "save_every", "save_minutes"}
+
+
+@pytest.mark.parametrize("module", [s.module for s in STAGES.values()], ids=list(STAGES))
+def test_what_changes_a_result_may_not_differ(module):
+    """A run that goes on in bfloat16, with other layers trained or in other micro-batches, is neither run. Every flag,
+    also one that is added tomorrow, is one of the few that change nothing, or refused."""
+    saved = dataclasses.asdict(module.Config())
+    for name in saved:
+        config = module.Config()
+        setattr(config, name, "another value")  # as if it could be one
+        if name in MAY_DIFFER:
+            lib.run.refuse_another_config({"config": saved}, config, Path("state.pt"))
+        elif name in lib.run.MAY_GROW:
+            for n, fits in ((saved[name] - 1, False), (saved[name] + 1, True)):
+                setattr(config, name, n)
+                with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"--{name} "):
+                    lib.run.refuse_another_config({"config": saved}, config, Path("state.pt"))
+        else:
+            with pytest.raises(UserError, match=f"--{name} .* not another value"):
+                lib.run.refuse_another_config({"config": saved}, config, Path("state.pt"))
+
+
+def test_an_error_before_anything_is_saved_promises_nothing(tmp_path, monkeypatch):
+    """ "0 of 3 steps are saved; go on with: --resume", and --resume says that there is no such file."""
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        run("sft", tmp_path)
+    assert not hasattr(error.value, "last_words") and not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_on_a_full_disk_the_next_state_is_tried_when_it_is_time(tmp_path, monkeypatch, capsys):
+    """A try, and a warning, after every step: by the clock the next one is five minutes later."""
+    clock, tried = [0.0], []
+    monkeypatch.setattr(lib.run.time, "monotonic", lambda: clock[0])
+
+    def full(state, path):
+        tried.append(state["step"])
+        raise UserError("it is full")
+
+    monkeypatch.setattr(lib.run, "atomic_save", full)
+    folder = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 12)
+    for _ in folder.steps("test"):
+        clock[0] += 110
+    assert tried == [3, 6, 9] and capsys.readouterr().out.count("WARNING: no state was saved") == 3
+
+
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path):
+    """All steps are done: what is left, the model and the results, is a matter of seconds."""
+    folder = lib.run.RunFolder(sft.Config(out_dir=str(tmp_path), warmup=0), 2)
+    with folder:
+        for step in folder.steps("test"):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        folder.finish({})
+    assert strict_json(tmp_path / "results.json")["seconds"] >= 0
 
 
 def test_a_state_from_before_a_flag_existed_is_not_resumed(tmp_path):
@@ -241,6 +302,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, stage, name, rates):
         (0.5, 0.4, 0.6, True, "0.500 (expected at default settings: 0.4 to 0.6)  OK"),
         (0.4, 0.4, 0.6, True, "OK"),
         (0.6, 0.4, 0.6, True, "OK"),
+        (0.39996, 0.4, 0.6, False, "0.400 (expected at default settings: 0.4 to 0.6)  FAILED"),
+        (0.60004, 0.4, 0.6, False, "FAILED"),
         (0.7, 0.4, 0.6, False, "0.700 (expected at default settings: 0.4 to 0.6)  FAILED"),
         (0.3, 0.4, math.inf, False, "(expected at default settings: at least 0.4)  FAILED"),
         (9.0, 0.4, math.inf, True, "(expected at default settings: at least 0.4)  OK"),

@@ -461,3 +461,12 @@ def test_after_training_the_model_stops(tmp_path):
     results = run("sft", tmp_path, rows=rows, held_out=rows, **{**SCRATCH, "block_size": 64}, **changes).results
     assert results["eos_rate"] >= 0.9
     assert results["held_out_loss"] < 0.3 < results["first_loss"]
+
+
+def test_it_says_how_many_parameters_it_trains(tmp_path, capsys):
+    """With --train_layers the number of all: a reader would take it for the memory of gradients and moments."""
+    for n in (0, 1):
+        with watching() as watch:
+            run("sft", tmp_path, train_layers=n)
+        held = sum(p.numel() for group in watch.steps[0].optimizer.param_groups for p in group["params"])
+        assert f"SFT: {held:,} parameters to train in {len(watch.steps)} steps" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -769,7 +770,7 @@ def test_held_out_figures_are_those_of_the_held_out_data(tmp_path, float64, stag
     other = [
         {**row, "completion": "bb"} if stage == "sft" else {**row, "chosen": "bb", "rejected": "aa"} for row in rows
     ]
-    changes = {**one_step(stage, 15), "lr": 5e-3}
+    changes = {**one_step(stage, 15), "lr": 5e-3, "micro_batch": 64}
     same, contrary = (run(stage, tmp_path, rows=rows, held_out=held_out, **changes) for held_out in (rows, other))
     assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), contrary.model.parameters(), strict=True))
     if stage == "sft":
@@ -777,6 +778,11 @@ def test_held_out_figures_are_those_of_the_held_out_data(tmp_path, float64, stag
     else:
         assert (same.results["accuracy"], contrary.results["accuracy"]) == (1.0, 0.0)
         assert contrary.results["loss"] > same.results["loss"]
+    # of a large file all rows count: at its end, too
+    mixed = run(stage, tmp_path, rows=rows, held_out=rows * 90 + other * 10, **changes).results
+    loss = "held_out_loss" if stage == "sft" else "loss"
+    wanted = 0.9 * same.results[loss] + 0.1 * contrary.results[loss]
+    assert mixed[loss] == pytest.approx(wanted, abs=1e-6) and mixed.get("accuracy", 0.9) == pytest.approx(0.9)
 
 
 @learns_from_files
@@ -803,6 +809,51 @@ def test_samples_are_of_the_held_out_prompts_and_of_the_seed(tmp_path, capsys, s
     assert all(a != b for a, b in zip(*texts, strict=True)) and len(texts[0][0]) >= 3
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_of_many_held_out_prompts_256_are_asked(tmp_path, stage):
+    """An EOS rate of a handful of samples, whose error is larger than what its gate would notice."""
+    held_out = numbered(stage, [1] * 300)
+    with watching() as watch:
+        run(stage, tmp_path, toy_policy(block_size=64), held_out=held_out, epochs=1, lr=0.0)
+    read = [p.texts() for p in watch.passes if not p.training and p.tokens.size(1) == 2]
+    assert {text for texts in read for text in texts} == {row["prompt"] for row in held_out[:256]}
+
+
+@samples
+def test_samples_are_printed_with_the_reward_s_own_number(tmp_path, capsys, stage):
+    """A score less the penalty for what was cut, or another row's: a reader judges the reward by what is printed. Three
+    samples of the first iteration, and then of every --log_every-th."""
+    run(stage, tmp_path, steady_policy([0.0] * 22 + [1.5]), iterations=5, log_every=2, eos_penalty=5.0)
+    said = re.findall(r"^  \[([+-][\d.]+)\] '(\w+)' -> '(\w*)'$", capsys.readouterr().out, re.M)
+    calls = [asked(tmp_path)[i] for i in (0, 1, 3, 4)]  # 1st, 2nd, 4th, and the last
+    wanted = [row for call in calls for row in list(zip(call.prompts, call.completions, strict=True))[:3]]
+    assert not all(itertools.chain(*(call.ended[:3] for call in calls)))
+    assert [(f"{c.count('a') + 0.1 * len(p):+.2f}", p, c) for p, c in wanted] == said
+
+
+@samples
+def test_the_logged_figures_of_the_samples_are_counted(tmp_path, stage):
+    """A score less its penalty, sums under the name of means, figures of a part: of each iteration's own texts, as the
+    reward function was asked for them."""
+    gold = f"{reward_file(tmp_path)}:variety"
+    log = run(stage, tmp_path, steady_policy([0.0] * 22 + [1.5]), gold=gold, eos_penalty=5.0).log
+    for row, call in zip(log, asked(tmp_path), strict=True):
+        answers = list(zip(call.prompts, call.completions, call.ended, strict=True))
+        scores = [c.count("a") + 0.1 * len(p) for p, c, _ in answers]
+        penalised = [score - 5.0 * (not e) for score, e in zip(scores, call.ended, strict=True)]
+        counted = {
+            "score": scores,
+            "gold": [len(set(c)) + 0.5 * e for _, c, e in answers],
+            "length": [len(c) + e for _, c, e in answers],
+            "eos_rate": [float(e) for e in call.ended],
+        }
+        means = {k: sum(x) / 12 for k, x in counted.items()} | {"distinct": len(set(call.completions)) / 12}
+        assert {k: row[k] for k in means} == pytest.approx(means, abs=1e-5)
+        assert row["objective"] == pytest.approx(sum(penalised) / 12 - row["kl_coef"] * row["kl"], abs=1e-5)
+        assert row["kl_coef"] == 0.2
+    assert min(row["eos_rate"] for row in log) < 1  # some were cut
+
+
 @every_stage
 @pytest.mark.parametrize("vocabulary", ["tiny", "bytes"])
 @pytest.mark.parametrize("own", [True, False])
@@ -815,6 +866,8 @@ def test_the_task_is_known_by_its_data_not_by_the_vocabulary(tmp_path, capsys, s
     assert len(results["gates"]) == said.count("GATE") == (0 if own else STAGES[stage].gates)
     assert ("NOTE" in said) == (own and stage != "sft")
     assert load_model(tmp_path / "out", CPU, STAGES[stage].kind).task == ("" if own else "tiny")
+    own_name = {"sft": "SFT ", "reward_model": "RM ", "ppo": "PPO ", "grpo": "grpo ", "dpo": "DPO "}[stage]
+    assert all(gate["name"].startswith(own_name) for gate in results["gates"])
     if not own:  # a failed gate is one of a resumed run too
         changes = on_task(stage, tmp_path, own, vocabulary)
         assert run(stage, tmp_path, **changes, resume=True).results == results

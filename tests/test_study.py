@@ -629,9 +629,14 @@ def test_the_implicit_judge_is_asked_part_by_part(tmp_path, capsys):
     write_json({"policy": str(tmp_path / "start"), "beta": 0.2}, tmp_path / "dpo" / "config.json")
     implicit.load.cache_clear()
     rows = task_rankings(12)
+    named = {"dpo": str(tmp_path / "dpo"), "out": str(tmp_path / "all.json")}
+    few = write_lines(tmp_path / "few.jsonl", [{"prompt": r["prompt"]} for r in rows[:9]])
+    every = implicit.run(implicit.Config(**named, prompts=few, n_prompts=0))["by_part"]  # 0: all of them
+    capsys.readouterr()
     prompts, out = write_lines(tmp_path / "p.jsonl", [{"prompt": r["prompt"]} for r in rows]), tmp_path / "i.json"
     config = implicit.Config(dpo=str(tmp_path / "dpo"), prompts=prompts, n_prompts=9, out=str(out))
     found = implicit.run(config)["by_part"]
+    assert found == every
     assert json.loads(out.read_text(encoding="utf-8")) == {"by_part": found}
     contrasts = batches.contrast_rankings([r["prompt"] for r in rows[:9]], tokenizer, 96)
     assert list(found) == list(contrasts) and len(set(found.values())) > 2

@@ -284,7 +284,14 @@ def test_tables_say_what_the_results_say():
     over = found["overoptimisation"]
     for label, line in (
         ("PPO, 300 rankings, kl_coef 0", over["rl"]["weak_0"]),
+        ("the same, 0.1", over["rl"]["weak_0.1"]),
+        ("PPO, 5,000 rankings, kl_coef 0", over["rl"]["strong_0"]),
         ("the same, 0.1 (the defaults)", over["rl"]["strong_0.1"]),
+        ("PPO, minimum of 4 weak ones, 0", over["rl"]["min_0"]),
+        ("PPO, their mean - std, 0", over["rl"]["mean-std_0"]),
+        ("best of n, 300 rankings", over["best_of_n"]["weak_0"]),
+        ("best of n, minimum of 4", over["best_of_n"]["min"]),
+        ("best of n, mean - std", over["best_of_n"]["mean-std"]),
         ("best of n, 5,000 rankings", over["best_of_n"]["reward_model"]),
     ):
         row = cells(tables.overoptimisation(found), label)
@@ -308,22 +315,25 @@ def test_tables_say_what_the_results_say():
         says(row["polite against plain"], point["by_part"]["polite_vs_plain"])
         says(row["gold of PPO"], point["ppo"]["gold"])
         says(row["gold of DPO"], point["dpo"]["gold"])
-    point = found["iterated"]["told"]["all of SFT's samples"]
-    row = cells(tables.iterated(found), "told expectations: all of SFT's samples")
-    says(row["right against wrong"], point["by_part"]["right_vs_wrong"])
-    for key, title in (("gold", "gold of PPO"), ("correct", "correct"), ("kl", "KL")):
-        says(row[title], point[key])
-    says(
-        cells(tables.judges(found), "scalar head")["once against repeated"],
-        found["secret"]["judges"]["scalar head"]["once_vs_repeated"],
-    )
-    line, row = found["secret"]["maximised"]["plain"], cells(tables.maximised(found), "scalar head")
-    golds = [p["gold"]["mean"] for p in line["points"]]
-    top = golds.index(max(golds))
-    assert row["best true reward"] == f"{golds[top]:.2f} at {line['points'][top]['kl']['mean']:.1f} nats"
-    says(row["at the end"], line["points"][-1]["gold"])
-    says(row["KL"], line["points"][-1]["kl"], 1)
-    says(row["tokens an answer"], line["length"], 1)
+    for head, name in (("plain", "scalar head"), ("told", "told expectations")):
+        for text in ("first half", "half of the first policy's samples", "all of SFT's samples"):
+            point, row = found["iterated"][head][text], cells(tables.iterated(found), f"{name}: {text}")
+            says(row["right against wrong"], point["by_part"]["right_vs_wrong"])
+            for key, title in (("gold", "gold of PPO"), ("correct", "correct"), ("kl", "KL")):
+                says(row[title], point[key])
+    for judge, parts in found["secret"]["judges"].items():
+        row = cells(tables.judges(found), judge)
+        for title in ("right against wrong", "polite against plain", "short against rambling", "once against repeated"):
+            says(row[title], parts[title.replace(" against ", "_vs_")])
+    maximised = {"implicit": "DPO's implicit reward", "plain": "scalar head", "told": "told expectations"}
+    for name, label in (maximised | {"gold": "the truth"}).items():
+        line, row = found["secret"]["maximised"][name], cells(tables.maximised(found), label)
+        golds = [p["gold"]["mean"] for p in line["points"]]
+        top = golds.index(max(golds))
+        assert row["best true reward"] == f"{golds[top]:.2f} at {line['points'][top]['kl']['mean']:.1f} nats"
+        says(row["at the end"], line["points"][-1]["gold"])
+        says(row["KL"], line["points"][-1]["kl"], 1)
+        says(row["tokens an answer"], line["length"], 1)
     commands = {
         "kl_k2": "python ppo.py --kl k2 --out_dir out/broken/kl_k2",
         "score_late": "python -m study.broken score_late ppo.py --out_dir out/broken/score_late",

@@ -247,6 +247,8 @@ def reward_model_step(s: Start) -> Step:
 
 def dpo_step(s: Start) -> Step:
     own = dpo.Config(**flags_of(s.config))
+    if s.config.compile:
+        compile_blocks(s.reference)
 
     def loss(part: list[RankedExamples], batch: list) -> Tensor:
         return dpo.pair_losses(s.policy, s.reference, part, own)[0].mean()
