@@ -22,12 +22,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.batches import encode_prompts
-from data.files import mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
+from data.files import can_be_written, mend_last_line, nest_ties, parse_ranking, prompt_json, read_jsonl, read_prompts
 from data.tiny import annotator_ranking, annotators_agreement, task_of
 from lib.checkpoint import load_model, note_task
 from lib.cli import DTYPES, Flags, UserError, check, flag, run_main
 from lib.reward import gold_function
-from lib.run import can_be_written, hold
+from lib.run import hold
 from lib.train import autocast, generator_for, pick_device
 from sampling import generate
 from tools.annotate import Sample, Session, in_browser, in_terminal

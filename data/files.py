@@ -285,6 +285,15 @@ def nest_ties(completions: list[str], ranks: list[int]) -> list:
 
 
 @contextlib.contextmanager
+def can_be_written(path: Path) -> Iterator[None]:
+    """A full disk, or a folder that may not be written to, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file to write. It takes the place of `path` at the end, so a crash leaves the old file or the new
     one, never half of one. UserError where it can't be written; then nothing is left of it."""
@@ -295,10 +304,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path.parent}: can't be made a folder ({error.strerror})") from None
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+        with can_be_written(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -101,7 +101,7 @@ def check_value(name: str, value, choices=None, low=None, high=None, above=None,
 # The groups of --help. A flag that stands in none of them is of the script's own subject.
 GROUPS = {
     "data": "files data held_out_data prompts n_prompts skip limit demonstrations held_out_demonstrations "
-    "held_out_prompts rankings loss_data ptx_data held_out prefix_words format",
+    "held_out_prompts rankings loss_data ptx_data held_out prefix_words",
     "model": "init tokenizer template policy policies compare n_layer n_head n_embd block block_size rope_base dropout "
     "expectation train_layers size sizes",
     "reward": "reward reward_weights reward_combine gold eos_penalty normalise_samples",

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.files import read_json, replacing
+from data.files import can_be_written, read_json, replacing
 from lib.checkpoint import atomic_save, load_file
 from lib.cli import UserError, check, one_line
 
@@ -245,15 +245,6 @@ class RunFolder:
         results["seconds"] = round(time.perf_counter() - self.start, 2)
         write_json(results, self.results)
         return results
-
-
-@contextlib.contextmanager
-def can_be_written(path: Path) -> Iterator[None]:
-    """A full disk, or a folder that may not be written to, is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
